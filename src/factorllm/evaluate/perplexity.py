@@ -1,0 +1,31 @@
+"""Perplexity on packed token sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+_LOGITS_AT_ONCE = 1 << 26  # elements: 256 MiB in fp32
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None) -> float:
+    """exp of the mean next-token loss over all positions but the first of each sequence.
+
+    Args:
+        tokens: (sequences, length), int64.
+        tick: called with the number of sequences after each batch.
+    """
+    batch = max(_LOGITS_AT_ONCE // (tokens.shape[1] * model.config.vocab_size), 1)
+    total = 0.0
+    for rows in tokens.split(batch):
+        rows = rows.to(model.device)
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        total += cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum").item()
+        tick(len(rows))
+    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))

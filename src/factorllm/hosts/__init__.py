@@ -1,0 +1,38 @@
+"""The architectures that students are written in, so that engines load them as they are. One file a host."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from factorllm.errors import FactorLLMError
+from factorllm.hosts.base import Host, StudentFFN
+from factorllm.hosts.dense import DenseHost
+from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
+from factorllm.hosts.mixtral import MixtralHost
+from factorllm.recipe import Shape
+
+__all__ = ["HOSTS", "Host", "StudentFFN", "choose_host"]
+
+HOSTS: dict[str, Host] = {host.name: host for host in (MixtralHost(), GraniteMoeSharedHost(), DenseHost())}
+"""Hosts by name, best first: `auto` takes the first that can hold the student exactly."""
+
+
+def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
+    """The host that `name` says (`auto`: the first that is exact for this model and recipe).
+
+    Raises:
+        FactorLLMError: when no host, or not the named one, can hold the student exactly; says why.
+    """
+    if name == "auto":
+        reasons = {host.name: host.reason_against(config, shape) for host in HOSTS.values()}
+        for candidate, reason in reasons.items():
+            if reason is None:
+                return HOSTS[candidate]
+        raise FactorLLMError(
+            "no host can hold this student exactly: " + "; ".join(f"{h}: {r}" for h, r in reasons.items())
+        )
+    if name not in HOSTS:
+        raise FactorLLMError(f"no host {name!r}; hosts: auto, {', '.join(HOSTS)}")
+    if reason := HOSTS[name].reason_against(config, shape):
+        raise FactorLLMError(f"host {name} cannot hold this student exactly: {reason}; --host auto picks one that can")
+    return HOSTS[name]

@@ -1,0 +1,81 @@
+"""What a host architecture must say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from factorllm.ffn import FFN
+from factorllm.recipe import Shape
+
+
+@dataclass(frozen=True)
+class StudentFFN:
+    """A factorised FFN: neurons in the order shared part, expert 0, expert 1, ...
+
+    Attributes:
+        ffn: gate and up (kept, d), down (d, kept).
+        router: (N, d), or None in a static prune. Gates are the softmax over its top-k logits, times k.
+        shape: widths.
+    """
+
+    ffn: FFN
+    router: Tensor | None
+    shape: Shape
+
+    def shared(self) -> FFN:
+        """The shared expert."""
+        return self._neurons(slice(0, self.shape.shared_width))
+
+    def experts(self) -> Iterator[FFN]:
+        """The routed experts; `down` times k, because the hosts' gate weights sum to 1."""
+        for start in range(self.shape.shared_width, self.shape.kept_width, self.shape.expert_width):
+            expert = self._neurons(slice(start, start + self.shape.expert_width))
+            yield FFN(expert.gate, expert.up, expert.down * self.shape.top_k)
+
+    def _neurons(self, neurons: slice) -> FFN:
+        return FFN(self.ffn.gate[neurons], self.ffn.up[neurons], self.ffn.down[:, neurons])
+
+
+class Host(ABC):
+    """An architecture of transformers that a student can be written in.
+
+    Attributes:
+        name: its `model_type`.
+        engines: engines that load it without custom code.
+    """
+
+    name: str
+    engines: tuple[str, ...]
+
+    @abstractmethod
+    def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
+        """Why this host cannot hold the student exactly, or None when it can."""
+
+    @abstractmethod
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        """The student's config."""
+
+    @abstractmethod
+    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+        """The FFN's tensors by their names on disk, without the prefix of the layer."""
+
+
+_COMMON_KEYS = [
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
+]  # fmt: skip
+
+
+def common_config(dense: PreTrainedConfig) -> dict:
+    """The part of the dense config that every host spells as Llama does."""
+    return {key: getattr(dense, key) for key in _COMMON_KEYS}
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,85 @@
+"""Neurons -> experts. One file a method; all give exactly equal experts and lose or repeat no neuron.
+
+A method is a function of the FFN, a sample of its intermediate activations (n, f) and the `Shape`; it returns one
+label a neuron, (f,): 0..N-1 for the routed experts, N for the shared one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from factorllm.ffn import FFN
+from factorllm.partition.activation import by_activation
+from factorllm.partition.coactivation import by_coactivation
+from factorllm.partition.contiguous import contiguous
+from factorllm.partition.energy import by_energy, top_energy
+from factorllm.partition.kmeans import by_weights
+from factorllm.partition.random import at_random
+from factorllm.recipe import Shape
+
+Method = Callable[[FFN, Tensor, Shape, torch.Generator], Tensor]
+
+METHODS: dict[str, Method] = {
+    "energy": by_energy,
+    "activation": by_activation,
+    "coactivation": by_coactivation,
+    "kmeans": by_weights,
+    "contiguous": contiguous,
+    "random": at_random,
+}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which neurons each expert owns.
+
+    Attributes:
+        shared: (shared_width,), int64, ascending.
+        experts: (N, expert_width), int64, each row ascending.
+        ffn_width: neurons of the dense FFN. A static prune owns fewer; every other partition owns all, once.
+    """
+
+    shared: Tensor
+    experts: Tensor
+    ffn_width: int
+
+    @property
+    def order(self) -> Tensor:
+        """The neurons that are kept, shared ones first, then expert by expert: (kept,), int64."""
+        return torch.cat([self.shared, self.experts.flatten()])
+
+
+def partition(
+    ffn: FFN, hidden: Tensor, shape: Shape, method: str = "energy", generator: torch.Generator | None = None
+) -> Partition:
+    """Split the FFN's neurons into a shared set and equal experts by the named method.
+
+    Args:
+        hidden: (n, f) intermediate activations of a sample of calibration tokens.
+
+    Raises:
+        ValueError: when a method breaks its promise of an exact partition.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    labels = METHODS[method](ffn, hidden, shape, generator).cpu()
+    return partition_from_labels(labels, shape)
+
+
+def keep_top_energy(ffn: FFN, hidden: Tensor, shape: Shape) -> Partition:
+    """A static prune: the neurons of highest mean contribution energy, and no experts."""
+    kept = top_energy(ffn, hidden, shape.shared_width).sort().values
+    return Partition(kept, kept.new_empty(0, shape.expert_width), shape.ffn_width)
+
+
+def partition_from_labels(labels: Tensor, shape: Shape) -> Partition:
+    """Build a partition from one label a neuron, (f,), and check that it is exact."""
+    counts = torch.bincount(labels, minlength=shape.experts + 1).tolist()
+    if counts != [shape.expert_width] * shape.experts + [shape.shared_width]:
+        raise ValueError(f"not an exact partition: {counts} neurons in the experts and the shared part of {shape}")
+    order = torch.argsort(labels, stable=True)
+    routed = shape.experts * shape.expert_width
+    return Partition(order[routed:], order[:routed].view(shape.experts, shape.expert_width), shape.ffn_width)

@@ -1,0 +1,385 @@
+"""`factorize()`: a dense checkpoint and some text in, a sparse checkpoint out. The one loop over layers is here."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from factorllm.checkpoint import (
+    Workspace,
+    explain_full_disk,
+    refuse_existing,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+    write_text,
+)
+from factorllm.convert import PASSES, Scratch, convert_layer
+from factorllm.errors import FactorLLMError
+from factorllm.evaluate import cost_of, perplexity
+from factorllm.evaluate.cost import dense_shape
+from factorllm.hosts import Host, StudentFFN, choose_host
+from factorllm.progress import Meter, meter
+from factorllm.recipe import Recipe, Shape, parse_recipe
+from factorllm.report import ModelRow, Summary, model_card
+from factorllm.settings import Settings
+from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources.text import file_digest
+from factorllm.stream import LayerLoader, Rows
+
+FORMAT = 1
+"""Version of `factorllm.json`."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """One model that is being made: the factorised one, or the static prune that it is compared with.
+
+    Attributes:
+        folder: the unfinished checkpoint.
+    """
+
+    name: str
+    recipe: Recipe
+    shape: Shape
+    host: Host
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop over layers needs, opened and checked."""
+
+    source: ModelSource
+    text: CalibrationText
+    students: list[Student]
+    settings: Settings
+    work: Workspace
+    console: Console
+
+    @property
+    def layers(self) -> int:
+        return self.source.config.num_hidden_layers
+
+    def stream(self, name: str, layer: int) -> Rows:
+        """Hidden states of `name` before `layer`, on disk."""
+        path = self.work.path("streams", f"{name}.{layer:04d}.rows")
+        sequences, length = self.text.calibration.shape
+        return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype)
+
+    @property
+    def stream_names(self) -> list[str]:
+        return ["teacher", *(student.name for student in self.students)]
+
+
+@torch.no_grad()
+def factorize(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | str,
+    *,
+    text: str | None = None,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Summary:
+    """Turn a dense model into a sparse Mixture of Experts and write it to `out`.
+
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
+
+    Args:
+        model: a hub id, a folder of safetensors, or a `.gguf` file.
+        recipe: a `Recipe`, `S2A2E8`, `1R4E2K`, or the path of a YAML file.
+        text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
+        overwrite: replace `out` if it exists, once the new checkpoint is complete.
+        console: where progress is shown; nothing is shown by default.
+
+    Raises:
+        FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+    """
+    started = time.monotonic()
+    settings = settings or Settings()
+    console = console or Console(quiet=True)
+    out = Path(out)
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    if not overwrite:
+        refuse_existing(out)
+    source = open_model(model)
+    with explain_full_disk(out):
+        job = _open_job(source, out, recipe, text, settings, overwrite, console)
+        try:
+            _convert_layers(job)
+            return _finish(job, time.monotonic() - started)
+        finally:
+            job.work.close()
+
+
+def _open_job(
+    source: ModelSource,
+    out: Path,
+    recipe: Recipe,
+    text: str | None,
+    settings: Settings,
+    overwrite: bool,
+    console: Console,
+) -> Job:
+    config = source.config
+    shape = recipe.shape(config.intermediate_size)
+    host = choose_host(settings.host, config, shape)
+    settings = settings.resolve(config)
+    tokenizer = source.tokenizer()
+    console.print(f"reading {source.label}")
+    identity = {
+        "recipe": recipe.model_dump(),
+        "model": source.fingerprint,
+        "text": {"name": text, "digest": file_digest(text)},
+        "settings": settings.model_dump(mode="json"),
+        "host": host.name,
+        "versions": versions(),
+    }
+    work = Workspace(out, identity, overwrite)
+    students = [Student("student", recipe, shape, host, work.path("checkpoint"))]
+    if not recipe.is_prune:
+        prune = recipe.static_prune()
+        prune_shape = prune.shape(config.intermediate_size)
+        students.append(
+            Student("pruned", prune, prune_shape, choose_host("dense", config, prune_shape), work.path("pruned"))
+        )
+    calibration = _read_text(work, source, tokenizer, text, settings, console)
+    job = Job(source, calibration, students, settings, work, console)
+    _check_disk(job)
+    return job
+
+
+def _read_text(
+    work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
+) -> CalibrationText:
+    """Tokens are kept in the workspace, so that a resumed run sees the same ones."""
+    path = work.path("tokens.safetensors")
+    origin = "sampled from the dense model itself" if text is None else public_name(text)
+    if path.exists():
+        return CalibrationText(**load_file(path), origin=origin)
+    if text is None:
+        console.print("no --text given: sampling calibration text from the model itself")
+    read = read_calibration_text(
+        text,
+        tokenizer,
+        tokens=settings.tokens,
+        held_out_tokens=settings.held_out_tokens,
+        length=settings.length,
+        seed=settings.seed,
+        load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+    )
+    write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})
+    return CalibrationText(read.calibration, read.held_out, origin)
+
+
+def _convert_layers(job: Job) -> None:
+    """The loop: for each layer, the teacher goes first; each student is then fitted toward it and follows."""
+    settings, device = job.settings, job.settings.torch_device
+    loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
+    scratch = Scratch(job.work.path("scratch", "x").parent, settings.memory_limit)
+    _start_streams(job, loader)
+    _write_outer_shards(job)
+
+    steps = len(job.text.calibration) * (1 + PASSES * len(job.students))
+    done = job.work.layers_done
+    with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
+        for index in range(done, job.layers):
+            bar.describe(f"layer {index + 1}/{job.layers}")
+            began = time.monotonic()
+            layer = loader.load(index)
+            teacher_after = job.stream("teacher", index + 1)
+            _advance_teacher(layer, job.stream("teacher", index), teacher_after, device, bar)
+            statistics = {}
+            for student in job.students:
+                generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+                before, after = job.stream(student.name, index), job.stream(student.name, index + 1)
+                ffn, statistics[student.name] = convert_layer(
+                    layer,
+                    teacher_after,
+                    before,
+                    after,
+                    student.recipe,
+                    student.shape,
+                    generator,
+                    scratch,
+                    device,
+                    bar.advance,
+                )
+                _write_layer(job, student, index, ffn)
+            _commit_layer(job, index, statistics, time.monotonic() - began)
+
+
+def _advance_teacher(layer, before: Rows, after: Rows, device: torch.device, bar: Meter) -> None:
+    for run in before.runs():
+        after.write(run, layer.forward(before.read(run, device)))
+        bar.advance(run.stop - run.start)
+
+
+def _start_streams(job: Job, loader: LayerLoader) -> None:
+    """Embed the text, or check that the hidden states of a resumed run are what was journalled."""
+    done = job.work.layers_done
+    if done:
+        journalled = job.work.journal[-1]["streams"]
+        if any(job.stream(name, done).digest() != journalled[name] for name in job.stream_names):
+            raise FactorLLMError(
+                f"the hidden states in {job.work.folder} are damaged, so the run cannot go on; remove the folder and "
+                "start again"
+            )
+        return
+    embeddings = loader.embeddings()
+    for name in job.stream_names:
+        rows = job.stream(name, 0)
+        for run in rows.runs():
+            rows.write(run, embeddings[job.text.calibration[run]])
+
+
+def _commit_layer(job: Job, index: int, statistics: dict, seconds: float) -> None:
+    digests = {name: job.stream(name, index + 1).digest() for name in job.stream_names}
+    job.work.commit({"layer": index, "seconds": seconds, "streams": digests, "statistics": statistics})
+    for name in job.stream_names:
+        job.stream(name, index).remove()
+
+
+def _write_outer_shards(job: Job) -> None:
+    """The first shard of each student: embeddings, final norm and output head, as in the dense model."""
+    names = [name for name in job.source.parameter_names() if not name.startswith("model.layers.")]
+    for student in job.students:
+        path = student.folder / shard_name(1, job.layers + 1)
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            write_shard(path, {name: job.source.tensor(name).to(job.settings.stored_dtype) for name in names})
+
+
+def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
+    prefix = f"model.layers.{index}."
+    names = [name for name in job.source.names() if name.startswith(prefix) and ".mlp." not in name]
+    tensors = {name: job.source.tensor(name) for name in sorted(names)}
+    tensors |= {prefix + name: tensor for name, tensor in student.host.ffn_tensors(ffn).items()}
+    stored = {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()}
+    write_shard(student.folder / shard_name(index + 2, job.layers + 1), stored)
+
+
+def _finish(job: Job, seconds: float) -> Summary:
+    """Complete the checkpoints, measure them as any user would load them, and publish the student."""
+    for student in job.students:
+        _complete_checkpoint(job, student)
+    # What an earlier run, that was killed, spent on its layers counts too.
+    conversion_seconds = max(seconds, sum(entry["seconds"] for entry in job.work.journal))
+    rows = _measure(job)
+    student = job.students[0]
+    summary = Summary(
+        base_model=public_name(job.source.label),
+        out=job.work.out,
+        recipe=student.recipe,
+        host=student.host.name,
+        engines=student.host.engines,
+        text_origin=job.text.origin,
+        calibration_tokens=job.text.calibration.numel(),
+        held_out_tokens=job.text.held_out.numel(),
+        rows=rows,
+        layers=[entry["statistics"][student.name] for entry in job.work.journal],
+    )
+    write_json(student.folder / "factorllm.json", _provenance(job, summary))
+    write_text(student.folder / "README.md", model_card(summary, job.source.licence))
+    spent = {"conversion_seconds": round(conversion_seconds, 1), "peak_memory_bytes": peak_memory()}
+    # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
+    write_json(student.folder / "factorllm.run.json", spent | {"machine": platform.platform()})
+    job.work.publish(student.folder)
+    return summary.with_spent(**spent)
+
+
+def _complete_checkpoint(job: Job, student: Student) -> None:
+    write_index(student.folder)
+    job.source.tokenizer().save_pretrained(student.folder)
+    job.source.generation_config().save_pretrained(student.folder)
+    config = student.host.config(job.source.config, student.shape)
+    config.dtype = job.settings.stored_dtype
+    # config.json comes last: without it, no engine takes the folder for a checkpoint.
+    write_json(student.folder / "config.json", config.to_diff_dict())
+
+
+def _measure(job: Job) -> list[ModelRow]:
+    """Perplexity on held-out text of the dense model and of the students as written."""
+    from transformers import AutoModelForCausalLM
+
+    settings, config = job.settings, job.source.config
+    loaders = {"dense": lambda: job.source.load_model(settings.compute_dtype, settings.torch_device)}
+    shapes = {"dense": dense_shape(config)}
+    for student in job.students:
+        loaders[student.name] = lambda folder=student.folder: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=settings.compute_dtype
+        ).to(settings.torch_device)
+        shapes[student.name] = student.shape
+    rows = []
+    with meter(job.console, "measuring perplexity", len(loaders) * len(job.text.held_out)) as bar:
+        for name, load in loaders.items():
+            rows.append(
+                ModelRow(name, perplexity(load(), job.text.held_out, bar.advance), cost_of(config, shapes[name]))
+            )
+    return rows
+
+
+def _provenance(job: Job, summary: Summary) -> dict:
+    """The content of `factorllm.json`: what made this checkpoint, and what came of it."""
+    return {
+        "format": FORMAT,
+        "base_model": {"name": summary.base_model, "fingerprint": job.source.fingerprint},
+        "recipe": summary.recipe.model_dump(),
+        "host": summary.host,
+        "engines": summary.engines,
+        "data": {
+            "origin": job.text.origin,
+            "fingerprint": job.text.fingerprint,
+            "calibration_tokens": summary.calibration_tokens,
+            "held_out_tokens": summary.held_out_tokens,
+        },
+        "settings": job.settings.model_dump(mode="json"),
+        "versions": versions(),
+        "results": {row.name: row.as_dict() for row in summary.rows},
+        "layers": summary.layers,
+    }
+
+
+def _check_disk(job: Job) -> None:
+    """Refuse before the work when the disk is plainly too small."""
+    config, text = job.source.config, job.text
+    stored = job.settings.stored_dtype.itemsize
+    weights = sum(cost_of(config, student.shape).total_parameters * stored for student in job.students)
+    streams = (
+        2 * len(job.stream_names) * text.calibration.numel() * config.hidden_size * job.settings.compute_dtype.itemsize
+    )
+    needed, free = weights + streams, shutil.disk_usage(job.work.folder).free
+    if job.work.layers_done == 0 and needed > free:
+        raise FactorLLMError(
+            f"no space left on the disk of {job.work.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB "
+            "are free; free some, choose another output folder, or use fewer --tokens"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a result."""
+    return {package: version(package) for package in ("factorllm", "torch", "transformers", "numpy", "POT")}
+
+
+def public_name(path_or_id: str) -> str:
+    """A name to publish: the last part of a local path, or the hub id as it is."""
+    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

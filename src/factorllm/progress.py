@@ -1,0 +1,58 @@
+"""Progress of long work: a live bar with the time left in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_EVERY_SECONDS = 15
+
+
+class Meter:
+    """Counts steps of one kind of work and shows how long the rest will take.
+
+    Args:
+        total: steps in all.
+        done: steps that an earlier run has finished; they do not count for the estimate.
+    """
+
+    def __init__(self, console: Console, what: str, total: int, done: int = 0):
+        self._console, self._what, self._total, self._done = console, what, total, done
+        self._before, self._start = done, time.monotonic()
+        self._next_line = self._start + _LINE_EVERY_SECONDS
+        self._bar = self._new_bar()
+        self._task = self._bar.add_task(what, total=total, completed=done)
+
+    def _new_bar(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+        return Progress(*columns, *left, console=self._console, disable=not self._console.is_terminal)
+
+    def describe(self, what: str) -> None:
+        self._what = what
+        self._bar.update(self._task, description=what)
+
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
+        self._bar.advance(self._task, steps)
+        now = time.monotonic()
+        if not self._console.is_terminal and now >= self._next_line:
+            self._next_line = now + _LINE_EVERY_SECONDS
+            left = (now - self._start) / max(self._done - self._before, 1) * (self._total - self._done)
+            self._console.print(f"{self._what}: {self._done / self._total:.0%}, about {_minutes(left)} left")
+
+
+@contextmanager
+def meter(console: Console, what: str, total: int, done: int = 0) -> Iterator[Meter]:
+    """A `Meter` that is shown while the block runs."""
+    shown = Meter(console, what, total, done)
+    with shown._bar:
+        yield shown
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

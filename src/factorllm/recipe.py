@@ -1,0 +1,173 @@
+"""Recipe: what to build. Parses `S2A2E8`, `1R4E2K` and YAML files, and refuses what cannot be, saying why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from factorllm.errors import FactorLLMError
+
+_CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)", re.IGNORECASE)
+_PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
+
+PartitionName = Literal["energy", "activation", "coactivation", "kmeans", "contiguous", "random"]
+RouterName = Literal["pa", "analytic", "random"]
+PriorName = Literal["energy", "paper"]
+RestoreName = Literal["stream", "local", "none"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one FFN is cut: a shared part and routed experts of equal width.
+
+    Attributes:
+        ffn_width: neurons of the dense FFN, f.
+        shared_width: neurons that run for every token.
+        experts: number of routed experts, N; 0 in a static prune.
+        expert_width: neurons of one routed expert.
+        top_k: routed experts that run for a token, k.
+    """
+
+    ffn_width: int
+    shared_width: int
+    experts: int
+    expert_width: int
+    top_k: int
+
+    @property
+    def kept_width(self) -> int:
+        """FFN neurons in the checkpoint: all of them, but for a static prune."""
+        return self.shared_width + self.experts * self.expert_width
+
+    @property
+    def active_width(self) -> int:
+        """FFN neurons that run for one token."""
+        return self.shared_width + self.top_k * self.expert_width
+
+    @property
+    def sparsity(self) -> float:
+        """FFN sparsity: the share of FFN neurons that do not run for a token."""
+        return 1 - self.active_width / self.ffn_width
+
+
+class Recipe(BaseModel):
+    """What to build from each FFN. Unknown keys are refused.
+
+    The FFN is cut into `parts` equal parts: `shared` of them always run, the other `parts - shared` are routed
+    experts of which `active` run for a token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shared: int = Field(ge=0)
+    """Parts that run for every token (the shared expert)."""
+    active: int = Field(ge=0)
+    """Routed experts that run for a token: top-k. 0 keeps only the shared part: a static prune."""
+    parts: int = Field(ge=1)
+    """Equal parts that the FFN is cut into."""
+    partition: PartitionName = "energy"
+    """How neurons are grouped into experts."""
+    router: RouterName = "pa"
+    """How the router is made: fitted by the Prior-Approximate loss, analytic (CMoE), or random."""
+    prior: PriorName = "energy"
+    """What the dense FFN says about which experts matter: contribution energy, or the paper's distance to F/r."""
+    restore: RestoreName = "stream"
+    """Target of the closed-form repair of down_proj: the teacher's stream, the dense FFN's output, or no repair."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if self.shared > self.parts:
+            raise ValueError(f"{self.shared} shared of {self.parts} parts is more than there are")
+        if self.active > self.experts:
+            raise ValueError(
+                f"{self.active} active experts, but only {self.experts} of the {self.parts} parts are routed "
+                f"({self.shared} are shared); use at most {self.experts}"
+            )
+        if self.shared + self.active == 0:
+            raise ValueError("no part of the FFN would run; make at least one part shared or active")
+        return self
+
+    @property
+    def experts(self) -> int:
+        """Routed experts, N."""
+        return self.parts - self.shared
+
+    @property
+    def is_prune(self) -> bool:
+        """True when no expert is routed: the student is a narrower dense model."""
+        return self.active == 0
+
+    @property
+    def name(self) -> str:
+        return f"S{self.shared}A{self.active}E{self.parts}"
+
+    def static_prune(self) -> Recipe:
+        """The static prune with the same active parameters: the baseline of every table."""
+        return Recipe(shared=self.shared + self.active, active=0, parts=self.parts, restore=self.restore)
+
+    def shape(self, ffn_width: int) -> Shape:
+        """Widths for an FFN of `ffn_width` neurons.
+
+        Raises:
+            FactorLLMError: when the parts do not divide the FFN.
+        """
+        if ffn_width % self.parts:
+            fits = [n for n in range(2, 65) if ffn_width % n == 0]
+            raise FactorLLMError(
+                f"{self.name} cuts the FFN into {self.parts} equal parts, but its {ffn_width} neurons do not divide "
+                f"by {self.parts}; part counts that do: {', '.join(map(str, fits)) or 'none up to 64'}"
+            )
+        width = ffn_width // self.parts
+        experts = 0 if self.is_prune else self.experts
+        return Shape(ffn_width, self.shared * width, experts, width, self.active)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read a recipe: `S2A2E8` (CMoE's notation), `1R4E2K` (the paper's), or the path of a YAML file.
+
+    Raises:
+        FactorLLMError: when the text is neither, or says something that cannot be built.
+    """
+    try:
+        if match := _CMOE.fullmatch(text):
+            shared, active, parts = map(int, match.groups())
+            return Recipe(shared=shared, active=active, parts=parts)
+        if match := _PAPER.fullmatch(text):
+            routers, experts, top_k = map(int, match.groups())
+            if routers != 1:
+                raise FactorLLMError(f"recipe {text}: {routers} routers, but every host has one router a layer; use 1R")
+            return Recipe(shared=0, active=top_k, parts=experts)
+        if Path(text).suffix in {".yaml", ".yml"}:
+            return _read_yaml(Path(text))
+    except ValidationError as error:
+        raise FactorLLMError(f"recipe {text}: {_first_problem(error)}") from None
+    raise FactorLLMError(
+        f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), 1R4E2K (1 router, 4 experts, "
+        "top-2) or the path of a .yaml file"
+    )
+
+
+def _read_yaml(path: Path) -> Recipe:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FactorLLMError(f"no recipe file {path}; check the path, or write the recipe as S2A2E8") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FactorLLMError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise FactorLLMError(f"recipe file {path} must hold keys such as `shared: 2`, `active: 2`, `parts: 8`")
+    return Recipe(**content)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{where}`; known keys: {', '.join(Recipe.model_fields)}"
+    return f"`{where}`: {message}" if where else message

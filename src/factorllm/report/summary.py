@@ -1,0 +1,109 @@
+"""The measured result of a conversion, and its tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from rich.table import Table
+
+from factorllm.evaluate.cost import Cost
+from factorllm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model's line: `dense`, `student` or `pruned` (the static prune with the same active parameters)."""
+
+    name: str
+    perplexity: float
+    cost: Cost
+
+    def as_dict(self) -> dict:
+        return {"perplexity": self.perplexity, **asdict(self.cost)}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was made, from what, and what was measured.
+
+    Attributes:
+        base_model: name of the dense model, fit to publish.
+        layers: per layer, the student's statistics (see `convert.convert_layer`).
+        conversion_seconds: wall time of the conversion, without the measuring.
+        peak_memory_bytes: largest resident memory of the process.
+    """
+
+    base_model: str
+    out: Path
+    recipe: Recipe
+    host: str
+    engines: tuple[str, ...]
+    text_origin: str
+    calibration_tokens: int
+    held_out_tokens: int
+    rows: list[ModelRow]
+    layers: list[dict]
+    conversion_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def row(self, name: str) -> ModelRow:
+        return next(row for row in self.rows if row.name == name)
+
+    def ratio(self, name: str) -> float:
+        """Perplexity of a model divided by the dense model's."""
+        return self.row(name).perplexity / self.row("dense").perplexity
+
+    def with_spent(self, conversion_seconds: float, peak_memory_bytes: int) -> Summary:
+        return replace(self, conversion_seconds=conversion_seconds, peak_memory_bytes=peak_memory_bytes)
+
+
+LABELS = {"dense": "dense", "student": "student", "pruned": "static prune"}
+
+
+def result_table(results: dict[str, dict], title: str = "") -> Table:
+    """Dense, student and static prune side by side.
+
+    Args:
+        results: for each model, `ModelRow.as_dict()`.
+    """
+    table = Table(title=title or None)
+    for column in ("model", "perplexity", "x dense", "FFN sparsity", "active parameters", "total", "MFLOPs/token"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    dense = results["dense"]["perplexity"]
+    for name, row in results.items():
+        table.add_row(
+            LABELS[name],
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / dense:.2f}",
+            f"{row['ffn_sparsity']:.0%}",
+            f"{row['active_parameters'] / 1e6:.1f} M",
+            f"{row['total_parameters'] / 1e6:.1f} M",
+            f"{row['flops_per_token'] / 1e6:.0f}",
+        )
+    return table
+
+
+def layer_table(layers: list[dict]) -> Table:
+    """Per layer: router agreement with the prior, evenness of expert load, stream error, ridge strength."""
+    table = Table(title="layers")
+    columns = ("layer", "router agrees", "expert load min-max", "stream error", "ridge strength")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(layers):
+        load = layer["expert_load"]
+        table.add_row(
+            str(index),
+            f"{layer['router_agreement']:.0%}" if "router_agreement" in layer else "-",
+            f"{min(load):.0%} - {max(load):.0%}" if load else "-",
+            f"{layer['stream_error']:.3f}",
+            "-" if layer["ridge_strength"] is None else f"{layer['ridge_strength']:g}",
+        )
+    return table
+
+
+def mean_agreement(layers: list[dict]) -> float | None:
+    """How often the routers' picks agree with the prior's, mean over layers."""
+    values = [layer["router_agreement"] for layer in layers if "router_agreement" in layer]
+    return mean(values) if values else None

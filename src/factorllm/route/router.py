@@ -1,0 +1,95 @@
+"""Linear routers, and the gate weights that every host computes from their logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from factorllm.ffn import FFN
+from factorllm.partition import Partition
+
+ROUTERS = ("pa", "analytic", "random")
+
+FLATTEN = 2.0**-10
+"""Factor on a router's weights that makes the gate weights nearly binary. A power of two only shifts exponents, so the
+order of the logits, and with it the routing, is unchanged in any dtype."""
+
+_STEPS = 30
+_WEIGHT_DECAY = 1e-4  # on the weights of standardised inputs
+
+
+def pa_loss(logits: Tensor, prior: Tensor) -> Tensor:
+    """Prior-Approximate loss `KL(prior || softmax(logits))`, mean over tokens (FactorLLM, arXiv 2408.11855, eq. 6).
+
+    Args:
+        logits: (n, N) router logits.
+        prior: (n, N) distribution over experts, made from the dense FFN.
+    """
+    return kl_div(log_softmax(logits, dim=1), prior, reduction="batchmean")
+
+
+def gate_weights(logits: Tensor, top_k: int) -> Tensor:
+    """What the hosts multiply each expert's output with, times k: (n, N) -> (n, N).
+
+    The hosts take the softmax over the selected logits, so gate weights sum to 1; `down_proj` is stored times k
+    (DESIGN: hosts), which makes binary gates 1. Experts that are not selected get 0.
+    """
+    top = logits.topk(top_k, dim=1)
+    return torch.zeros_like(logits).scatter_(1, top.indices, top.values.softmax(dim=1) * top_k)
+
+
+def fit_router(
+    kind: str, x: Tensor, prior: Tensor, ffn: FFN, partition: Partition, top_k: int, generator: torch.Generator
+) -> Tensor:
+    """Weights of a linear router, flattened so that its gates are nearly binary: (N, d), fp32.
+
+    Args:
+        kind: `pa` minimises the PA loss; `analytic` takes the gate row of each expert's most typical neuron, after
+            CMoE (arXiv 2502.04416); `random` is the baseline.
+        x: (n, d) FFN inputs of calibration tokens.
+        prior: (n, N) distribution over experts for the same tokens.
+
+    With every expert active the router decides nothing, and zero weights make the gates exactly equal.
+    """
+    experts, width = prior.shape[1], x.shape[1]
+    if top_k == experts:
+        return torch.zeros(experts, width, device=x.device)
+    if kind == "pa":
+        weights = fit_by_pa_loss(x.float(), prior)
+    elif kind == "analytic":
+        weights = _typical_gate_rows(ffn, partition)
+    else:
+        weights = torch.randn(experts, width, generator=generator).to(x.device)
+    return weights * FLATTEN
+
+
+def fit_by_pa_loss(x: Tensor, prior: Tensor) -> Tensor:
+    """Minimise the PA loss over all tokens at once, by L-BFGS: (n, d), (n, N) -> (N, d).
+
+    It is a multinomial logistic regression: convex, so it has one optimum and needs no learning rate.
+    """
+    scale = x.square().mean(0).sqrt().clamp_min(1e-6)
+    standard = x / scale
+    weights = torch.zeros(prior.shape[1], x.shape[1], device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, history_size=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = pa_loss(standard @ weights.T, prior) + _WEIGHT_DECAY * weights.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weights.detach() / scale
+
+
+def _typical_gate_rows(ffn: FFN, partition: Partition) -> Tensor:
+    """The gate row of the neuron nearest to the mean of each expert: (N, d).
+
+    CMoE routes by the whole activation of that neuron; the hosts have linear routers, so its gate is what remains.
+    """
+    rows = ffn.gate.float()[partition.experts.to(ffn.gate.device)]
+    distance = (rows - rows.mean(1, keepdim=True)).square().sum(-1)
+    return rows[torch.arange(len(rows)), distance.argmin(1)]

@@ -1,0 +1,69 @@
+"""How to build: everything about a run that is not the recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedConfig
+
+from factorllm.errors import FactorLLMError
+
+
+class Settings(BaseModel):
+    """How a run is done. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(default=100_000, ge=1)
+    """Calibration tokens."""
+    held_out_tokens: int = Field(default=16_384, ge=1)
+    """Tokens kept apart for the before/after perplexity."""
+    length: int = Field(default=512, ge=8)
+    """Tokens in a packed sequence."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random."""
+    host: str = "auto"
+    """Architecture of the student; `auto` takes the first that holds it exactly."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the written weights; `auto` keeps the dense model's."""
+    memory_limit: int = Field(default=2 << 30, ge=0)
+    """Bytes that one kind of a layer's activations may take in memory before it spills to disk."""
+
+    def resolve(self, config: PreTrainedConfig) -> Settings:
+        """The same settings with every `auto` decided for a model.
+
+        Raises:
+            FactorLLMError: when the device is not there.
+        """
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise FactorLLMError(f"device {device!r} cannot be used ({reason}); use --device cpu") from None
+        limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
+        length = min(limit for limit in limits if limit)
+        return self.model_copy(update={"dtype": dtype, "device": device, "length": length})
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """bf16 checkpoints are computed in bf16 on a GPU; all else in fp32. Statistics are fp32 always."""
+        on_gpu = self.torch_device.type == "cuda"
+        return torch.bfloat16 if on_gpu and self.stored_dtype == torch.bfloat16 else torch.float32
