@@ -57,16 +57,16 @@ class Workspace:
     def layers_done(self) -> int:
         return len(self.journal)
 
-    def path(self, *names: str) -> Path:
-        """A path in the workspace, its parent folder made."""
-        path = self.folder.joinpath(*names)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def folder_at(self, name: str) -> Path:
+        """A folder of the workspace, made if it is not there."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def commit(self, entry: dict) -> None:
         """Journal one finished layer. Its files must be complete."""
         self.journal.append(entry)
-        with self.path("journal.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -51,13 +51,16 @@ def factorize(
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16: dtype of the written weights.")
     ] = "auto",
+    baseline: Annotated[
+        bool, typer.Option(help="Also make and measure the static prune with the same active parameters.")
+    ] = True,
     resume: Overwrite = True,
 ) -> None:
     """Split every FFN of a dense MODEL into experts and write a sparse checkpoint."""
     from factorllm.pipeline import factorize as run
     from factorllm.settings import Settings
 
-    settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype)
+    settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, baseline=baseline)
     _show(run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console))
 
 
@@ -104,9 +107,11 @@ def _show(summary) -> None:
     console.print(
         result_table(results, f"perplexity on {summary.held_out_tokens:,} held-out tokens: {summary.text_origin}")
     )
+    spent = summary.spent
     console.print(
-        f"{summary.recipe.name} from {summary.calibration_tokens:,} calibration tokens in "
-        f"{summary.conversion_seconds:.0f} s, peak memory {summary.peak_memory_bytes / 2**30:.1f} GiB"
+        f"{summary.recipe.name} from {summary.calibration_tokens:,} calibration tokens: converted in "
+        f"{spent.conversion_seconds:.0f} s (static prune: {spent.baseline_seconds:.0f} s more), "
+        f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB"
     )
     console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})")
 

@@ -6,8 +6,7 @@ import platform
 import resource
 import shutil
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,18 +24,18 @@ from factorllm.checkpoint import (
     write_shard,
     write_text,
 )
-from factorllm.convert import PASSES, Scratch, convert_layer
+from factorllm.convert import PASSES, LayerConversion, Streams, Workplace
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate import cost_of, perplexity
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import Host, StudentFFN, choose_host
-from factorllm.progress import Meter, meter
+from factorllm.progress import Clock, Meter, meter
 from factorllm.recipe import Recipe, Shape, parse_recipe
-from factorllm.report import ModelRow, Summary, model_card
+from factorllm.report import ModelRow, Spent, Summary, model_card
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
 from factorllm.sources.text import file_digest
-from factorllm.stream import LayerLoader, Rows
+from factorllm.stream import DenseLayer, LayerLoader, Rows
 
 FORMAT = 1
 """Version of `factorllm.json`."""
@@ -74,7 +73,7 @@ class Job:
 
     def stream(self, name: str, layer: int) -> Rows:
         """Hidden states of `name` before `layer`, on disk."""
-        path = self.work.path("streams", f"{name}.{layer:04d}.rows")
+        path = self.work.folder_at("streams") / f"{name}.{layer:04d}.rows"
         sequences, length = self.text.calibration.shape
         return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype)
 
@@ -108,7 +107,6 @@ def factorize(
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
     """
-    started = time.monotonic()
     settings = settings or Settings()
     console = console or Console(quiet=True)
     out = Path(out)
@@ -120,7 +118,7 @@ def factorize(
         job = _open_job(source, out, recipe, text, settings, overwrite, console)
         try:
             _convert_layers(job)
-            return _finish(job, time.monotonic() - started)
+            return _finish(job)
         finally:
             job.work.close()
 
@@ -149,12 +147,12 @@ def _open_job(
         "versions": versions(),
     }
     work = Workspace(out, identity, overwrite)
-    students = [Student("student", recipe, shape, host, work.path("checkpoint"))]
-    if not recipe.is_prune:
+    students = [Student("student", recipe, shape, host, work.folder_at("checkpoint"))]
+    if settings.baseline and not recipe.is_prune:
         prune = recipe.static_prune()
         prune_shape = prune.shape(config.intermediate_size)
         students.append(
-            Student("pruned", prune, prune_shape, choose_host("dense", config, prune_shape), work.path("pruned"))
+            Student("pruned", prune, prune_shape, choose_host("dense", config, prune_shape), work.folder_at("pruned"))
         )
     calibration = _read_text(work, source, tokenizer, text, settings, console)
     job = Job(source, calibration, students, settings, work, console)
@@ -166,7 +164,7 @@ def _read_text(
     work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
 ) -> CalibrationText:
     """Tokens are kept in the workspace, so that a resumed run sees the same ones."""
-    path = work.path("tokens.safetensors")
+    path = work.folder / "tokens.safetensors"
     origin = "sampled from the dense model itself" if text is None else public_name(text)
     if path.exists():
         return CalibrationText(**load_file(path), origin=origin)
@@ -189,42 +187,42 @@ def _convert_layers(job: Job) -> None:
     """The loop: for each layer, the teacher goes first; each student is then fitted toward it and follows."""
     settings, device = job.settings, job.settings.torch_device
     loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
-    scratch = Scratch(job.work.path("scratch", "x").parent, settings.memory_limit)
     _start_streams(job, loader)
     _write_outer_shards(job)
 
     steps = len(job.text.calibration) * (1 + PASSES * len(job.students))
     done = job.work.layers_done
     with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
+        workplace = Workplace(device, job.work.folder_at("scratch"), settings.memory_limit, bar.advance)
         for index in range(done, job.layers):
             bar.describe(f"layer {index + 1}/{job.layers}")
-            began = time.monotonic()
+            clock = Clock()
             layer = loader.load(index)
-            teacher_after = job.stream("teacher", index + 1)
-            _advance_teacher(layer, job.stream("teacher", index), teacher_after, device, bar)
-            statistics = {}
+            _advance_teacher(job, layer, index, bar)
+            seconds, statistics = {"teacher": clock.lap()}, {}
             for student in job.students:
-                generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-                before, after = job.stream(student.name, index), job.stream(student.name, index + 1)
-                ffn, statistics[student.name] = convert_layer(
-                    layer,
-                    teacher_after,
-                    before,
-                    after,
-                    student.recipe,
-                    student.shape,
-                    generator,
-                    scratch,
-                    device,
-                    bar.advance,
-                )
+                ffn, statistics[student.name] = _convert(job, student, layer, index, workplace)
                 _write_layer(job, student, index, ffn)
-            _commit_layer(job, index, statistics, time.monotonic() - began)
+                seconds[student.name] = clock.lap()
+            _commit_layer(job, index, statistics, seconds)
 
 
-def _advance_teacher(layer, before: Rows, after: Rows, device: torch.device, bar: Meter) -> None:
+def _convert(
+    job: Job, student: Student, layer: DenseLayer, index: int, workplace: Workplace
+) -> tuple[StudentFFN, dict]:
+    streams = Streams(
+        teacher_after=job.stream("teacher", index + 1),
+        before=job.stream(student.name, index),
+        after=job.stream(student.name, index + 1),
+    )
+    generator = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + index)
+    return LayerConversion(layer, streams, student.recipe, student.shape, generator, workplace).run()
+
+
+def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
+    before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
-        after.write(run, layer.forward(before.read(run, device)))
+        after.write(run, layer.forward(before.read(run, job.settings.torch_device)))
         bar.advance(run.stop - run.start)
 
 
@@ -246,7 +244,7 @@ def _start_streams(job: Job, loader: LayerLoader) -> None:
             rows.write(run, embeddings[job.text.calibration[run]])
 
 
-def _commit_layer(job: Job, index: int, statistics: dict, seconds: float) -> None:
+def _commit_layer(job: Job, index: int, statistics: dict, seconds: dict[str, float]) -> None:
     digests = {name: job.stream(name, index + 1).digest() for name in job.stream_names}
     job.work.commit({"layer": index, "seconds": seconds, "streams": digests, "statistics": statistics})
     for name in job.stream_names:
@@ -258,7 +256,6 @@ def _write_outer_shards(job: Job) -> None:
     names = [name for name in job.source.parameter_names() if not name.startswith("model.layers.")]
     for student in job.students:
         path = student.folder / shard_name(1, job.layers + 1)
-        path.parent.mkdir(exist_ok=True)
         if not path.exists():
             write_shard(path, {name: job.source.tensor(name).to(job.settings.stored_dtype) for name in names})
 
@@ -272,12 +269,10 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
     write_shard(student.folder / shard_name(index + 2, job.layers + 1), stored)
 
 
-def _finish(job: Job, seconds: float) -> Summary:
+def _finish(job: Job) -> Summary:
     """Complete the checkpoints, measure them as any user would load them, and publish the student."""
     for student in job.students:
         _complete_checkpoint(job, student)
-    # What an earlier run, that was killed, spent on its layers counts too.
-    conversion_seconds = max(seconds, sum(entry["seconds"] for entry in job.work.journal))
     rows = _measure(job)
     student = job.students[0]
     summary = Summary(
@@ -294,11 +289,18 @@ def _finish(job: Job, seconds: float) -> Summary:
     )
     write_json(student.folder / "factorllm.json", _provenance(job, summary))
     write_text(student.folder / "README.md", model_card(summary, job.source.licence))
-    spent = {"conversion_seconds": round(conversion_seconds, 1), "peak_memory_bytes": peak_memory()}
+    spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
-    write_json(student.folder / "factorllm.run.json", spent | {"machine": platform.platform()})
+    write_json(student.folder / "factorllm.run.json", asdict(spent) | {"machine": platform.platform()})
     job.work.publish(student.folder)
-    return summary.with_spent(**spent)
+    return replace(summary, spent=spent)
+
+
+def _spent(job: Job) -> Spent:
+    """Times of all layers, those of earlier runs that were killed among them."""
+    laps = [entry["seconds"] for entry in job.work.journal]
+    baseline = sum(lap.get("pruned", 0.0) for lap in laps)
+    return Spent(sum(sum(lap.values()) for lap in laps) - baseline, baseline, peak_memory())
 
 
 def _complete_checkpoint(job: Job, student: Student) -> None:

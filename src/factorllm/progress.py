@@ -54,5 +54,16 @@ def meter(console: Console, what: str, total: int, done: int = 0) -> Iterator[Me
         yield shown
 
 
+class Clock:
+    """Wall time between laps, in seconds."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

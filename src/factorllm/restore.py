@@ -1,5 +1,5 @@
 """Closed-form repair of `down_proj`: with routing fixed, the student's FFN is linear in it, so the best one is a ridge
-regression. Only `M^T M` and `M^T R` are kept, so any number of tokens streams through in the same memory."""
+regression. Only `M^T M` and `M^T T` are kept, so any number of tokens streams through in the same memory."""
 
 from __future__ import annotations
 
@@ -57,47 +57,50 @@ class GatedHidden:
 
 
 class RidgeStatistics:
-    """`G = M^T M` (kept, kept) and `C = M^T R` (kept, d) of all tokens seen, fp32."""
+    """`G = M^T M` (kept, kept) and `C = M^T T` (kept, d) of all tokens seen, fp32."""
 
     def __init__(self, kept: int, d: int, device: torch.device):
         self.gram = torch.zeros(kept, kept, device=device)
         self.cross = torch.zeros(kept, d, device=device)
 
-    def update(self, active: GatedHidden, residual: Tensor) -> None:
-        """Add a batch. `residual` is (n, d): the target minus the student's FFN output as it is."""
+    def update(self, active: GatedHidden, target: Tensor) -> None:
+        """Add a batch; `target` is (n, d), what the student's FFN should give."""
         whole = active.dense()
         for columns, tokens, block in active.blocks():
             self.gram[columns].addmm_(block.T, whole[tokens])
-            self.cross[columns].addmm_(block.T, residual[tokens])
+            self.cross[columns].addmm_(block.T, target[tokens])
 
 
-def solve_ridge(folds: list[RidgeStatistics]) -> tuple[Tensor, float | None]:
-    """The change of `down_proj` that brings the student's FFN to its target: `delta = (R^T M)(M^T M + lambda I)^-1`.
+def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, float | None]:
+    """The `down_proj` that brings the student's FFN nearest to its target, without leaving the old one needlessly.
 
-    The strength lambda has the smallest squared error in cross-validation: each fold is predicted by the solution of
-    the others. No change at all is a candidate too.
+    `down + (T - M down^T)^T M (M^T M + lambda I)^-1` (DESIGN section 3). The strength lambda has the smallest squared
+    error in cross-validation: each fold is predicted by the solution of the others. No change is a candidate too.
+
+    Args:
+        folds: statistics of disjoint parts of the calibration tokens.
+        down: (d, kept), fp32.
 
     Returns:
-        delta (d, kept), fp32, from all tokens, and lambda in units of the mean diagonal of `M^T M` (None: no change).
+        The new `down_proj` (d, kept), fp32, and lambda in units of the mean diagonal of `M^T M` (None: no change).
     """
-    gram, cross = sum(fold.gram.double() for fold in folds), sum(fold.cross.double() for fold in folds)
+    start = down.double().T
+    grams = [fold.gram.double() for fold in folds]
+    residuals = [fold.cross.double() - gram @ start for fold, gram in zip(folds, grams, strict=True)]
+    gram, residual = sum(grams), sum(residuals)
     best_error, best = 0.0, None
     for strength in LAMBDAS:
         error = 0.0
-        for fold in folds:
-            delta = _ridge(gram - fold.gram.double(), cross - fold.cross.double(), strength)
-            error += _error_change(fold, delta)
+        for fold_gram, fold_residual in zip(grams, residuals, strict=True):
+            delta = _ridge(gram - fold_gram, residual - fold_residual, strength)
+            error += ((fold_gram @ delta - 2 * fold_residual) * delta).sum().item()
         if error < best_error:
             best_error, best = error, strength
         elif best is not None:
             break  # past its minimum over lambda the error only grows
-    delta = torch.zeros_like(cross) if best is None else _ridge(gram, cross, best)
-    return delta.T.float(), best
-
-
-def _error_change(fold: RidgeStatistics, delta: Tensor) -> float:
-    """Change of the squared error on a fold's tokens when `delta`, (kept, d), is added."""
-    return (((fold.gram.double() @ delta) - 2 * fold.cross.double()) * delta).sum().item()
+    if best is None:
+        return down, None
+    return (start + _ridge(gram, residual, best)).T.float(), best
 
 
 def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:

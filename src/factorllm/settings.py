@@ -30,6 +30,8 @@ class Settings(BaseModel):
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the written weights; `auto` keeps the dense model's."""
+    baseline: bool = True
+    """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
     memory_limit: int = Field(default=2 << 30, ge=0)
     """Bytes that one kind of a layer's activations may take in memory before it spills to disk."""
 

@@ -65,6 +65,8 @@ class Host(ABC):
         """The FFN's tensors by their names on disk, without the prefix of the layer."""
 
 
+_ALIGNED = 8  # rows of 16 bytes in bf16
+
 _COMMON_KEYS = [
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
@@ -75,6 +77,17 @@ _COMMON_KEYS = [
 def common_config(dense: PreTrainedConfig) -> dict:
     """The part of the dense config that every host spells as Llama does."""
     return {key: getattr(dense, key) for key in _COMMON_KEYS}
+
+
+def misaligned(config: PreTrainedConfig, shape: Shape) -> str | None:
+    """Why the experts' matrices cannot be multiplied by transformers' default back end, or None when they can."""
+    for what, width in (("experts", shape.expert_width), ("a hidden size", config.hidden_size)):
+        if width % _ALIGNED:
+            return (
+                f"the student would have {what} of {width} neurons, but transformers' grouped_mm needs multiples of "
+                f"{_ALIGNED}; cut the FFN into fewer parts"
+            )
+    return None
 
 
 def head_dim(config: PreTrainedConfig) -> int:

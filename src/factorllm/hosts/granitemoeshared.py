@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim
+from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim, misaligned
 from factorllm.recipe import Shape
 
 
@@ -21,7 +21,7 @@ class GraniteMoeSharedHost(Host):
             return "it needs head_dim = hidden_size / heads"
         if getattr(config, "sliding_window", None):
             return "it has no sliding window"
-        return None
+        return misaligned(config, shape)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return GraniteMoeSharedConfig(

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim
+from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim, misaligned
 from factorllm.recipe import Shape
 
 
@@ -18,7 +18,7 @@ class MixtralHost(Host):
             return "it has no shared expert"
         if getattr(config, "attention_bias", False):
             return "its attention has no biases"
-        return None
+        return misaligned(config, shape)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return MixtralConfig(

@@ -42,7 +42,6 @@ def _metis(weights: Tensor, clusters: int, seed: int) -> list[int]:
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows.numpy(), minlength=len(weights)))])
     options = pymetis.Options(seed=seed)
     edges = weights[rows, columns].to(torch.int64).numpy()
-    _, labels = pymetis.part_graph(
-        clusters, xadj=starts, adjncy=columns.numpy(), eweights=edges, options=options, recursive=False
-    )
+    graph = pymetis.CSRAdjacency(starts, columns.numpy())
+    _, labels = pymetis.part_graph(clusters, adjacency=graph, eweights=edges, options=options, recursive=False)
     return labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -25,14 +25,28 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a run took.
+
+    Attributes:
+        conversion_seconds: wall time of all layers, without the baseline and without the measuring.
+        baseline_seconds: wall time of the static prune's layers.
+        peak_memory_bytes: largest resident memory of the process, the measuring included.
+    """
+
+    conversion_seconds: float
+    baseline_seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """What was made, from what, and what was measured.
 
     Attributes:
         base_model: name of the dense model, fit to publish.
         layers: per layer, the student's statistics (see `convert.convert_layer`).
-        conversion_seconds: wall time of the conversion, without the measuring.
-        peak_memory_bytes: largest resident memory of the process.
+        spent: what the run took, once it has ended.
     """
 
     base_model: str
@@ -45,8 +59,7 @@ class Summary:
     held_out_tokens: int
     rows: list[ModelRow]
     layers: list[dict]
-    conversion_seconds: float = 0.0
-    peak_memory_bytes: int = 0
+    spent: Spent | None = None
 
     def row(self, name: str) -> ModelRow:
         return next(row for row in self.rows if row.name == name)
@@ -54,9 +67,6 @@ class Summary:
     def ratio(self, name: str) -> float:
         """Perplexity of a model divided by the dense model's."""
         return self.row(name).perplexity / self.row("dense").perplexity
-
-    def with_spent(self, conversion_seconds: float, peak_memory_bytes: int) -> Summary:
-        return replace(self, conversion_seconds=conversion_seconds, peak_memory_bytes=peak_memory_bytes)
 
 
 LABELS = {"dense": "dense", "student": "student", "pruned": "static prune"}
@@ -95,7 +105,7 @@ def layer_table(layers: list[dict]) -> Table:
         load = layer["expert_load"]
         table.add_row(
             str(index),
-            f"{layer['router_agreement']:.0%}" if "router_agreement" in layer else "-",
+            "-" if layer["router_agreement"] is None else f"{layer['router_agreement']:.0%}",
             f"{min(load):.0%} - {max(load):.0%}" if load else "-",
             f"{layer['stream_error']:.3f}",
             "-" if layer["ridge_strength"] is None else f"{layer['ridge_strength']:g}",
@@ -105,5 +115,5 @@ def layer_table(layers: list[dict]) -> Table:
 
 def mean_agreement(layers: list[dict]) -> float | None:
     """How often the routers' picks agree with the prior's, mean over layers."""
-    values = [layer["router_agreement"] for layer in layers if "router_agreement" in layer]
+    values = [layer["router_agreement"] for layer in layers if layer["router_agreement"] is not None]
     return mean(values) if values else None

@@ -1,0 +1,122 @@
+"""Tiny random dense models of each family, a byte-level tokenizer, and a text to calibrate on."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from factorllm.settings import Settings
+
+CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+BASE = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "initializer_range": 0.2,
+}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "gqa-tied": LlamaConfig(**BASE | {"tie_word_embeddings": True}),
+    "gqa-untied": LlamaConfig(**BASE),
+    "mha": LlamaConfig(**BASE | {"num_key_value_heads": 4}),
+    "odd-sizes": LlamaConfig(
+        **BASE | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "intermediate_size": 192}
+    ),
+    "llama3-rope": LlamaConfig(
+        **BASE,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral": MistralConfig(**BASE | {"sliding_window": None}),
+}
+"""Dense configs that every host can hold."""
+
+ATTENTION_BIAS = LlamaConfig(**BASE | {"attention_bias": True})
+WIDE_HEADS = LlamaConfig(**BASE | {"head_dim": 16})
+SLIDING_WINDOW = MistralConfig(**BASE | {"sliding_window": 16})
+
+
+def save_dense(config: PreTrainedConfig, folder: Path, seed: int = 0, **save_options) -> PreTrainedModel:
+    """Save a random dense model with norms and biases that are not all alike, and its tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", ".bias")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **save_options)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, `<s>` and `</s>`."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<s>": 256, "</s>": 257}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def words(count: int, seed: int = 0) -> str:
+    chooser = random.Random(seed)
+    vocabulary = ["expert", "router", "layer", "token", "sparse", "dense", "neuron", "model", "stream", "the", "of"]
+    return " ".join(chooser.choice(vocabulary) for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 60,000 bytes, which are as many tokens, in documents of 40 words."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(words(40, seed) for seed in range(240)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny dense model `gqa-tied`."""
+    folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
+    save_dense(CONFIGS["gqa-tied"], folder)
+    return folder
+
+
+@pytest.fixture
+def small() -> Settings:
+    """Settings for tiny models."""
+    return Settings(tokens=4096, held_out_tokens=512, length=64)
+
+
+def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()

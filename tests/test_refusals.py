@@ -1,0 +1,234 @@
+"""The command line: bad input gives one clear line and exit code 2, never a traceback, and leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import BASE, CONFIGS, save_dense
+from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, LlamaConfig
+
+from factorllm.cli import main
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["factorllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def refused(cli, tmp_path, text_file):
+    """Factorise; check that it is refused on one line, and that nothing was written. Returns the line."""
+
+    def call(model: object, *options: object, text: object = text_file) -> str:
+        code, error = cli("factorize", model, "-o", tmp_path / "out", "--text", text, "--tokens", 2048, *options)
+        lines = [line for line in error.strip().splitlines() if line.startswith("error: ")]
+        assert code == 2
+        assert len(lines) == 1
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def own_dense(tmp_path):
+    folder = tmp_path / "dense"
+    save_dense(CONFIGS["gqa-tied"], folder)
+    return folder
+
+
+def edit_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_no_such_model(refused, tmp_path):
+    assert "no such model" in refused(tmp_path / "nowhere")
+    assert "no such model" in refused("./nowhere.gguf")
+
+
+def test_no_such_hub_model(refused, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("the network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert "nobody/nothing is no local path, and the hub did not give it" in refused("nobody/nothing")
+
+
+def test_unsupported_family_names_the_supported_ones(refused, tmp_path):
+    config = Gemma2Config(**BASE | {"head_dim": 8, "query_pre_attn_scalar": 8})
+    save_dense(config, tmp_path / "gemma")
+    line = refused(tmp_path / "gemma")
+    assert "'gemma2'" in line
+    assert "llama (Llama 1-3, TinyLlama, SmolLM2); mistral (Mistral)" in line
+
+
+def write_gguf(path, architecture: str, tensors: int = 4) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    for i in range(tensors):
+        writer.add_tensor(f"t{i}", np.zeros((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_unsupported_gguf_family(refused, tmp_path):
+    write_gguf(tmp_path / "gemma.gguf", "gemma3")
+    assert "'gemma3', which is not supported" in refused(tmp_path / "gemma.gguf")
+
+
+@pytest.mark.parametrize("keep", [10, 100, 20_000])
+def test_truncated_gguf(refused, tmp_path, keep):
+    path = tmp_path / "short.gguf"
+    write_gguf(path, "llama")
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "truncated" in refused(path)
+
+
+def test_not_a_model_file(refused, tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"pickle")
+    assert "not a .gguf" in refused(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("keep", [4, 1000, -100])
+def test_truncated_safetensors(refused, own_dense, keep):
+    path = own_dense / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "not a whole safetensors file" in refused(own_dense)
+
+
+def test_a_missing_tensor(refused, own_dense):
+    weights = load_file(own_dense / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, own_dense / "model.safetensors")
+    assert "lacks 1 tensors, model.layers.1.mlp.up_proj.weight" in refused(own_dense)
+
+
+def test_a_missing_shard(refused, tmp_path):
+    model = save_dense(CONFIGS["gqa-tied"], tmp_path / "sharded", max_shard_size="20KB")
+    assert model is not None
+    sorted((tmp_path / "sharded").glob("model-*.safetensors"))[-1].unlink()
+    assert "is missing, though the index names it" in refused(tmp_path / "sharded")
+
+
+def test_a_tensor_that_would_be_left_out(refused, own_dense):
+    weights = load_file(own_dense / "model.safetensors") | {"model.layers.0.extra.weight": torch.zeros(2)}
+    save_file(weights, own_dense / "model.safetensors")
+    assert "model.layers.0.extra.weight among them; leaving them out would change the model" in refused(own_dense)
+
+
+def test_pickled_weights_only(refused, own_dense):
+    (own_dense / "model.safetensors").rename(own_dense / "pytorch_model.bin")
+    assert "pickled .bin files are never loaded" in refused(own_dense)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinite_weights(refused, own_dense, value):
+    weights = load_file(own_dense / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][3, 4] = value
+    save_file(weights, own_dense / "model.safetensors")
+    assert "model.layers.2.mlp.down_proj.weight holds NaN or infinite values" in refused(own_dense)
+
+
+def test_a_quantised_checkpoint(refused, own_dense):
+    edit_config(own_dense, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    assert "is quantised (gptq)" in refused(own_dense)
+
+
+def test_a_damaged_config(refused, own_dense):
+    (own_dense / "config.json").write_text("{")
+    assert "config.json cannot be used" in refused(own_dense)
+    (own_dense / "config.json").unlink()
+    assert "has no config.json" in refused(own_dense)
+
+
+def test_no_tokenizer(refused, own_dense):
+    (own_dense / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused(own_dense)
+
+
+def test_ffn_biases_and_other_activations(refused, tmp_path):
+    save_dense(LlamaConfig(**BASE | {"mlp_bias": True}), tmp_path / "biased")
+    assert "biases in its FFN" in refused(tmp_path / "biased")
+    save_dense(LlamaConfig(**BASE | {"hidden_act": "gelu"}), tmp_path / "gelu")
+    assert "uses the activation 'gelu'" in refused(tmp_path / "gelu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [("S2A2E7", "64 neurons do not divide by 7"), ("S2A9E8", "use at most 6"), ("dense", "is not understood")],
+)
+def test_recipes(refused, dense_folder, recipe, says):
+    assert says in refused(dense_folder, "--recipe", recipe)
+
+
+def test_unknown_host_and_device_and_dtype(refused, dense_folder):
+    assert "no host 'gpt'" in refused(dense_folder, "--host", "gpt")
+    assert "device 'abacus' cannot be used" in refused(dense_folder, "--device", "abacus")
+    assert "--dtype" in refused(dense_folder, "--dtype", "int3")
+
+
+def test_text_too_short(refused, dense_folder, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    assert "the text is too short" in refused(dense_folder, text=short)
+
+
+def test_too_many_tokens_asked_for_says_how_many_there_are(refused, dense_folder, text_file):
+    line = refused(dense_folder, "--tokens", 10_000_000)
+    assert "or --tokens " in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.txt", None, "no such text file"),
+        ("odd.csv", "a,b", "not a kind of text that is read"),
+        ("broken.json", "{", "cannot be read"),
+        ("broken.jsonl", '{"text": "a"}\n{', "cannot be read"),
+        ("keys.jsonl", '{"body": "a"}', "none of text, content"),
+        ("broken.parquet", "PAR0", "cannot be read"),
+    ],
+)
+def test_unreadable_text(refused, dense_folder, tmp_path, name, content, says):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    assert says in refused(dense_folder, text=path)
+
+
+def test_binary_text(refused, dense_folder, tmp_path):
+    path = tmp_path / "binary.txt"
+    path.write_bytes(bytes(range(128, 256)))
+    assert "cannot be read" in refused(dense_folder, text=path)
+
+
+def test_inspect(cli, tmp_path):
+    code, error = cli("inspect", tmp_path)
+    assert code == 2
+    assert "is no checkpoint made by factorllm" in error
+    (tmp_path / "factorllm.json").write_text("{")
+    code, error = cli("inspect", tmp_path)
+    assert code == 2
+    assert "is damaged" in error
+
+
+def test_help_needs_no_torch():
+    probe = "import sys, factorllm.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True, env=os.environ)

@@ -1,0 +1,60 @@
+import torch
+
+from factorllm.recipe import Shape
+from factorllm.restore import LAMBDAS, GatedHidden, RidgeStatistics, solve_ridge
+from factorllm.route import gate_weights
+
+SHAPE = Shape(20, 8, 4, 3, 2)
+
+
+def batch(tokens: int, seed: int) -> GatedHidden:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 20, generator=generator)
+    return GatedHidden(hidden, gate_weights(torch.randn(tokens, 4, generator=generator), 2), SHAPE)
+
+
+def statistics(batches, targets) -> RidgeStatistics:
+    result = RidgeStatistics(20, 5, torch.device("cpu"))
+    for active, target in zip(batches, targets, strict=True):
+        result.update(active, target)
+    return result
+
+
+def test_sparse_products_equal_the_dense_matrix():
+    active, target = batch(50, 0), torch.randn(50, 5)
+    M, down = active.dense(), torch.randn(5, 20)
+    assert ((M == 0).sum(1) == 6).all()
+    torch.testing.assert_close(active.project(down), M @ down.T)
+    sums = statistics([active], [target])
+    torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.cross, M.T @ target, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_accumulate():
+    parts, targets = [batch(30, 1), batch(40, 2)], [torch.randn(30, 5), torch.randn(40, 5)]
+    M, T = torch.cat([p.dense() for p in parts]), torch.cat(targets)
+    sums = statistics(parts, targets)
+    torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.cross, M.T @ T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_solution_is_the_ridge_regression_and_finds_the_truth():
+    truth, down = torch.randn(5, 20), torch.randn(5, 20)
+    parts = [batch(400, seed) for seed in range(4)]
+    folds = [statistics([p], [p.project(truth)]) for p in parts]
+    restored, strength = solve_ridge(folds, down)
+    assert strength == min(LAMBDAS)  # nothing is noise here, so the weakest ridge predicts best
+    M, T = torch.cat([p.dense() for p in parts]), torch.cat([p.project(truth) for p in parts])
+    gram = M.T @ M
+    damped = gram + strength * gram.diagonal().mean() * torch.eye(20)
+    by_hand = down + torch.linalg.solve(damped, M.T @ (T - M @ down.T)).T
+    torch.testing.assert_close(restored, by_hand, rtol=1e-3, atol=1e-3)
+    assert (restored - truth).norm() < 0.05 * (down - truth).norm()
+
+
+def test_pure_noise_changes_little_or_nothing():
+    down = torch.zeros(5, 20)
+    folds = [statistics([batch(15, seed)], [torch.randn(15, 5)]) for seed in range(4)]
+    restored, strength = solve_ridge(folds, down)
+    assert strength is None or strength >= 1
+    assert restored.norm() < 1

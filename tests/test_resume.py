@@ -1,0 +1,193 @@
+"""A killed run resumes and ends with the same bytes; what is unfinished never looks finished; nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import BASE, save_dense
+from test_factorize import contents
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from factorllm import FactorLLMError, factorize
+from factorllm.settings import Settings
+
+LAYERS = 8
+SETTINGS = Settings(tokens=12_288, held_out_tokens=512, length=64)
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    save_dense(LlamaConfig(**BASE | {"num_hidden_layers": LAYERS, "intermediate_size": 256}), folder)
+    return folder
+
+
+def run(deep_folder, out, text_file, **options):
+    return factorize(str(deep_folder), out, "S2A2E8", text=str(text_file), settings=SETTINGS, **options)
+
+
+SCRIPT = """
+import sys
+from factorllm import factorize
+from factorllm.settings import Settings
+settings = Settings(**{settings!r})
+factorize(sys.argv[1], sys.argv[2], "S2A2E8", text=sys.argv[3], settings=settings)
+"""
+
+
+def start(deep_folder, out, text_file) -> subprocess.Popen:
+    code = SCRIPT.format(settings=SETTINGS.model_dump())
+    return subprocess.Popen([sys.executable, "-c", code, str(deep_folder), str(out), str(text_file)])
+
+
+def journal_lines(out) -> int:
+    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def kill_after(process: subprocess.Popen, out, lines: int, more_seconds: float) -> None:
+    while journal_lines(out) < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    time.sleep(more_seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_three_times_ends_with_the_same_bytes(deep_folder, text_file, tmp_path):
+    whole, killed = tmp_path / "whole" / "student", tmp_path / "killed" / "student"
+    run(deep_folder, whole, text_file)
+    for lines, more in ((1, 0.0), (3, 0.05), (6, 0.1)):
+        kill_after(start(deep_folder, killed, text_file), killed, lines, more)
+        assert not killed.exists()
+        partial = killed.with_name("student.partial")
+        assert not any(partial.rglob("config.json")), "an unfinished folder looks like a checkpoint"
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(partial / "checkpoint")
+    before = journal_lines(killed)
+    assert 6 <= before < LAYERS
+    run(deep_folder, killed, text_file)
+    assert contents(killed) == contents(whole)
+    assert not killed.with_name("student.partial").exists()
+
+
+def test_a_torn_journal_line_is_written_again(deep_folder, text_file, tmp_path):
+    whole, torn = tmp_path / "whole" / "student", tmp_path / "torn" / "student"
+    run(deep_folder, whole, text_file)
+    kill_after(start(deep_folder, torn, text_file), torn, 3, 0.0)
+    journal = torn.with_name("student.partial") / "journal.jsonl"
+    with journal.open("a") as file:
+        file.write('{"layer": 4, "sec')
+    run(deep_folder, torn, text_file)
+    assert contents(torn) == contents(whole)
+
+
+def test_an_existing_output_is_not_touched(deep_folder, text_file, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(FactorLLMError, match="exists already; choose another output folder, or add --overwrite"):
+        run(deep_folder, out, text_file)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_replaces_only_at_the_end(deep_folder, text_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("factorllm.pipeline._finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(deep_folder, out, text_file, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["old.txt"]
+    run(deep_folder, out, text_file, overwrite=True)
+    assert not (out / "old.txt").exists()
+    assert (out / "config.json").exists()
+
+
+def test_a_kill_between_the_two_renames_of_overwrite_loses_nothing(deep_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    out.rename(partial / "replaced")
+    with pytest.raises(FactorLLMError, match="exists already"):
+        run(deep_folder, out, text_file)
+    assert (out / "old.txt").read_text() == "old"
+
+
+def test_another_job_does_not_resume(deep_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    kill_after(start(deep_folder, out, text_file), out, 1, 0.0)
+    with pytest.raises(FactorLLMError, match=r"unfinished run with another recipe .*--overwrite to discard it"):
+        factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS)
+    summary = factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS, overwrite=True)
+    assert summary.recipe.name == "S1A1E4"
+
+
+def test_damaged_hidden_states_are_refused(deep_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    kill_after(start(deep_folder, out, text_file), out, 2, 0.0)
+    streams = sorted((tmp_path / "out.partial" / "streams").glob("teacher.*"))
+    for path in streams:
+        data = bytearray(path.read_bytes())
+        data[100] ^= 0xFF
+        path.write_bytes(data)
+    with pytest.raises(FactorLLMError, match="damaged, so the run cannot go on"):
+        run(deep_folder, out, text_file)
+
+
+def test_two_processes_do_not_write_one_output(deep_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    process = start(deep_folder, out, text_file)
+    try:
+        while journal_lines(out) < 1:
+            time.sleep(0.01)
+        with pytest.raises(FactorLLMError, match="another process is writing"):
+            run(deep_folder, out, text_file)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_foreign_partial_folder_is_left_alone(deep_folder, text_file, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    with pytest.raises(FactorLLMError, match="is no unfinished run"):
+        run(deep_folder, tmp_path / "out", text_file)
+    assert (partial / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_explained_and_the_run_goes_on_later(deep_folder, text_file, tmp_path, monkeypatch):
+    import errno
+
+    import factorllm.pipeline as pipeline
+
+    out, write = tmp_path / "out", pipeline.write_shard
+
+    def full(path, tensors):
+        if path.name.startswith("model-00004"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_shard", full)
+        with pytest.raises(FactorLLMError, match=r"no space left .* goes on where it stopped"):
+            run(deep_folder, out, text_file)
+    assert journal_lines(out) == 2
+    run(deep_folder, out, text_file)
+    assert json.loads((out / "factorllm.json").read_text())["format"] == 1
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(deep_folder, text_file, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr("factorllm.pipeline.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(FactorLLMError, match=r"no space left .* fewer --tokens"):
+        run(deep_folder, tmp_path / "out", text_file)
