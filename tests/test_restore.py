@@ -16,7 +16,7 @@ def batch(tokens: int, seed: int) -> GatedHidden:
 def statistics(batches, targets) -> RidgeStatistics:
     result = RidgeStatistics(20, 5, torch.device("cpu"))
     for active, target in zip(batches, targets, strict=True):
-        result.update(active, target)
+        result.update(active, target, torch.ones(len(target)))
     return result
 
 
@@ -28,6 +28,15 @@ def test_sparse_products_equal_the_dense_matrix():
     sums = statistics([active], [target])
     torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.cross, M.T @ target, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_those_of_weighted_least_squares():
+    active, target, weights = batch(50, 0), torch.randn(50, 5), torch.rand(50) + 0.5
+    sums = RidgeStatistics(20, 5, torch.device("cpu"))
+    sums.update(active, target, weights)
+    weighted = active.dense() * weights[:, None]
+    torch.testing.assert_close(sums.gram, active.dense().T @ weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.cross, weighted.T @ target, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_accumulate():

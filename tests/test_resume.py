@@ -68,7 +68,7 @@ def test_a_run_killed_three_times_ends_with_the_same_bytes(deep_folder, text_fil
         partial = killed.with_name("student.partial")
         assert not any(partial.rglob("config.json")), "an unfinished folder looks like a checkpoint"
         with pytest.raises((OSError, ValueError)):
-            AutoModelForCausalLM.from_pretrained(partial / "checkpoint")
+            AutoModelForCausalLM.from_pretrained(partial / "student")
     before = journal_lines(killed)
     assert 6 <= before < LAYERS
     run(deep_folder, killed, text_file)
@@ -125,7 +125,7 @@ def test_a_kill_between_the_two_renames_of_overwrite_loses_nothing(deep_folder, 
 def test_another_job_does_not_resume(deep_folder, text_file, tmp_path):
     out = tmp_path / "out"
     kill_after(start(deep_folder, out, text_file), out, 1, 0.0)
-    with pytest.raises(FactorLLMError, match=r"unfinished run with another recipe .*--overwrite to discard it"):
+    with pytest.raises(FactorLLMError, match=r"unfinished run with another recipes .*--overwrite to discard it"):
         factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS)
     summary = factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS, overwrite=True)
     assert summary.recipe.name == "S1A1E4"

@@ -81,6 +81,10 @@ class Workspace:
         shutil.rmtree(self.folder)
         self._lock.close()
 
+    def discard(self) -> None:
+        """Remove the workspace; nothing is published."""
+        shutil.rmtree(self.folder)
+
     def close(self) -> None:
         """Release the lock; the folder stays for a later run."""
         self._lock.close()

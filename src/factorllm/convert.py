@@ -14,17 +14,17 @@ from factorllm.hosts import StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Recipe, Shape
-from factorllm.restore import GatedHidden, RidgeStatistics, solve_ridge
+from factorllm.restore import GatedHidden, RidgeStatistics, solve_ridge, token_weights
 from factorllm.route import expert_scores, fit_router, gate_weights, prior_distribution
 from factorllm.stream import DenseLayer, Rows, scratch_rows
 
-FOLDS = 4
+FOLDS = 3
 """Parts of the calibration text for the cross-validation in `restore.solve_ridge`."""
 
 PASSES = 3
 """Times that a conversion goes over the calibration tokens: collect, accumulate, advance."""
 
-_PARTITION_TOKENS = 12_288
+_PARTITION_TOKENS = 8192
 _ROUTER_TOKENS = 65_536  # for the d x N parameters of a router
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
 
@@ -153,7 +153,8 @@ class LayerConversion:
             active = self._active(run, kept, router)
             load += (active.gates > 0).sum(0)
             if self.recipe.restore != "none":
-                folds[fold].update(active, self._target(run))
+                weights = token_weights(self.streams.teacher_after.read(run, self.device).flatten(0, 1))
+                folds[fold].update(active, self._target(run), weights)
             self._tick(run)
         return folds, (load / (self.middle.sequences * self.middle.length)).tolist()
 

@@ -6,6 +6,8 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from factorllm.checkpoint import (
     Workspace,
@@ -108,56 +111,85 @@ def factorize(
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
     """
     settings = settings or Settings()
-    console = console or Console(quiet=True)
-    out = Path(out)
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    if not overwrite:
-        refuse_existing(out)
-    source = open_model(model)
-    with explain_full_disk(out):
-        job = _open_job(source, out, recipe, text, settings, overwrite, console)
-        try:
-            _convert_layers(job)
-            return _finish(job)
-        finally:
-            job.work.close()
+    recipes = {"student": recipe}
+    if settings.baseline and not recipe.is_prune:
+        recipes["pruned"] = recipe.static_prune()
+    with _job(model, Path(out), recipes, text, settings, overwrite, console) as job:
+        _convert_layers(job)
+        return _finish(job)
 
 
-def _open_job(
-    source: ModelSource,
+@torch.no_grad()
+def compare(
+    model: str,
+    work: str | Path,
+    recipes: dict[str, Recipe],
+    *,
+    text: str | None = None,
+    settings: Settings | None = None,
+    console: Console | None = None,
+) -> tuple[list[ModelRow], dict[str, list[dict]]]:
+    """Measure many recipes on one model in one run: the teacher is computed once, and no checkpoint is kept.
+
+    Like `factorize` it goes on where it was killed, from the folder `work.partial`.
+
+    Returns:
+        A row for the dense model and for each recipe, and for each recipe the statistics of its layers.
+    """
+    with _job(model, Path(work), recipes, text, settings or Settings(), False, console) as job:
+        _convert_layers(job)
+        rows = _measure(job)
+        layers = {name: [entry["statistics"][name] for entry in job.work.journal] for name in recipes}
+        job.work.discard()
+        return rows, layers
+
+
+@contextmanager
+def _job(
+    model: str,
     out: Path,
-    recipe: Recipe,
+    recipes: dict[str, Recipe],
     text: str | None,
     settings: Settings,
     overwrite: bool,
-    console: Console,
-) -> Job:
+    console: Console | None,
+) -> Iterator[Job]:
+    """Open and check everything, the cheap checks first; hold the workspace while the block runs."""
+    console = console or Console(quiet=True)
+    if not overwrite:
+        refuse_existing(out)
+    source = open_model(model)
     config = source.config
-    shape = recipe.shape(config.intermediate_size)
-    host = choose_host(settings.host, config, shape)
+    shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
+    # The user's choice of host is for the student; the models that it is compared with take what fits them.
+    hosts = {
+        name: choose_host(settings.host if name == "student" else "auto", config, shape)
+        for name, shape in shapes.items()
+    }
     settings = settings.resolve(config)
     tokenizer = source.tokenizer()
     console.print(f"reading {source.label}")
     identity = {
-        "recipe": recipe.model_dump(),
+        "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,
         "text": {"name": text, "digest": file_digest(text)},
         "settings": settings.model_dump(mode="json"),
-        "host": host.name,
         "versions": versions(),
     }
-    work = Workspace(out, identity, overwrite)
-    students = [Student("student", recipe, shape, host, work.folder_at("checkpoint"))]
-    if settings.baseline and not recipe.is_prune:
-        prune = recipe.static_prune()
-        prune_shape = prune.shape(config.intermediate_size)
-        students.append(
-            Student("pruned", prune, prune_shape, choose_host("dense", config, prune_shape), work.folder_at("pruned"))
-        )
-    calibration = _read_text(work, source, tokenizer, text, settings, console)
-    job = Job(source, calibration, students, settings, work, console)
-    _check_disk(job)
-    return job
+    with explain_full_disk(out):
+        work = Workspace(out, identity, overwrite)
+        try:
+            students = [
+                Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
+                for name, recipe in recipes.items()
+            ]
+            calibration = _read_text(work, source, tokenizer, text, settings, console)
+            job = Job(source, calibration, students, settings, work, console)
+            _check_disk(job)
+            yield job
+        finally:
+            work.close()
 
 
 def _read_text(
@@ -270,9 +302,7 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
 
 
 def _finish(job: Job) -> Summary:
-    """Complete the checkpoints, measure them as any user would load them, and publish the student."""
-    for student in job.students:
-        _complete_checkpoint(job, student)
+    """Measure, write down what was done, and publish the student."""
     rows = _measure(job)
     student = job.students[0]
     summary = Summary(
@@ -314,9 +344,10 @@ def _complete_checkpoint(job: Job, student: Student) -> None:
 
 
 def _measure(job: Job) -> list[ModelRow]:
-    """Perplexity on held-out text of the dense model and of the students as written."""
-    from transformers import AutoModelForCausalLM
-
+    """Complete the checkpoints, and measure the perplexity on held-out text of the dense model and of the students,
+    as any user would load them."""
+    for student in job.students:
+        _complete_checkpoint(job, student)
     settings, config = job.settings, job.source.config
     loaders = {"dense": lambda: job.source.load_model(settings.compute_dtype, settings.torch_device)}
     shapes = {"dense": dense_shape(config)}

@@ -1,0 +1,96 @@
+"""Every partition method, router, prior and restore at 50 % FFN sparsity, on one model and one text: docs/results.md.
+
+    python benchmarks/methods.py --work runs/methods --tokens 12288 --out docs/results.md
+
+All methods go through the layers together, so the teacher is computed once. A killed run resumes. Every row has the
+same active parameters: S2A2E8 unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from rich.console import Console
+
+from factorllm import Recipe
+from factorllm.checkpoint import write_text
+from factorllm.demo import demo_model, demo_text
+from factorllm.partition import METHODS
+from factorllm.pipeline import compare, public_name
+from factorllm.report import ModelRow
+from factorllm.report.summary import mean_agreement
+from factorllm.route import ROUTERS
+from factorllm.settings import Settings
+
+S2A2E8 = {"shared": 2, "active": 2, "parts": 8}
+
+
+def recipes() -> dict[str, dict]:
+    """Rows of the table by name: the recipe without its `restore`."""
+    rows = {"static prune": {"shared": 4, "active": 0, "parts": 8}}
+    rows |= {f"partition {name}": S2A2E8 | {"partition": name} for name in METHODS}
+    rows |= {f"router {name}": S2A2E8 | {"router": name} for name in ROUTERS if name != "pa"}
+    rows["prior paper"] = S2A2E8 | {"prior": "paper"}
+    rows["1R4E2K, random split, paper prior"] = {
+        "shared": 0, "active": 2, "parts": 4, "partition": "random", "prior": "paper"
+    }  # fmt: skip
+    return rows
+
+
+def all_students() -> dict[str, Recipe]:
+    """Each recipe without and with restore, by a name that can be a folder's."""
+    return {
+        f"{folder_name(name)}-{restore}": Recipe(**recipe, restore=restore)
+        for name, recipe in recipes().items()
+        for restore in ("none", "stream")
+    }
+
+
+def folder_name(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def table(rows: list[ModelRow], layers: dict[str, list[dict]]) -> str:
+    perplexity = {row.name: row.perplexity for row in rows}
+    dense = perplexity["dense"]
+    lines = [
+        "| method | no restore | x dense | restored | x dense | router agrees |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in recipes():
+        cells = [name]
+        for restore in ("none", "stream"):
+            value = perplexity[f"{folder_name(name)}-{restore}"]
+            cells += [f"{value:,.1f}", f"{value / dense:,.2f}"]
+        agreement = mean_agreement(layers[f"{folder_name(name)}-stream"])
+        cells.append("-" if agreement is None else f"{agreement:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return f"Dense perplexity: {dense:.2f}.\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=demo_model())
+    parser.add_argument("--text", default=demo_text())
+    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--held-out-tokens", type=int, default=8192)
+    parser.add_argument("--work", type=Path, required=True, help="folder for unfinished work")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    arguments = parser.parse_args()
+    settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens)
+    rows, layers = compare(
+        arguments.model, arguments.work, all_students(), text=arguments.text, settings=settings, console=Console()
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    head = (
+        f"`python benchmarks/methods.py --tokens {arguments.tokens} --held-out-tokens {arguments.held_out_tokens} "
+        f"--work runs/methods --out docs/methods.md` at commit {commit.stdout.strip()}: "
+        f"{public_name(arguments.model)}, {public_name(arguments.text)}, fp32, seed 0.\n\n"
+    )
+    write_text(arguments.out, "# Partition methods and routers at 50 % FFN sparsity\n\n" + head + table(rows, layers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Write a mixed text to calibrate on: half Wikipedia introductions, half technical text and definitions from Debian.
+
+    apt-get download dict-foldoc dict-gcide python3.11-doc perl-doc
+    for package in *.deb; do dpkg -x $package debian; done
+    python benchmarks/mixed_text.py --debian debian --characters 1200000 --out mixed.jsonl
+
+Documents are shuffled by a fixed seed, so the file is the same wherever it is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from factorllm.demo import demo_text
+from factorllm.sources.text import read_documents
+
+PAGE = 4000
+"""Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain."""
+
+
+def pages(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), PAGE):
+            if len(page := text[start : start + PAGE].strip()) > 200:
+                yield page
+
+
+def dictionary(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8", errors="ignore") as file:
+        yield file.read()
+
+
+def manuals(folder: Path, pattern: str) -> Iterator[str]:
+    for path in sorted(folder.rglob(pattern)):
+        if path.is_file():
+            yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def choose(documents: Iterator[str], characters: int, chooser: random.Random) -> list[str]:
+    """Random documents of about the given number of characters in all."""
+    candidates = list(documents)
+    chooser.shuffle(candidates)
+    chosen, size = [], 0
+    for document in candidates:
+        if size >= characters:
+            break
+        chosen.append(document)
+        size += len(document)
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debian", type=Path, required=True, help="folder that the packages were unpacked into")
+    parser.add_argument("--characters", type=int, default=1_200_000)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    chooser, share = random.Random(0), arguments.characters // 8
+    dictionaries = arguments.debian / "usr/share/dictd"
+    sources = {
+        "wikipedia": (read_documents(demo_text()), 4 * share),
+        "foldoc": (pages(dictionary(dictionaries / "foldoc.dict.dz")), share),
+        "gcide": (pages(dictionary(dictionaries / "gcide.dict.dz")), share),
+        "python": (pages(manuals(arguments.debian, "*.rst.txt")), share),
+        "perl": (pages(manuals(arguments.debian, "*.pod")), share),
+    }
+    with arguments.out.open("w", encoding="utf-8") as file:
+        for name, (documents, characters) in sources.items():
+            for text in choose(documents, characters, chooser):
+                file.write(json.dumps({"source": name, "text": text}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
