@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from factorllm.checkpoint import (
     Workspace,
@@ -302,9 +302,11 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
 
 
 def _finish(job: Job) -> Summary:
-    """Measure, write down what was done, and publish the student."""
+    """Measure, complete the student's checkpoint, and publish it."""
     rows = _measure(job)
     student = job.students[0]
+    job.source.tokenizer().save_pretrained(student.folder)
+    job.source.generation_config().save_pretrained(student.folder)
     summary = Summary(
         base_model=public_name(job.source.label),
         out=job.work.out,
@@ -322,6 +324,8 @@ def _finish(job: Job) -> Summary:
     spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
     write_json(student.folder / "factorllm.run.json", asdict(spent) | {"machine": platform.platform()})
+    # config.json comes last: without it, no engine takes the folder for a checkpoint.
+    write_json(student.folder / "config.json", _config(job, student).to_diff_dict())
     job.work.publish(student.folder)
     return replace(summary, spent=spent)
 
@@ -333,35 +337,28 @@ def _spent(job: Job) -> Spent:
     return Spent(sum(sum(lap.values()) for lap in laps) - baseline, baseline, peak_memory())
 
 
-def _complete_checkpoint(job: Job, student: Student) -> None:
-    write_index(student.folder)
-    job.source.tokenizer().save_pretrained(student.folder)
-    job.source.generation_config().save_pretrained(student.folder)
+def _config(job: Job, student: Student) -> PreTrainedConfig:
     config = student.host.config(job.source.config, student.shape)
     config.dtype = job.settings.stored_dtype
-    # config.json comes last: without it, no engine takes the folder for a checkpoint.
-    write_json(student.folder / "config.json", config.to_diff_dict())
+    return config
 
 
 def _measure(job: Job) -> list[ModelRow]:
-    """Complete the checkpoints, and measure the perplexity on held-out text of the dense model and of the students,
-    as any user would load them."""
-    for student in job.students:
-        _complete_checkpoint(job, student)
-    settings, config = job.settings, job.source.config
-    loaders = {"dense": lambda: job.source.load_model(settings.compute_dtype, settings.torch_device)}
-    shapes = {"dense": dense_shape(config)}
-    for student in job.students:
-        loaders[student.name] = lambda folder=student.folder: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=settings.compute_dtype
-        ).to(settings.torch_device)
-        shapes[student.name] = student.shape
-    rows = []
-    with meter(job.console, "measuring perplexity", len(loaders) * len(job.text.held_out)) as bar:
-        for name, load in loaders.items():
-            rows.append(
-                ModelRow(name, perplexity(load(), job.text.held_out, bar.advance), cost_of(config, shapes[name]))
-            )
+    """Perplexity on held-out text of the dense model and of the students, loaded from the files that were written."""
+    settings, dense = job.settings, job.source.config
+    models = len(job.students) + 1
+    with meter(job.console, "measuring perplexity", models * len(job.text.held_out)) as bar:
+        model = job.source.load_model(settings.compute_dtype, settings.torch_device)
+        rows = [
+            ModelRow("dense", perplexity(model, job.text.held_out, bar.advance), cost_of(dense, dense_shape(dense)))
+        ]
+        for student in job.students:
+            write_index(student.folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                student.folder, config=_config(job, student), dtype=settings.compute_dtype
+            ).to(settings.torch_device)
+            value = perplexity(model, job.text.held_out, bar.advance)
+            rows.append(ModelRow(student.name, value, cost_of(dense, student.shape)))
     return rows
 
 
