@@ -355,7 +355,10 @@ def _measure(job: Job) -> list[ModelRow]:
         for student in job.students:
             write_index(student.folder)
             model = AutoModelForCausalLM.from_pretrained(
-                student.folder, config=_config(job, student), dtype=settings.compute_dtype
+                student.folder,
+                config=_config(job, student),
+                generation_config=job.source.generation_config(),
+                dtype=settings.compute_dtype,
             ).to(settings.torch_device)
             value = perplexity(model, job.text.held_out, bar.advance)
             rows.append(ModelRow(student.name, value, cost_of(dense, student.shape)))
