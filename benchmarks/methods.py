@@ -24,6 +24,9 @@ from factorllm.report.summary import mean_agreement
 from factorllm.route import ROUTERS
 from factorllm.settings import Settings
 
+START, END = "<!-- methods -->", "<!-- /methods -->"
+"""The part of the page between these marks is written anew."""
+
 S2A2E8 = {"shared": 2, "active": 2, "parts": 8}
 
 
@@ -77,19 +80,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--held-out-tokens", type=int, default=8192)
     parser.add_argument("--work", type=Path, required=True, help="folder for unfinished work")
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown page with the marks")
     arguments = parser.parse_args()
     settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens)
     rows, layers = compare(
         arguments.model, arguments.work, all_students(), text=arguments.text, settings=settings, console=Console()
     )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    head = (
+    made = (
         f"`python benchmarks/methods.py --tokens {arguments.tokens} --held-out-tokens {arguments.held_out_tokens} "
-        f"--work runs/methods --out docs/methods.md` at commit {commit.stdout.strip()}: "
+        f"--work runs/methods --out docs/results.md` at commit {commit.stdout.strip()}: "
         f"{public_name(arguments.model)}, {public_name(arguments.text)}, fp32, seed 0.\n\n"
     )
-    write_text(arguments.out, "# Partition methods and routers at 50 % FFN sparsity\n\n" + head + table(rows, layers))
+    page = arguments.out.read_text(encoding="utf-8")
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    write_text(arguments.out, f"{before}{START}\n{made}{table(rows, layers)}{END}{after}")
 
 
 if __name__ == "__main__":

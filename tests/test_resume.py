@@ -59,10 +59,31 @@ def kill_after(process: subprocess.Popen, out, lines: int, more_seconds: float) 
     process.wait()
 
 
-def test_a_run_killed_three_times_ends_with_the_same_bytes(deep_folder, text_file, tmp_path):
-    whole, killed = tmp_path / "whole" / "student", tmp_path / "killed" / "student"
-    run(deep_folder, whole, text_file)
-    for lines, more in ((1, 0.0), (3, 0.05), (6, 0.1)):
+@pytest.fixture(scope="module")
+def whole(deep_folder, text_file, tmp_path_factory):
+    """The output of a run that was never killed."""
+    out = tmp_path_factory.mktemp("whole") / "student"
+    run(deep_folder, out, text_file)
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed_once(deep_folder, text_file, tmp_path_factory):
+    """The unfinished folder of a run that was killed after its third layer."""
+    out = tmp_path_factory.mktemp("killed") / "student"
+    kill_after(start(deep_folder, out, text_file), out, 3, 0.0)
+    return out.with_name("student.partial")
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """An output whose run was killed, a fresh copy for each test."""
+    shutil.copytree(killed_once, tmp_path / "student.partial")
+    return tmp_path / "student"
+
+
+def test_a_run_killed_three_times_ends_with_the_same_bytes(deep_folder, text_file, whole, killed):
+    for lines, more in ((4, 0.02), (6, 0.1)):
         kill_after(start(deep_folder, killed, text_file), killed, lines, more)
         assert not killed.exists()
         partial = killed.with_name("student.partial")
@@ -76,15 +97,11 @@ def test_a_run_killed_three_times_ends_with_the_same_bytes(deep_folder, text_fil
     assert not killed.with_name("student.partial").exists()
 
 
-def test_a_torn_journal_line_is_written_again(deep_folder, text_file, tmp_path):
-    whole, torn = tmp_path / "whole" / "student", tmp_path / "torn" / "student"
-    run(deep_folder, whole, text_file)
-    kill_after(start(deep_folder, torn, text_file), torn, 3, 0.0)
-    journal = torn.with_name("student.partial") / "journal.jsonl"
-    with journal.open("a") as file:
+def test_a_torn_journal_line_is_written_again(deep_folder, text_file, whole, killed):
+    with (killed.with_name("student.partial") / "journal.jsonl").open("a") as file:
         file.write('{"layer": 4, "sec')
-    run(deep_folder, torn, text_file)
-    assert contents(torn) == contents(whole)
+    run(deep_folder, killed, text_file)
+    assert contents(killed) == contents(whole)
 
 
 def test_an_existing_output_is_not_touched(deep_folder, text_file, tmp_path):
@@ -122,25 +139,21 @@ def test_a_kill_between_the_two_renames_of_overwrite_loses_nothing(deep_folder, 
     assert (out / "old.txt").read_text() == "old"
 
 
-def test_another_job_does_not_resume(deep_folder, text_file, tmp_path):
-    out = tmp_path / "out"
-    kill_after(start(deep_folder, out, text_file), out, 1, 0.0)
-    with pytest.raises(FactorLLMError, match=r"unfinished run with another recipes .*--overwrite to discard it"):
-        factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS)
-    summary = factorize(str(deep_folder), out, "S1A1E4", text=str(text_file), settings=SETTINGS, overwrite=True)
+def test_another_job_does_not_resume(deep_folder, text_file, killed):
+    other = {"text": str(text_file), "settings": SETTINGS}
+    with pytest.raises(FactorLLMError, match=r"unfinished run with other recipes .*--overwrite to discard it"):
+        factorize(str(deep_folder), killed, "S1A1E4", **other)
+    summary = factorize(str(deep_folder), killed, "S1A1E4", **other, overwrite=True)
     assert summary.recipe.name == "S1A1E4"
 
 
-def test_damaged_hidden_states_are_refused(deep_folder, text_file, tmp_path):
-    out = tmp_path / "out"
-    kill_after(start(deep_folder, out, text_file), out, 2, 0.0)
-    streams = sorted((tmp_path / "out.partial" / "streams").glob("teacher.*"))
-    for path in streams:
+def test_damaged_hidden_states_are_refused(deep_folder, text_file, killed):
+    for path in (killed.with_name("student.partial") / "streams").glob("teacher.*"):
         data = bytearray(path.read_bytes())
         data[100] ^= 0xFF
         path.write_bytes(data)
     with pytest.raises(FactorLLMError, match="damaged, so the run cannot go on"):
-        run(deep_folder, out, text_file)
+        run(deep_folder, killed, text_file)
 
 
 def test_two_processes_do_not_write_one_output(deep_folder, text_file, tmp_path):

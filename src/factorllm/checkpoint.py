@@ -116,7 +116,7 @@ class Workspace:
             if not self._overwrite:
                 key = changed[0]
                 raise FactorLLMError(
-                    f"{self.folder} holds an unfinished run with another {key} ({before.get(key)}, now {job[key]}); "
+                    f"{self.folder} holds an unfinished run with other {key} ({before.get(key)}, now {job[key]}); "
                     "repeat its command to finish it, add --overwrite to discard it, or choose another output folder"
                 )
             self._clear()
