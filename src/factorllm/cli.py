@@ -75,7 +75,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that f
     console.print(
         f"{checkpoint}: {made['base_model']['name']} as {made['host']}, loads in {', '.join(made['engines'])}"
     )
-    console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
     console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
     console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
     console.print(layer_table(made["layers"]))
@@ -84,7 +84,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that f
 @app.command()
 def demo(
     out: Out = Path("demo-out"),
-    tokens: Tokens = 40_000,
+    tokens: Tokens = 24_576,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Overwrite = True,
@@ -95,7 +95,7 @@ def demo(
     from factorllm.pipeline import factorize as run
     from factorllm.settings import Settings
 
-    settings = Settings(tokens=tokens, seed=seed, device=device)
+    settings = Settings(tokens=tokens, held_out_tokens=8192, seed=seed, device=device)
     _show(run(demo_model(), out, RECIPE, text=demo_text(), settings=settings, overwrite=not resume, console=console))
     console.print(f"the student goes on: {complete(out, PROMPT)}", highlight=False)
 
@@ -111,9 +111,10 @@ def _show(summary) -> None:
     console.print(
         f"{summary.recipe.name} from {summary.calibration_tokens:,} calibration tokens: converted in "
         f"{spent.conversion_seconds:.0f} s (static prune: {spent.baseline_seconds:.0f} s more), "
-        f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB"
+        f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB",
+        soft_wrap=True,
     )
-    console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})")
+    console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
 
 
 def main() -> None:

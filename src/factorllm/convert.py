@@ -25,7 +25,7 @@ PASSES = 3
 """Times that a conversion goes over the calibration tokens: collect, accumulate, advance."""
 
 _PARTITION_TOKENS = 8192
-_ROUTER_TOKENS = 65_536  # for the d x N parameters of a router
+_ROUTER_TOKENS = 32_768  # for the d x N parameters of a router
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
 
 

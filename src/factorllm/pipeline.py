@@ -312,7 +312,7 @@ def _finish(job: Job) -> Summary:
         out=job.work.out,
         recipe=student.recipe,
         host=student.host.name,
-        engines=student.host.engines,
+        engines=student.host.engines(job.source.config),
         text_origin=job.text.origin,
         calibration_tokens=job.text.calibration.numel(),
         held_out_tokens=job.text.held_out.numel(),

@@ -4,7 +4,7 @@ regression. Only `M^T M` and `M^T T` are kept, so any number of tokens streams t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class GatedHidden:
 
 
 class RidgeStatistics:
-    """`G = M^T M` (kept, kept) and `C = M^T T` (kept, d) of all tokens seen, fp32."""
+    """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32."""
 
     def __init__(self, kept: int, d: int, device: torch.device):
         self.gram = torch.zeros(kept, kept, device=device)
@@ -85,12 +85,11 @@ class RidgeStatistics:
             target: (n, d), what the student's FFN should give.
             weights: (n,), how much each token's squared error counts.
         """
-        root = weights.sqrt()[:, None]
-        active, target = replace(active, hidden=active.hidden * root), target * root
         whole = active.dense()
         for columns, tokens, block in active.blocks():
-            self.gram[columns].addmm_(block.T, whole[tokens])
-            self.cross[columns].addmm_(block.T, target[tokens])
+            weighted = (block * weights[tokens, None]).T
+            self.gram[columns].addmm_(weighted, whole[tokens])
+            self.cross[columns].addmm_(weighted, target[tokens])
 
 
 def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, float | None]:

@@ -46,11 +46,13 @@ class Host(ABC):
 
     Attributes:
         name: its `model_type`.
-        engines: engines that load it without custom code.
     """
 
     name: str
-    engines: tuple[str, ...]
+
+    @abstractmethod
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        """Engines that load the student of this dense model without custom code."""
 
     @abstractmethod
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:

@@ -11,7 +11,9 @@ from factorllm.recipe import Shape
 
 class DenseHost(Host):
     name = "dense"
-    engines = ("transformers", "vllm", "sglang", "llama.cpp")
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        return ("transformers", "vllm", "sglang", "llama.cpp")
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         return "it has no experts" if shape.experts else None

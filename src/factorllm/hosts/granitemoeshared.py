@@ -10,7 +10,11 @@ from factorllm.recipe import Shape
 
 class GraniteMoeSharedHost(Host):
     name = "granitemoeshared"
-    engines = ("transformers", "vllm", "llama.cpp")
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        if getattr(dense, "attention_bias", False):
+            return ("transformers",)  # the others read no attention biases
+        return ("transformers", "vllm", "llama.cpp")
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         if shape.experts == 0:

@@ -9,7 +9,9 @@ from factorllm.recipe import Shape
 
 class MixtralHost(Host):
     name = "mixtral"
-    engines = ("transformers", "vllm", "sglang", "llama.cpp")
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        return ("transformers", "vllm", "sglang", "llama.cpp")
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         if shape.experts == 0:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from factorllm.evaluate.cost import Cost
@@ -78,9 +79,18 @@ def result_table(results: dict[str, dict], title: str = "") -> Table:
     Args:
         results: for each model, `ModelRow.as_dict()`.
     """
-    table = Table(title=title or None)
-    for column in ("model", "perplexity", "x dense", "FFN sparsity", "active parameters", "total", "MFLOPs/token"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    columns = (
+        "model",
+        "perplexity",
+        "x dense",
+        "FFN\nsparsity",
+        "active\nparameters",
+        "total\nparameters",
+        "MFLOPs\nper token",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     dense = results["dense"]["perplexity"]
     for name, row in results.items():
         table.add_row(
@@ -97,10 +107,9 @@ def result_table(results: dict[str, dict], title: str = "") -> Table:
 
 def layer_table(layers: list[dict]) -> Table:
     """Per layer: router agreement with the prior, evenness of expert load, stream error, ridge strength."""
-    table = Table(title="layers")
-    columns = ("layer", "router agrees", "expert load min-max", "stream error", "ridge strength")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(title="layers", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("layer", "router\nagrees", "expert load\nmin - max", "stream\nerror", "ridge\nstrength"):
+        table.add_column(column, justify="right", no_wrap=True)
     for index, layer in enumerate(layers):
         load = layer["expert_load"]
         table.add_row(
