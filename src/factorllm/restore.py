@@ -109,7 +109,8 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
         down: (d, kept), fp32.
 
     Returns:
-        The new `down_proj` (d, kept), fp32, and the lambda used, `WEAKER` than that, in units of the mean diagonal of `M^T M` (None: no change).
+        The new `down_proj` (d, kept), fp32, and the strength used, in units of the mean diagonal of `M^T M`; None when
+        no change predicts best.
     """
     start = down.double().T
     residuals = [fold.cross.double() - fold.gram.double() @ start for fold in folds]
