@@ -201,6 +201,6 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_later(deep_folder, text_fi
 
 def test_a_disk_that_is_too_small_is_refused_at_once(deep_folder, text_file, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("factorllm.pipeline.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("factorllm.job.shutil.disk_usage", lambda path: usage)
     with pytest.raises(FactorLLMError, match=r"no space left .* fewer --tokens"):
         run(deep_folder, tmp_path / "out", text_file)

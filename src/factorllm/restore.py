@@ -11,10 +11,15 @@ from torch import Tensor
 
 from factorllm.recipe import Shape
 
-_HEAVIEST = 100.0
+_HEAVIEST = 100.0  # times the median power of a token, above which its weight falls no more
 
 LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridge strengths to choose from, in units of the mean diagonal of `M^T M`."""
+
+WEAKER = 0.1
+"""Factor from the cross-validated strength to the one that is used. The cross-validated one gives the smallest error of
+one layer. But its bias, the shrinking toward no change, points the same way in every layer and adds up through the
+model, while the noise that it suppresses does not; so the model wants weaker ridges (docs/experiments.md)."""
 
 
 def token_weights(stream: Tensor) -> Tensor:
@@ -27,12 +32,6 @@ def token_weights(stream: Tensor) -> Tensor:
     """
     power = stream.float().square().mean(-1)
     return 1 / (power / power.median()).clamp(max=_HEAVIEST)
-
-
-WEAKER = 0.1
-"""Factor from the cross-validated strength to the one that is used. The cross-validated one gives the smallest error of
-one layer. But its bias, the shrinking toward no change, points the same way in every layer and adds up through the
-model, while the noise that it suppresses does not; so the model wants weaker ridges (docs/experiments.md)."""
 
 
 @dataclass(frozen=True)

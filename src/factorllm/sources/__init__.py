@@ -1,6 +1,29 @@
 """Where models and texts come from."""
 
-from factorllm.sources.model import SUPPORTED_FAMILIES, ModelSource, open_model
+from pathlib import Path
+
+from factorllm.errors import FactorLLMError
+from factorllm.sources.gguf import GGUFSource
+from factorllm.sources.model import SUPPORTED_FAMILIES, ModelSource
+from factorllm.sources.safetensors import SafetensorsSource, download
 from factorllm.sources.text import CalibrationText, read_calibration_text
 
 __all__ = ["SUPPORTED_FAMILIES", "CalibrationText", "ModelSource", "open_model", "read_calibration_text"]
+
+
+def open_model(model: str) -> ModelSource:
+    """Open a dense model: the path of a folder or of a `.gguf` file, or a hub id `owner/name`.
+
+    Raises:
+        FactorLLMError: when there is no such model, it is damaged, or its family is not supported.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return SafetensorsSource(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GGUFSource(path)
+        raise FactorLLMError(f"{model} is a file, but not a .gguf; give a model folder, a .gguf file or a hub id")
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise FactorLLMError(f"no such model: {model} is neither a folder, a .gguf file nor a hub id (owner/name)")
+    return SafetensorsSource(download(model), label=model)

@@ -11,11 +11,8 @@ from pathlib import Path
 import torch
 import xxhash
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,8 +27,6 @@ SUPPORTED_FAMILIES = {
 }
 """Dense families by transformers' `model_type`. All name their tensors as Llama does."""
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
 _HASH_BLOCK = 1 << 24
 
@@ -130,7 +125,7 @@ class ModelSource(ABC):
 
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
-        _check_family(self.label, self.config.model_type)
+        check_family(self.label, self.config.model_type)
         if getattr(self.config, "quantization_config", None):
             method = dict(self.config.quantization_config).get("quant_method", "unknown")
             raise FactorLLMError(
@@ -166,176 +161,8 @@ class ModelSource(ABC):
             )
 
 
-class SafetensorsSource(ModelSource):
-    """A transformers folder with one `model.safetensors` or an index and its shards."""
-
-    def __init__(self, folder: Path, label: str | None = None):
-        self.folder = folder
-        self.label = label or str(folder)
-        self.config = self._read_config()
-        self._where = self._locate()
-        self._open: tuple[Path, safe_open] | None = None
-        self._check()
-
-    @property
-    def files(self) -> list[Path]:
-        return sorted(set(self._where.values()))
-
-    def names(self) -> Iterable[str]:
-        return self._where
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if not any((self.folder / name).exists() for name in _TOKENIZER_FILES):
-            raise FactorLLMError(f"{self.label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
-        return AutoTokenizer.from_pretrained(self.folder)
-
-    def generation_config(self) -> GenerationConfig:
-        if (self.folder / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.folder)
-        return super().generation_config()
-
-    @property
-    def licence(self) -> str | None:
-        return _licence_of_card(self.folder / "README.md")
-
-    def _read(self, name: str) -> torch.Tensor:
-        path = self._where[name]
-        if self._open is None or self._open[0] != path:
-            self._open = (path, _open_safetensors(path))
-        return self._open[1].get_tensor(name)
-
-    def _read_config(self) -> PreTrainedConfig:
-        if not (self.folder / "config.json").is_file():
-            raise FactorLLMError(f"{self.label} has no config.json, so it is not a model folder; check the path")
-        try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise FactorLLMError(f"{self.label}/config.json cannot be used: {_one_line(error)}") from None
-
-    def _locate(self) -> dict[str, Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                shards = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError):
-                raise FactorLLMError(f"{index} is damaged: it has no weight_map; fetch it again") from None
-        elif (self.folder / "model.safetensors").exists():
-            shards = dict.fromkeys(_open_safetensors(self.folder / "model.safetensors").keys(), "model.safetensors")
-        else:
-            raise FactorLLMError(
-                f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
-                "save_pretrained(), which writes safetensors"
-            )
-        where = {name: self.folder / shard for name, shard in shards.items()}
-        for path in sorted(set(where.values())):
-            _open_safetensors(path)
-        return where
-
-
-class GGUFSource(ModelSource):
-    """A GGUF file of a dense Llama. Quantised tensors are dequantised as they are read."""
-
-    def __init__(self, path: Path):
-        import gguf
-
-        self.label = str(path)
-        self.path = path
-        self._gguf = gguf
-        self._reader = self._open_file()
-        self.config = self._read_config()
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._where = self._map_names()
-        self._check()
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def names(self) -> Iterable[str]:
-        return self._where
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-
-    @property
-    def licence(self) -> str | None:
-        return self._field("general.license")
-
-    def _field(self, key: str) -> object | None:
-        field = self._reader.fields.get(key)
-        return field.contents() if field else None
-
-    def _open_file(self):
-        try:
-            reader = self._gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, OSError, OverflowError, KeyError) as error:
-            raise FactorLLMError(
-                f"{self.label} is not a whole GGUF file ({_one_line(error)}): truncated or damaged; fetch it again"
-            ) from None
-        end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-        if end == 0 or end > self.path.stat().st_size:
-            raise FactorLLMError(f"{self.label} is truncated: its last tensor ends past the file; fetch it again")
-        return reader
-
-    def _read_config(self) -> PreTrainedConfig:
-        _check_family(self.label, self._field("general.architecture"))
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        config.tie_word_embeddings = "output.weight" not in {t.name for t in self._reader.tensors}
-        # The float that GGUF stores as fp32 comes back as 9.99e-06; the model was made with its short form.
-        config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-        return config
-
-    def _map_names(self) -> dict[str, str]:
-        layers = self.config.num_hidden_layers
-        table = self._gguf.get_tensor_name_map(self._gguf.MODEL_ARCH.LLAMA, layers)
-        where = {}
-        for name in self.parameter_names():
-            gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
-            if gguf_name in self._tensors:
-                where[name] = gguf_name
-        if unknown := sorted(set(self._tensors) - set(where.values())):
-            raise FactorLLMError(
-                f"{self.label} holds {len(unknown)} tensors that a plain Llama does not have, {unknown[0]} among them "
-                "(rope_freqs is llama3 RoPE scaling); use the model's safetensors checkpoint instead"
-            )
-        return where
-
-    def _read(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[self._where[name]]
-        try:
-            values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise FactorLLMError(
-                f"{self.label}: {tensor.tensor_type.name} tensors cannot be dequantised; use a file of another type, "
-                "Q8_0 or F16 for the best quality"
-            ) from None
-        weight = torch.from_numpy(values.copy())
-        if name.endswith("q_proj.weight"):
-            return _unpermute(weight, self.config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return _unpermute(weight, self.config.num_key_value_heads)
-        return weight
-
-
-def open_model(model: str) -> ModelSource:
-    """Open a dense model: the path of a folder or of a `.gguf` file, or a hub id `owner/name`.
-
-    Raises:
-        FactorLLMError: when there is no such model, it is damaged, or its family is not supported.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return SafetensorsSource(path)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return GGUFSource(path)
-        raise FactorLLMError(f"{model} is a file, but not a .gguf; give a model folder, a .gguf file or a hub id")
-    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise FactorLLMError(f"no such model: {model} is neither a folder, a .gguf file nor a hub id (owner/name)")
-    return SafetensorsSource(_download(model), label=model)
-
-
-def _check_family(label: str, family: object) -> None:
+def check_family(label: str, family: object) -> None:
+    """Refuse a family that is not supported, and name those that are."""
     if family in SUPPORTED_FAMILIES:
         return
     known = "; ".join(f"{key} ({models})" for key, models in SUPPORTED_FAMILIES.items())
@@ -345,45 +172,6 @@ def _check_family(label: str, family: object) -> None:
     )
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises many unrelated classes, httpx errors among them
-        raise FactorLLMError(
-            f"no such model: {hub_id} is no local path, and the hub did not give it ({_one_line(error)}); "
-            "check the name and the network, or give a local folder or .gguf file"
-        ) from None
-
-
-def _open_safetensors(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise FactorLLMError(f"{path} is missing, though the index names it; fetch the checkpoint again") from None
-    except (SafetensorError, OSError) as error:
-        raise FactorLLMError(
-            f"{path} is not a whole safetensors file ({_one_line(error)}): truncated or damaged; fetch it again"
-        ) from None
-
-
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's interleaving of the rotary halves of Q and K rows: (out, in) -> (out, in)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def _licence_of_card(card: Path) -> str | None:
-    from huggingface_hub import ModelCard
-
-    if not card.exists():
-        return None
-    try:
-        return ModelCard.load(card).data.get("license")
-    except ValueError:
-        return None
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error of another library, fit for the end of a refusal."""
     return " ".join(str(error).split())[:200] or type(error).__name__

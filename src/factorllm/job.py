@@ -1,0 +1,160 @@
+"""A run, opened and checked: the dense model, the text, the students, and the workspace that it may go on in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_shard
+from factorllm.errors import FactorLLMError
+from factorllm.evaluate import cost_of
+from factorllm.hosts import Host, choose_host
+from factorllm.recipe import Recipe, Shape
+from factorllm.settings import Settings
+from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources.text import file_digest
+from factorllm.stream import Rows
+
+
+@dataclass(frozen=True)
+class Student:
+    """One model that is being made: the factorised one, or the static prune that it is compared with.
+
+    Attributes:
+        folder: the unfinished checkpoint.
+    """
+
+    name: str
+    recipe: Recipe
+    shape: Shape
+    host: Host
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop over layers needs, opened and checked."""
+
+    source: ModelSource
+    text: CalibrationText
+    students: list[Student]
+    settings: Settings
+    work: Workspace
+    console: Console
+
+    @property
+    def layers(self) -> int:
+        return self.source.config.num_hidden_layers
+
+    def stream(self, name: str, layer: int) -> Rows:
+        """Hidden states of `name` before `layer`, on disk."""
+        path = self.work.folder_at("streams") / f"{name}.{layer:04d}.rows"
+        sequences, length = self.text.calibration.shape
+        return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype)
+
+    @property
+    def stream_names(self) -> list[str]:
+        return ["teacher", *(student.name for student in self.students)]
+
+
+@contextmanager
+def open_job(
+    model: str,
+    out: Path,
+    recipes: dict[str, Recipe],
+    text: str | None,
+    settings: Settings,
+    overwrite: bool,
+    console: Console | None,
+) -> Iterator[Job]:
+    """Open and check everything, the cheap checks first; hold the workspace while the block runs."""
+    console = console or Console(quiet=True)
+    if not overwrite:
+        refuse_existing(out)
+    source = open_model(model)
+    config = source.config
+    shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
+    # The user's choice of host is for the student; the models that it is compared with take what fits them.
+    hosts = {
+        name: choose_host(settings.host if name == "student" else "auto", config, shape)
+        for name, shape in shapes.items()
+    }
+    settings = settings.resolve(config)
+    tokenizer = source.tokenizer()
+    console.print(f"reading {source.label}")
+    identity = {
+        "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
+        "model": source.fingerprint,
+        "text": {"name": text, "digest": file_digest(text)},
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    with explain_full_disk(out):
+        work = Workspace(out, identity, overwrite)
+        try:
+            students = [
+                Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
+                for name, recipe in recipes.items()
+            ]
+            calibration = _read_text(work, source, tokenizer, text, settings, console)
+            job = Job(source, calibration, students, settings, work, console)
+            _check_disk(job)
+            yield job
+        finally:
+            work.close()
+
+
+def _read_text(
+    work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
+) -> CalibrationText:
+    """Tokens are kept in the workspace, so that a resumed run sees the same ones."""
+    path = work.folder / "tokens.safetensors"
+    origin = "sampled from the dense model itself" if text is None else public_name(text)
+    if path.exists():
+        return CalibrationText(**load_file(path), origin=origin)
+    if text is None:
+        console.print("no --text given: sampling calibration text from the model itself")
+    read = read_calibration_text(
+        text,
+        tokenizer,
+        tokens=settings.tokens,
+        held_out_tokens=settings.held_out_tokens,
+        length=settings.length,
+        seed=settings.seed,
+        load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+    )
+    write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})
+    return CalibrationText(read.calibration, read.held_out, origin)
+
+
+def _check_disk(job: Job) -> None:
+    """Refuse before the work when the disk is plainly too small."""
+    config, text = job.source.config, job.text
+    stored = job.settings.stored_dtype.itemsize
+    weights = sum(cost_of(config, student.shape).total_parameters * stored for student in job.students)
+    streams = (
+        2 * len(job.stream_names) * text.calibration.numel() * config.hidden_size * job.settings.compute_dtype.itemsize
+    )
+    needed, free = weights + streams, shutil.disk_usage(job.work.folder).free
+    if job.work.layers_done == 0 and needed > free:
+        raise FactorLLMError(
+            f"no space left on the disk of {job.work.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB "
+            "are free; free some, choose another output folder, or use fewer --tokens"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a result."""
+    return {package: version(package) for package in ("factorllm", "torch", "transformers", "numpy", "POT")}
+
+
+def public_name(path_or_id: str) -> str:
+    """A name to publish: the last part of a local path, or the hub id as it is."""
+    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id
