@@ -17,13 +17,13 @@ from rich.console import Console
 from factorllm import Recipe
 from factorllm.checkpoint import write_text
 from factorllm.demo import demo_model, demo_text
-from factorllm.job import public_name
 from factorllm.partition import METHODS
 from factorllm.pipeline import compare
 from factorllm.report import ModelRow
 from factorllm.report.summary import mean_agreement
 from factorllm.route import ROUTERS
 from factorllm.settings import Settings
+from factorllm.sources.text import public_name
 
 START, END = "<!-- methods -->", "<!-- /methods -->"
 """The part of the page between these marks is written anew."""

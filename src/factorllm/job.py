@@ -19,7 +19,7 @@ from factorllm.hosts import Host, choose_host
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
-from factorllm.sources.text import file_digest
+from factorllm.sources.text import file_digest, text_origin
 from factorllm.stream import Rows
 
 
@@ -116,9 +116,8 @@ def _read_text(
 ) -> CalibrationText:
     """Tokens are kept in the workspace, so that a resumed run sees the same ones."""
     path = work.folder / "tokens.safetensors"
-    origin = "sampled from the dense model itself" if text is None else public_name(text)
     if path.exists():
-        return CalibrationText(**load_file(path), origin=origin)
+        return CalibrationText(**load_file(path), origin=text_origin(text))
     if text is None:
         console.print("no --text given: sampling calibration text from the model itself")
     read = read_calibration_text(
@@ -131,7 +130,7 @@ def _read_text(
         load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
     )
     write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})
-    return CalibrationText(read.calibration, read.held_out, origin)
+    return read
 
 
 def _check_disk(job: Job) -> None:
@@ -153,8 +152,3 @@ def _check_disk(job: Job) -> None:
 def versions() -> dict[str, str]:
     """Versions of what decides the bytes of a result."""
     return {package: version(package) for package in ("factorllm", "torch", "transformers", "numpy", "POT")}
-
-
-def public_name(path_or_id: str) -> str:
-    """A name to publish: the last part of a local path, or the hub id as it is."""
-    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id

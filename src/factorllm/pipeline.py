@@ -24,11 +24,12 @@ from factorllm.errors import FactorLLMError
 from factorllm.evaluate import cost_of, perplexity
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import StudentFFN
-from factorllm.job import Job, Student, open_job, public_name, versions
+from factorllm.job import Job, Student, open_job, versions
 from factorllm.progress import Clock, Meter, meter
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Spent, Summary, model_card
 from factorllm.settings import Settings
+from factorllm.sources.text import public_name
 from factorllm.stream import DenseLayer, LayerLoader
 
 FORMAT = 1

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from factorllm.ffn import FFN, neuron_energy
 from factorllm.partition import Partition
+from factorllm.partition.energy import expert_picks
 
 
 def expert_scores(ffn: FFN, hidden: Tensor, partition: Partition, top_k: int, prior: str) -> Tensor:
@@ -33,5 +34,4 @@ def prior_distribution(scores: Tensor, top_k: int, prior: str) -> Tensor:
     """
     if prior == "energy":
         return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    label = torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1).indices, 1)
-    return label.softmax(dim=1)
+    return expert_picks(scores, top_k).softmax(dim=1)

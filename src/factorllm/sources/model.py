@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from factorllm.errors import FactorLLMError
+from factorllm.sources.digest import add_file
 
 SUPPORTED_FAMILIES = {
     "llama": "Llama 1-3, TinyLlama, SmolLM2",
@@ -28,7 +29,6 @@ SUPPORTED_FAMILIES = {
 """Dense families by transformers' `model_type`. All name their tensors as Llama does."""
 
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
-_HASH_BLOCK = 1 << 24
 
 
 class ModelSource(ABC):
@@ -96,9 +96,7 @@ class ModelSource(ABC):
         config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
         digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
         for path in self.files:
-            with path.open("rb") as file:
-                while block := file.read(_HASH_BLOCK):
-                    digest.update(block)
+            add_file(digest, path)
         return digest.hexdigest()
 
     def skeleton(self) -> PreTrainedModel:

@@ -13,6 +13,7 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
+from factorllm.sources.digest import add_file
 
 TEXT_KEYS = ("text", "content", "extract", "article", "document")
 """Keys under which a record's text is looked for, in this order."""
@@ -70,12 +71,10 @@ def read_calibration_text(
     needed = held_out + 1 + calibration
     if text is None:
         packed = sample_from_model(load_model(), tokenizer, needed, length, seed)
-        origin = "sampled from the dense model itself"
     else:
         documents = list(read_documents(text))
         random.Random(seed).shuffle(documents)
         packed = pack(documents, tokenizer, needed, length)
-        origin = text if not Path(text).exists() else Path(text).name
     if len(packed) < needed:
         fits = max(len(packed) - held_out - 1, 0) * length
         raise FactorLLMError(
@@ -83,7 +82,17 @@ def read_calibration_text(
             f"calibration and {held_out + 1} held out are needed; give more text"
             + (f", or --tokens {fits}" if fits else "")
         )
-    return CalibrationText(packed[held_out + 1 :], packed[:held_out], origin)
+    return CalibrationText(packed[held_out + 1 :], packed[:held_out], text_origin(text))
+
+
+def text_origin(text: str | None) -> str:
+    """Where the text came from, in words for the model card."""
+    return "sampled from the dense model itself" if text is None else public_name(text)
+
+
+def public_name(path_or_id: str) -> str:
+    """A name to publish: the last part of a local path, or the hub id as it is."""
+    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id
 
 
 def file_digest(text: str | None) -> str | None:
@@ -91,9 +100,7 @@ def file_digest(text: str | None) -> str | None:
     if text is None or not Path(text).is_file():
         return None
     digest = xxhash.xxh3_128()
-    with Path(text).open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    add_file(digest, Path(text))
     return digest.hexdigest()
 
 
