@@ -91,6 +91,19 @@ def test_restore_brings_the_student_nearer_to_the_dense_model(dense_folder, text
     assert errors["stream"] < errors["local"] < errors["none"]
 
 
+def test_the_final_norm_carries_the_logit_scale(made, dense_folder, text_file, small, tmp_path):
+    bare = Recipe(shared=2, active=2, parts=8, restore="none")
+    unrestored = factorize(str(dense_folder), tmp_path / "bare", bare, text=str(text_file), settings=small)
+    dense, restored, bare = (
+        AutoModelForCausalLM.from_pretrained(folder).model.norm.weight
+        for folder in (dense_folder, made.out, unrestored.out)
+    )
+    assert 0.25 < made.logit_scale < 1
+    torch.testing.assert_close(restored, dense * made.logit_scale)
+    assert unrestored.logit_scale == 1
+    assert torch.equal(bare, dense)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_partition_makes_a_model(method, dense_folder, text_file, small, tmp_path):
     recipe = Recipe(shared=1, active=1, parts=4, partition=method)

@@ -150,8 +150,9 @@ def test_another_job_does_not_resume(deep_folder, text_file, killed):
 def test_damaged_hidden_states_are_refused(deep_folder, text_file, killed):
     for path in (killed.with_name("student.partial") / "streams").glob("teacher.*"):
         data = bytearray(path.read_bytes())
-        data[100] ^= 0xFF
-        path.write_bytes(data)
+        if data:  # the kill may have come just when the next layer's file was made
+            data[len(data) // 2] ^= 0xFF
+            path.write_bytes(data)
     with pytest.raises(FactorLLMError, match="damaged, so the run cannot go on"):
         run(deep_folder, killed, text_file)
 

@@ -31,9 +31,12 @@ from factorllm.report import ModelRow, Spent, Summary, model_card
 from factorllm.settings import Settings
 from factorllm.sources.text import public_name
 from factorllm.stream import DenseLayer, LayerLoader
+from factorllm.temperature import fit_logit_scale, sample_logits
 
 FORMAT = 1
 """Version of `factorllm.json`."""
+
+FINAL_NORM = "model.norm.weight"
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def factorize(
         recipes["pruned"] = recipe.static_prune()
     with open_job(model, Path(out), recipes, text, settings, overwrite, console) as job:
         _convert_layers(job)
-        return _finish(job)
+        return _finish(job, _temper(job))
 
 
 @torch.no_grad()
@@ -90,6 +93,7 @@ def compare(
     """
     with open_job(model, Path(work), recipes, text, settings or Settings(), False, console) as job:
         _convert_layers(job)
+        _temper(job)
         rows = _measure(job)
         layers = {name: [entry["statistics"][name] for entry in job.work.journal] for name in recipes}
         job.work.discard()
@@ -165,12 +169,41 @@ def _commit_layer(job: Job, index: int, statistics: dict, seconds: dict[str, flo
 
 
 def _write_outer_shards(job: Job) -> None:
-    """The first shard of each student: embeddings, final norm and output head, as in the dense model."""
-    names = [name for name in job.source.parameter_names() if not name.startswith("model.layers.")]
+    """The first shard of each student: embeddings and output head, as in the dense model."""
+    job.source.tensor(FINAL_NORM)  # needed at the end only, but a damaged one must be refused before the work
+    names = [name for name in _outer_names(job) if name != FINAL_NORM]
     for student in job.students:
-        path = student.folder / shard_name(1, job.layers + 1)
+        path = student.folder / shard_name(1, _shards(job))
         if not path.exists():
             write_shard(path, {name: job.source.tensor(name).to(job.settings.stored_dtype) for name in names})
+
+
+def _temper(job: Job) -> dict[str, float]:
+    """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
+    norm, eps = job.source.tensor(FINAL_NORM), job.source.config.rms_norm_eps
+    head_name = "lm_head.weight" if "lm_head.weight" in _outer_names(job) else "model.embed_tokens.weight"
+    head = job.source.tensor(head_name).to(job.settings.torch_device)
+    norm = norm.to(head.device)
+    teacher = sample_logits(job.stream("teacher", job.layers), norm, eps, head)
+    scales = {}
+    for student in job.students:
+        scale = 1.0
+        if student.recipe.restore != "none":
+            scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), norm, eps, head))
+        tensors = {FINAL_NORM: (norm.float() * scale).to(job.settings.stored_dtype)}
+        write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
+        scales[student.name] = scale
+    return scales
+
+
+def _outer_names(job: Job) -> list[str]:
+    """Parameters that belong to no layer."""
+    return [name for name in job.source.parameter_names() if not name.startswith("model.layers.")]
+
+
+def _shards(job: Job) -> int:
+    """Shards of a student: the embeddings, each layer, and the final norm."""
+    return job.layers + 2
 
 
 def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
@@ -179,10 +212,10 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
     tensors = {name: job.source.tensor(name) for name in sorted(names)}
     tensors |= {prefix + name: tensor for name, tensor in student.host.ffn_tensors(ffn).items()}
     stored = {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()}
-    write_shard(student.folder / shard_name(index + 2, job.layers + 1), stored)
+    write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
 
 
-def _finish(job: Job) -> Summary:
+def _finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     """Measure, complete the student's checkpoint, and publish it."""
     rows = _measure(job)
     student = job.students[0]
@@ -198,6 +231,7 @@ def _finish(job: Job) -> Summary:
         calibration_tokens=job.text.calibration.numel(),
         held_out_tokens=job.text.held_out.numel(),
         rows=rows,
+        logit_scale=logit_scales[student.name],
         layers=[entry["statistics"][student.name] for entry in job.work.journal],
     )
     write_json(student.folder / "factorllm.json", _provenance(job, summary))
@@ -263,6 +297,7 @@ def _provenance(job: Job, summary: Summary) -> dict:
         "settings": job.settings.model_dump(mode="json"),
         "versions": versions(),
         "results": {row.name: row.as_dict() for row in summary.rows},
+        "logit_scale": summary.logit_scale,
         "layers": summary.layers,
     }
 

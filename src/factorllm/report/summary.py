@@ -46,6 +46,7 @@ class Summary:
 
     Attributes:
         base_model: name of the dense model, fit to publish.
+        logit_scale: factor on the student's logits (`temperature.fit_logit_scale`), 1 when nothing was restored.
         layers: per layer, the student's statistics (see `convert.convert_layer`).
         spent: what the run took, once it has ended.
     """
@@ -59,6 +60,7 @@ class Summary:
     calibration_tokens: int
     held_out_tokens: int
     rows: list[ModelRow]
+    logit_scale: float
     layers: list[dict]
     spent: Spent | None = None
 
