@@ -1,5 +1,6 @@
 import torch
 
+from factorllm.ffn import FFN
 from factorllm.recipe import Shape
 from factorllm.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
 from factorllm.route import gate_weights
@@ -67,3 +68,14 @@ def test_pure_noise_changes_little_or_nothing():
     restored, strength = solve_ridge(folds, down)
     assert strength is None or strength >= WEAKER
     assert restored.norm() < 4
+
+
+def test_only_the_active_neurons_run():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(20, 6, generator=generator), torch.randn(20, 6, generator=generator)]
+    ffn, inputs = FFN(*weights, torch.randn(5, 20)), torch.randn(30, 6, generator=generator)
+    gates = gate_weights(torch.randn(30, 4, generator=generator), 2)
+    active = GatedHidden.compute(ffn, inputs, gates, SHAPE)
+    whole = GatedHidden(ffn.hidden(inputs), gates, SHAPE)
+    torch.testing.assert_close(active.dense(), whole.dense())
+    assert ((active.hidden == 0).sum(1) == 6).all()

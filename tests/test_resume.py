@@ -118,7 +118,7 @@ def test_overwrite_replaces_only_at_the_end(deep_folder, text_file, tmp_path, mo
     out.mkdir()
     (out / "old.txt").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr("factorllm.pipeline._finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("factorllm.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(deep_folder, out, text_file, overwrite=True)
     assert [p.name for p in out.iterdir()] == ["old.txt"]

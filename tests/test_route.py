@@ -7,7 +7,18 @@ from factorllm.ffn import FFN
 from factorllm.partition import partition
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Shape
-from factorllm.route import expert_scores, fit_router, gate_weights, pa_loss, prior_distribution
+from factorllm.route import (
+    FLATTEN,
+    can_refine,
+    expert_scores,
+    expert_sets,
+    fit_router,
+    gate_weights,
+    pa_loss,
+    prior_distribution,
+    refine_router,
+    set_errors,
+)
 
 SHAPE = Shape(48, 12, 6, 6, 2)
 
@@ -30,7 +41,7 @@ def test_router_gradient_is_not_zero_and_the_pa_loss_falls(case, prior):
     before = pa_loss(x @ start.T, target)
     before.backward()
     assert start.grad.norm() > 1e-3
-    router = fit_router("pa", x, target, ffn, split, 2, torch.Generator()) * 2.0**10
+    router = fit_router("pa", x, target, ffn, split, 2, torch.Generator())
     assert pa_loss(x @ router.T, target) < before.item() - 1e-3
 
 
@@ -78,6 +89,42 @@ def test_flattened_gates_are_nearly_binary_and_keep_the_order(case):
     x, ffn, split = case
     target = prior_distribution(expert_scores(ffn, ffn.hidden(x), split, 2, "energy"), 2, "energy")
     router = fit_router("pa", x, target, ffn, split, 2, torch.Generator())
-    gates = gate_weights(x @ router.T, 2)
+    gates = gate_weights(x @ router.T * FLATTEN, 2)
     assert (gates[gates > 0] - 1).abs().max() < 0.02
-    assert torch.equal(gates > 0, gate_weights(x @ (router * 2.0**10).T, 2) > 0)
+    assert torch.equal(gates > 0, gate_weights(x @ router.T, 2) > 0)
+
+
+def errors_of_sets(case, sets):
+    """Errors when the routed part is dropped but for a set of experts, and the experts' outputs."""
+    x, ffn, split = case
+    outputs = torch.stack([ffn.hidden(x)[:, i] @ ffn.down[:, i].T for i in split.experts], dim=1)
+    return set_errors(outputs, outputs.sum(1), sets), outputs
+
+
+def test_set_errors_are_the_squared_errors_above_the_best_set(case):
+    sets = expert_sets(6, 2)
+    assert sets.shape == (15, 6)
+    assert (sets.sum(1) == 2).all()
+    errors, outputs = errors_of_sets(case, sets)
+    by_hand = torch.stack([(outputs.sum(1) - outputs[:, s.bool()].sum(1)).square().sum(1) for s in sets], dim=1)
+    torch.testing.assert_close(errors, by_hand - by_hand.min(1, keepdim=True).values, rtol=1e-3, atol=0.05)
+
+
+def test_a_refined_router_picks_sets_of_smaller_error(case):
+    x, ffn, split = case
+    sets = expert_sets(6, 2)
+    errors, _ = errors_of_sets(case, sets)
+    target = prior_distribution(expert_scores(ffn, ffn.hidden(x), split, 2, "energy"), 2, "energy")
+    start = fit_router("refined", x, target, ffn, split, 2, torch.Generator())
+    refined = refine_router(start, x, errors, sets)
+
+    def picked_error(router):
+        return (errors * (expert_picks(x @ router.T, 2) @ sets.T == 2)).sum(1).mean()
+
+    assert picked_error(refined) < 0.97 * picked_error(start)
+
+
+def test_a_router_with_too_many_sets_to_compare_is_not_refined():
+    assert can_refine(6, 2)
+    assert not can_refine(6, 6)
+    assert not can_refine(64, 8)

@@ -14,8 +14,18 @@ from factorllm.hosts import StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Recipe, Shape
-from factorllm.restore import GatedHidden, RidgeStatistics, solve_ridge, token_weights
-from factorllm.route import expert_scores, fit_router, gate_weights, prior_distribution
+from factorllm.restore import GatedHidden, RidgeStatistics, solve_ridge, solve_ridge_at, token_weights
+from factorllm.route import (
+    FLATTEN,
+    can_refine,
+    expert_scores,
+    expert_sets,
+    fit_router,
+    gate_weights,
+    prior_distribution,
+    refine_router,
+    set_errors,
+)
 from factorllm.stream import DenseLayer, Rows, scratch_rows
 
 FOLDS = 3
@@ -26,6 +36,7 @@ PASSES = 3
 
 _PARTITION_TOKENS = 8192
 _ROUTER_TOKENS = 32_768  # for the d x N parameters of a router
+_REFINING_STRENGTH = 0.1  # of the ridge that restores the student on whose errors a router is refined
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
 
 
@@ -75,11 +86,14 @@ class LayerConversion:
         self.layer, self.ffn, self.streams = layer, layer.ffn, streams
         self.recipe, self.shape, self.generator = recipe, shape, generator
         self.workplace, self.device = workplace, workplace.device
-        d, f = streams.before.width, self.ffn.width
-        # The student's stream before the FFN, what the FFN and the router read, and the intermediate activations.
-        self.middle, self.inputs, self.hidden = (
-            self._scratch(*kind) for kind in (("middle", d), ("inputs", d), ("hidden", f))
-        )
+        before = streams.before
+        self.stride = max(before.sequences * before.length // _ROUTER_TOKENS, 1)
+        # The student's stream before the FFN; what the FFN and the router read; all intermediate activations of each
+        # `stride`-th token, which partition and router are fitted on; and the student's activations of all tokens.
+        self.middle = self._scratch("middle", before.length, before.width)
+        self.inputs = self._scratch("inputs", before.length, before.width)
+        self.sample = self._scratch("sample", len(range(0, before.length, self.stride)), self.ffn.width)
+        self.active = self._scratch("active", before.length, shape.kept_width)
 
     def run(self) -> tuple[StudentFFN, dict]:
         """Factorise the layer on the student's own hidden states and write the stream after it.
@@ -92,26 +106,30 @@ class LayerConversion:
         """
         self._collect()
         split = self._split()
-        router, agreement = (None, None) if self.recipe.is_prune else self._route(split)
-        kept = split.order.to(self.device)
-        down = self.ffn.down[:, kept].float()
+        kept = self.ffn.part(split.order.to(self.device))
+        router, agreement = (None, None) if self.recipe.is_prune else self._route(split, kept)
         folds, load = self._accumulate(kept, router)
-        restored, strength = (down, None) if self.recipe.restore == "none" else solve_ridge(folds, down)
-        error = self._advance(kept, router, restored)
-        for rows in (self.middle, self.inputs, self.hidden):
+        restored, strength = kept.down.float(), None
+        if self.recipe.restore != "none":
+            restored, strength = solve_ridge(folds, restored)
+        error = self._advance(router, restored)
+        for rows in (self.middle, self.inputs, self.sample, self.active):
             rows.remove()
 
-        ffn = FFN(self.ffn.gate[kept], self.ffn.up[kept], restored.to(self.ffn.down.dtype))
         statistics = {
             "router_agreement": agreement,
             "expert_load": load,
             "ridge_strength": strength,
             "stream_error": error,
         }
-        return StudentFFN(ffn, router, self.shape), statistics
+        student = FFN(kept.gate, kept.up, restored.to(kept.down.dtype))
+        return StudentFFN(student, router, self.shape), statistics
 
-    def _scratch(self, name: str, width: int) -> Rows:
-        return scratch_rows(self.workplace.scratch, name, self.streams.before, width, self.workplace.memory_limit)
+    def _scratch(self, name: str, length: int, width: int) -> Rows:
+        before, workplace = self.streams.before, self.workplace
+        return scratch_rows(
+            workplace.scratch, name, before.sequences, length, width, before.dtype, workplace.memory_limit
+        )
 
     def _collect(self) -> None:
         for run in self.middle.runs():
@@ -119,78 +137,114 @@ class LayerConversion:
             inputs = self.layer.ffn_input(middle)
             self.middle.write(run, middle)
             self.inputs.write(run, inputs)
-            self.hidden.write(run, self.ffn.hidden(inputs))
+            self.sample.write(run, self.ffn.hidden(inputs.view_as(middle)[:, :: self.stride]))
             self._tick(run)
 
     def _split(self) -> Partition:
-        hidden = self._sample(self.hidden, _PARTITION_TOKENS)
+        stride = max(self.sample.sequences * self.sample.length // _PARTITION_TOKENS, 1)
+        hidden = torch.cat([self.sample.read(run, self.device).flatten(0, 1)[::stride] for run in self.sample.runs()])
         if self.recipe.is_prune:
             return keep_top_energy(self.ffn, hidden, self.shape)
         return partition(self.ffn, hidden, self.shape, self.recipe.partition, self.generator)
 
-    def _route(self, split: Partition) -> tuple[Tensor, float]:
+    def _route(self, split: Partition, kept: FFN) -> tuple[Tensor, float]:
         """The router (N, d), and its agreement with the prior."""
-        inputs = self._sample(self.inputs, _ROUTER_TOKENS).float()
-        scores = self._sample(
-            self.hidden,
-            _ROUTER_TOKENS,
-            lambda hidden: expert_scores(self.ffn, hidden, split, self.shape.top_k, self.recipe.prior),
-        )
+        recipe, shape = self.recipe, self.shape
+        inputs, scores = [], []
+        for run in self.sample.runs():
+            hidden = self.sample.read(run, self.device).flatten(0, 1)
+            scores.append(expert_scores(self.ffn, hidden, split, shape.top_k, recipe.prior))
+            inputs.append(self._sampled(self.inputs, run))
+        inputs, scores = torch.cat(inputs), torch.cat(scores)
         fitted = len(inputs) - len(inputs) // _CHECKED_SHARE
-        prior = prior_distribution(scores[:fitted], self.shape.top_k, self.recipe.prior)
-        router = fit_router(
-            self.recipe.router, inputs[:fitted], prior, self.ffn, split, self.shape.top_k, self.generator
-        )
-        picked = expert_picks(inputs[fitted:] @ router.T, self.shape.top_k)
-        wanted = expert_picks(scores[fitted:], self.shape.top_k)
-        return router, ((picked * wanted).sum() / wanted.sum()).item()
+        prior = prior_distribution(scores[:fitted], shape.top_k, recipe.prior)
+        router = fit_router(recipe.router, inputs[:fitted], prior, self.ffn, split, shape.top_k, self.generator)
+        if recipe.router == "refined" and can_refine(shape.experts, shape.top_k):
+            router = self._refine(router, inputs[:fitted], split, kept)
+        picked = expert_picks(inputs[fitted:] @ router.T, shape.top_k)
+        wanted = expert_picks(scores[fitted:], shape.top_k)
+        return router * FLATTEN, ((picked * wanted).sum() / wanted.sum()).item()
 
-    def _accumulate(self, kept: Tensor, router: Tensor | None) -> tuple[list[RidgeStatistics], list[float]]:
-        """Ridge statistics of each fold, and each expert's share of the tokens."""
+    def _refine(self, router: Tensor, inputs: Tensor, split: Partition, kept: FFN) -> Tensor:
+        """The router, refined on the errors of the student that is restored with the router's first picks.
+
+        Args:
+            inputs: FFN inputs of the first of the sampled tokens, which it is fitted on.
+        """
+        down = kept.down.float()
+        if self.recipe.restore != "none":
+            first = RidgeStatistics(self.shape.kept_width, self.middle.width, self.device)
+            for x, hidden, target, weights in self._sampled_batches(split):
+                gates = gate_weights(x @ router.T * FLATTEN, self.shape.top_k)
+                first.update(GatedHidden(hidden, gates, self.shape), target, weights)
+            down = solve_ridge_at(first, down, _REFINING_STRENGTH)
+        sets = expert_sets(self.shape.experts, self.shape.top_k).to(self.device)
+        errors = []
+        for _, hidden, target, weights in self._sampled_batches(split):
+            shared, *experts = (
+                hidden[:, columns] @ down[:, columns].T
+                for columns in (self.shape.shared_columns, *self.shape.expert_columns())
+            )
+            errors.append(set_errors(torch.stack(experts, 1), target - shared, sets) * weights[:, None])
+        return refine_router(router, inputs, torch.cat(errors)[: len(inputs)], sets)
+
+    def _sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""
+        order = split.order.to(self.device)
+        for run in self.sample.runs():
+            hidden = self.sample.read(run, self.device).flatten(0, 1)[:, order].float()
+            yield self._sampled(self.inputs, run), hidden, *self._target(run, self.stride)
+
+    def _sampled(self, rows: Rows, run: slice) -> Tensor:
+        """The sampled tokens of `run`: (n, width), fp32."""
+        return rows.read(run, self.device)[:, :: self.stride].flatten(0, 1).float()
+
+    def _accumulate(self, kept: FFN, router: Tensor | None) -> tuple[list[RidgeStatistics], list[float]]:
+        """Run the student's neurons; ridge statistics of each fold, and each expert's share of the tokens."""
         folds = [RidgeStatistics(self.shape.kept_width, self.middle.width, self.device) for _ in range(FOLDS)]
         load = torch.zeros(self.shape.experts, device=self.device)
         for fold, run in self._folded_runs():
-            active = self._active(run, kept, router)
+            inputs = self.inputs.read(run, self.device).flatten(0, 1)
+            active = GatedHidden.compute(kept, inputs, self._gates(inputs, router), self.shape)
+            self.active.write(run, active.hidden)
             load += (active.gates > 0).sum(0)
             if self.recipe.restore != "none":
-                weights = token_weights(self.streams.teacher_after.read(run, self.device).flatten(0, 1))
-                folds[fold].update(active, self._target(run), weights)
+                folds[fold].update(active, *self._target(run))
             self._tick(run)
         return folds, (load / (self.middle.sequences * self.middle.length)).tolist()
 
-    def _target(self, run: slice) -> Tensor:
-        """What the student's FFN should give, (tokens, d): the dense FFN's output, or what brings its stream back to
-        the teacher's, which also repairs the errors of the layers before."""
-        if self.recipe.restore == "local":
-            return self.hidden.read(run, self.device).flatten(0, 1).float() @ self.ffn.down.float().T
-        teacher, middle = self.streams.teacher_after.read(run, self.device), self.middle.read(run, self.device)
-        return (teacher.float() - middle.float()).flatten(0, 1)
+    def _target(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
+        """What the student's FFN should give, and how much each token counts, for each `stride`-th token: (n, d), (n,).
 
-    def _advance(self, kept: Tensor, router: Tensor | None, down: Tensor) -> float:
+        It is what brings the student's stream back to the teacher's, which also repairs the errors of the layers
+        before; or, if the recipe does not say so, the dense FFN's output.
+        """
+        teacher = self.streams.teacher_after.read(run, self.device)[:, ::stride].flatten(0, 1).float()
+        if self.recipe.restore == "stream":
+            middle = self.middle.read(run, self.device)[:, ::stride].flatten(0, 1).float()
+            return teacher - middle, token_weights(teacher)
+        inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
+        return (self.ffn.hidden(inputs) @ self.ffn.down.T).float(), token_weights(teacher)
+
+    def _advance(self, router: Tensor | None, down: Tensor) -> float:
         """Write the student's stream after the layer; returns its relative squared error."""
         total = 0.0
         for run in self.middle.runs():
             middle = self.middle.read(run, self.device)
-            output = self._active(run, kept, router).project(down)
-            after = middle + output.view_as(middle).to(middle.dtype)
+            gates = self._gates(self.inputs.read(run, self.device).flatten(0, 1), router)
+            active = GatedHidden(self.active.read(run, self.device).flatten(0, 1).float(), gates, self.shape)
+            after = middle + active.project(down).view_as(middle).to(middle.dtype)
             self.streams.after.write(run, after)
             teacher = self.streams.teacher_after.read(run, self.device).float()
             total += ((after - teacher).square().sum(-1) / teacher.square().sum(-1)).sum().item()
             self._tick(run)
         return total / (self.middle.sequences * self.middle.length)
 
-    def _active(self, run: slice, kept: Tensor, router: Tensor | None) -> GatedHidden:
-        """What the tokens of `run` compute in the student."""
-        hidden = self.hidden.read(run, self.device).flatten(0, 1)[:, kept].float()
+    def _gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
+        """Gate weights, (tokens, N); a static prune has no experts."""
         if router is None:
-            return GatedHidden(hidden, hidden.new_zeros(len(hidden), 0), self.shape)
-        logits = self.inputs.read(run, self.device).flatten(0, 1).float() @ router.T
-        return GatedHidden(hidden, gate_weights(logits, self.shape.top_k), self.shape)
-
-    def _sample(self, rows: Rows, tokens: int, of: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
-        """`of` some tokens, about `tokens` of them, evenly spread: (n, width) -> (n, ...)."""
-        stride = max(rows.sequences * rows.length // tokens, 1)
-        return torch.cat([of(rows.read(run, self.device).flatten(0, 1)[::stride]) for run in rows.runs()])
+            return torch.zeros(len(inputs), 0, device=self.device)
+        return gate_weights(inputs.float() @ router.T, self.shape.top_k)
 
     def _folded_runs(self) -> Iterator[tuple[int, slice]]:
         """Runs of sequences with the fold that they belong to; folds are consecutive, so few documents are in two."""

@@ -26,6 +26,10 @@ class FFN:
     def width(self) -> int:
         return self.gate.shape[0]
 
+    def part(self, neurons: Tensor | slice) -> FFN:
+        """Some of the neurons, in the given order."""
+        return FFN(self.gate[neurons], self.up[neurons], self.down[:, neurons])
+
     def hidden(self, x: Tensor) -> Tensor:
         """Intermediate activations h(x): (n, d) -> (n, f)."""
         return silu(x @ self.gate.T).mul_(x @ self.up.T)

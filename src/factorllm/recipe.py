@@ -16,7 +16,7 @@ _CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
 
 PartitionName = Literal["energy", "activation", "coactivation", "kmeans", "contiguous", "random"]
-RouterName = Literal["pa", "analytic", "random"]
+RouterName = Literal["refined", "pa", "analytic", "random"]
 PriorName = Literal["energy", "paper"]
 RestoreName = Literal["stream", "local", "none"]
 
@@ -50,6 +50,16 @@ class Shape:
         return self.shared_width + self.top_k * self.expert_width
 
     @property
+    def shared_columns(self) -> slice:
+        """Where the shared part is among the kept neurons, which are in the order shared, expert 0, expert 1, ..."""
+        return slice(0, self.shared_width)
+
+    def expert_columns(self) -> list[slice]:
+        """Where each routed expert is among the kept neurons."""
+        starts = range(self.shared_width, self.kept_width, self.expert_width) if self.experts else ()
+        return [slice(start, start + self.expert_width) for start in starts]
+
+    @property
     def sparsity(self) -> float:
         """FFN sparsity: the share of FFN neurons that do not run for a token."""
         return 1 - self.active_width / self.ffn_width
@@ -72,8 +82,9 @@ class Recipe(BaseModel):
     """Equal parts that the FFN is cut into."""
     partition: PartitionName = "energy"
     """How neurons are grouped into experts."""
-    router: RouterName = "pa"
-    """How the router is made: fitted by the Prior-Approximate loss, analytic (CMoE), or random."""
+    router: RouterName = "refined"
+    """How the router is made: fitted by the Prior-Approximate loss and refined on the restored student's error, fitted
+    by the Prior-Approximate loss alone, analytic (CMoE), or random."""
     prior: PriorName = "energy"
     """What the dense FFN says about which experts matter: contribution energy, or the paper's distance to F/r."""
     restore: RestoreName = "stream"

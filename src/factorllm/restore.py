@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from factorllm.ffn import FFN
 from factorllm.recipe import Shape
 
 _HEAVIEST = 100.0  # times the median power of a token, above which its weight falls no more
@@ -41,7 +42,7 @@ class GatedHidden:
     Stands for the matrix `M` = activations times gate weights, (n, kept), without computing its zero blocks.
 
     Attributes:
-        hidden: (n, kept), neurons in the order shared, expert 0, expert 1, ...
+        hidden: (n, kept), neurons in the order shared, expert 0, expert 1, ...; anything where an expert does not run.
         gates: (n, N) gate weights, 0 for experts that do not run.
         shape: widths.
     """
@@ -50,16 +51,32 @@ class GatedHidden:
     gates: Tensor
     shape: Shape
 
+    @classmethod
+    def compute(cls, ffn: FFN, inputs: Tensor, gates: Tensor, shape: Shape) -> GatedHidden:
+        """Run the active neurons only.
+
+        Args:
+            ffn: with the kept neurons in the order shared, expert 0, expert 1, ...
+            inputs: (n, d).
+            gates: (n, N).
+        """
+        active = cls(torch.zeros(len(inputs), ffn.width, device=inputs.device), gates, shape)
+        for _, columns, tokens in active._parts():
+            active.hidden[tokens, columns] = ffn.part(columns).hidden(inputs[tokens]).float()
+        return active
+
     def blocks(self) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
         """For the shared part and each expert: its columns, the tokens that run it, and its block of M."""
-        shared = self.shape.shared_width
-        if shared:
-            yield slice(0, shared), slice(None), self.hidden[:, :shared]
-        for expert in range(self.shape.experts):
-            start = shared + expert * self.shape.expert_width
-            columns = slice(start, start + self.shape.expert_width)
-            tokens = self.gates[:, expert].nonzero().flatten()
-            yield columns, tokens, self.hidden[tokens, columns] * self.gates[tokens, expert, None]
+        for expert, columns, tokens in self._parts():
+            block = self.hidden[tokens, columns]
+            yield columns, tokens, block if expert is None else block * self.gates[tokens, expert, None]
+
+    def _parts(self) -> Iterator[tuple[int | None, slice, Tensor | slice]]:
+        """For the shared part, None, and each expert, its number: its columns, and the tokens that run it."""
+        if self.shape.shared_width:
+            yield None, self.shape.shared_columns, slice(None)
+        for expert, columns in enumerate(self.shape.expert_columns()):
+            yield expert, columns, self.gates[:, expert].nonzero().flatten()
 
     def dense(self) -> Tensor:
         """M itself: (n, kept)."""
@@ -80,8 +97,12 @@ class RidgeStatistics:
     """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32."""
 
     def __init__(self, kept: int, d: int, device: torch.device):
-        self.gram = torch.zeros(kept, kept, device=device)
+        self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; its blocks right of the diagonal stay 0
         self.cross = torch.zeros(kept, d, device=device)
+
+    @property
+    def gram(self) -> Tensor:
+        return self._lower.tril() + self._lower.tril(-1).T
 
     def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
         """Add a batch.
@@ -93,7 +114,8 @@ class RidgeStatistics:
         whole = active.dense()
         for columns, tokens, block in active.blocks():
             weighted = (block * weights[tokens, None]).T
-            self.gram[columns].addmm_(weighted, whole[tokens])
+            left = slice(0, columns.stop)
+            self._lower[columns, left].addmm_(weighted, whole[tokens, left])
             self.cross[columns].addmm_(weighted, target[tokens])
 
 
@@ -112,18 +134,19 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
         no change predicts best.
     """
     start = down.double().T
-    residuals = [fold.cross.double() - fold.gram.double() @ start for fold in folds]
-    gram, residual = sum(fold.gram.double() for fold in folds), sum(residuals)
+    grams = [fold.gram for fold in folds]
+    residuals = [fold.cross.double() - gram.double() @ start for fold, gram in zip(folds, grams, strict=True)]
+    gram, residual = sum(own.double() for own in grams), sum(residuals)
     # Which strength is best can be told in fp32, at half the time; the solution itself is fp64.
-    pairs = list(zip(folds, residuals, strict=True))
-    others = [((gram - fold.gram).float(), (residual - own).float()) for fold, own in pairs]
+    pairs = list(zip(grams, residuals, strict=True))
+    others = [((gram - own).float(), (residual - cross).float()) for own, cross in pairs]
 
     def error_change(index: int) -> float:
         """Change of the squared error on tokens that were not fitted, by the strength `LAMBDAS[index]`."""
         total = 0.0
-        for (fold, own), rest in zip(pairs, others, strict=True):
+        for (own, cross), rest in zip(pairs, others, strict=True):
             delta = _ridge(*rest, LAMBDAS[index])
-            total += ((fold.gram @ delta - 2 * own.float()) * delta).sum().item()
+            total += ((own @ delta - 2 * cross.float()) * delta).sum().item()
         return total
 
     best, error = _descend(error_change, len(LAMBDAS))
@@ -131,6 +154,13 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
         return down, None
     strength = LAMBDAS[best] * WEAKER
     return (start + _ridge(gram, residual, strength)).T.float(), strength
+
+
+def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float) -> Tensor:
+    """As `solve_ridge`, with a strength that is given: (d, kept), fp32."""
+    start = down.double().T
+    gram = sums.gram.double()
+    return (start + _ridge(gram, sums.cross.double() - gram @ start, strength)).T.float()
 
 
 def _descend(value: Callable[[int], float], count: int) -> tuple[int, float]:

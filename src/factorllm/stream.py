@@ -75,11 +75,13 @@ class Rows:
             self.path.unlink(missing_ok=True)
 
 
-def scratch_rows(folder: Path, name: str, like: Rows, width: int, memory_limit: int) -> Rows:
+def scratch_rows(
+    folder: Path, name: str, sequences: int, length: int, width: int, dtype: torch.dtype, memory_limit: int
+) -> Rows:
     """An array for one layer's activations: in memory up to `memory_limit` bytes, else in a file of `folder`."""
-    size = like.sequences * like.length * width * like.dtype.itemsize
+    size = sequences * length * width * dtype.itemsize
     path = None if size <= memory_limit else folder / f"{name}.rows"
-    return Rows(path, like.sequences, like.length, width, like.dtype)
+    return Rows(path, sequences, length, width, dtype)
 
 
 class DenseLayer:

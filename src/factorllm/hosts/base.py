@@ -29,16 +29,13 @@ class StudentFFN:
 
     def shared(self) -> FFN:
         """The shared expert."""
-        return self._neurons(slice(0, self.shape.shared_width))
+        return self.ffn.part(self.shape.shared_columns)
 
     def experts(self) -> Iterator[FFN]:
         """The routed experts; `down` times k, because the hosts' gate weights sum to 1."""
-        for start in range(self.shape.shared_width, self.shape.kept_width, self.shape.expert_width):
-            expert = self._neurons(slice(start, start + self.shape.expert_width))
+        for columns in self.shape.expert_columns():
+            expert = self.ffn.part(columns)
             yield FFN(expert.gate, expert.up, expert.down * self.shape.top_k)
-
-    def _neurons(self, neurons: slice) -> FFN:
-        return FFN(self.ffn.gate[neurons], self.ffn.up[neurons], self.ffn.down[:, neurons])
 
 
 class Host(ABC):

@@ -1,6 +1,19 @@
 """Which experts a token runs: the dense FFN's prior, the PA loss, and the routers fitted by it."""
 
 from factorllm.route.prior import expert_scores, prior_distribution
-from factorllm.route.router import ROUTERS, fit_router, gate_weights, pa_loss
+from factorllm.route.refine import can_refine, expert_sets, refine_router, set_errors
+from factorllm.route.router import FLATTEN, ROUTERS, fit_router, gate_weights, pa_loss
 
-__all__ = ["ROUTERS", "expert_scores", "fit_router", "gate_weights", "pa_loss", "prior_distribution"]
+__all__ = [
+    "FLATTEN",
+    "ROUTERS",
+    "can_refine",
+    "expert_scores",
+    "expert_sets",
+    "fit_router",
+    "gate_weights",
+    "pa_loss",
+    "prior_distribution",
+    "refine_router",
+    "set_errors",
+]

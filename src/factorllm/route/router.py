@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -9,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 from factorllm.ffn import FFN
 from factorllm.partition import Partition
 
-ROUTERS = ("pa", "analytic", "random")
+ROUTERS = ("refined", "pa", "analytic", "random")
 
 FLATTEN = 2.0**-10
 """Factor on a router's weights that makes the gate weights nearly binary. A power of two only shifts exponents, so the
@@ -42,11 +44,11 @@ def gate_weights(logits: Tensor, top_k: int) -> Tensor:
 def fit_router(
     kind: str, x: Tensor, prior: Tensor, ffn: FFN, partition: Partition, top_k: int, generator: torch.Generator
 ) -> Tensor:
-    """Weights of a linear router, flattened so that its gates are nearly binary: (N, d), fp32.
+    """Weights of a linear router: (N, d), fp32.
 
     Args:
-        kind: `pa` minimises the PA loss; `analytic` takes the gate row of each expert's most typical neuron, after
-            CMoE (arXiv 2502.04416); `random` is the baseline.
+        kind: `pa` minimises the PA loss, and so does `refined`, as its start; `analytic` takes the gate row of each
+            expert's most typical neuron, after CMoE (arXiv 2502.04416); `random` is the baseline.
         x: (n, d) FFN inputs of calibration tokens.
         prior: (n, N) distribution over experts for the same tokens.
 
@@ -55,28 +57,33 @@ def fit_router(
     experts, width = prior.shape[1], x.shape[1]
     if top_k == experts:
         return torch.zeros(experts, width, device=x.device)
-    if kind == "pa":
-        weights = fit_by_pa_loss(x.float(), prior)
-    elif kind == "analytic":
-        weights = _typical_gate_rows(ffn, partition)
-    else:
-        weights = torch.randn(experts, width, generator=generator).to(x.device)
-    return weights * FLATTEN
+    if kind == "analytic":
+        return _typical_gate_rows(ffn, partition)
+    if kind == "random":
+        return torch.randn(experts, width, generator=generator).to(x.device)
+    # A multinomial logistic regression: convex, so it has one optimum and needs no learning rate.
+    return fit_linear(x, lambda logits: pa_loss(logits, prior), torch.zeros(experts, width, device=x.device))
 
 
-def fit_by_pa_loss(x: Tensor, prior: Tensor) -> Tensor:
-    """Minimise the PA loss over all tokens at once, by L-BFGS: (n, d), (n, N) -> (N, d).
+def fit_linear(x: Tensor, loss_of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Minimise a loss of a router's logits over all tokens at once, by L-BFGS.
 
-    It is a multinomial logistic regression: convex, so it has one optimum and needs no learning rate.
+    Args:
+        x: (n, d) FFN inputs.
+        loss_of: logits (n, N) -> loss.
+        start: (N, d) weights.
+
+    Returns:
+        Weights (N, d).
     """
     scale = x.square().mean(0).sqrt().clamp_min(1e-6)
     standard = x / scale
-    weights = torch.zeros(prior.shape[1], x.shape[1], device=x.device, requires_grad=True)
+    weights = (start * scale).requires_grad_(True)
     optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, history_size=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = pa_loss(standard @ weights.T, prior) + _WEIGHT_DECAY * weights.square().sum()
+        loss = loss_of(standard @ weights.T) + _WEIGHT_DECAY * weights.square().sum()
         loss.backward()
         return loss
 
