@@ -3,7 +3,7 @@
     python benchmarks/methods.py --work runs/methods --tokens 12288 --out docs/results.md
 
 All methods go through the layers together, so the teacher is computed once. A killed run resumes. Every row has the
-same active parameters: S2A2E8 unless it says otherwise.
+same active parameters: S2A2E8, partition energy, router refined, prior energy, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def recipes() -> dict[str, dict]:
     """Rows of the table by name: the recipe without its `restore`."""
     rows = {"static prune": {"shared": 4, "active": 0, "parts": 8}}
     rows |= {f"partition {name}": S2A2E8 | {"partition": name} for name in METHODS}
-    rows |= {f"router {name}": S2A2E8 | {"router": name} for name in ROUTERS if name != "pa"}
-    rows["prior paper"] = S2A2E8 | {"prior": "paper"}
-    rows["1R4E2K, random split, paper prior"] = {
-        "shared": 0, "active": 2, "parts": 4, "partition": "random", "prior": "paper"
+    rows |= {f"router {name}": S2A2E8 | {"router": name} for name in ROUTERS if name != "refined"}
+    rows["router pa, prior paper"] = S2A2E8 | {"router": "pa", "prior": "paper"}
+    rows["1R4E2K, random split, router pa, prior paper"] = {
+        "shared": 0, "active": 2, "parts": 4, "partition": "random", "router": "pa", "prior": "paper"
     }  # fmt: skip
     return rows
 

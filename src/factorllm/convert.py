@@ -35,7 +35,7 @@ PASSES = 3
 """Times that a conversion goes over the calibration tokens: collect, accumulate, advance."""
 
 _PARTITION_TOKENS = 8192
-_ROUTER_TOKENS = 32_768  # for the d x N parameters of a router
+_ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
 _REFINING_STRENGTH = 0.1  # of the ridge that restores the student on whose errors a router is refined
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
 

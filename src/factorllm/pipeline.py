@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from factorllm.evaluate import cost_of, perplexity
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import StudentFFN
 from factorllm.job import Job, Student, open_job, versions
+from factorllm.memory import peak_memory, reuse_freed_memory
 from factorllm.progress import Clock, Meter, meter
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Spent, Summary, model_card
@@ -102,6 +101,7 @@ def compare(
 
 def _convert_layers(job: Job) -> None:
     """The loop: for each layer, the teacher goes first; each student is then fitted toward it and follows."""
+    reuse_freed_memory()
     settings, device = job.settings, job.settings.torch_device
     loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
     _start_streams(job, loader)
@@ -300,9 +300,3 @@ def _provenance(job: Job, summary: Summary) -> dict:
         "logit_scale": summary.logit_scale,
         "layers": summary.layers,
     }
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
