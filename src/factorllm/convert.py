@@ -26,7 +26,7 @@ from factorllm.route import (
     refine_router,
     set_errors,
 )
-from factorllm.stream import DenseLayer, Rows, scratch_rows
+from factorllm.stream import DenseLayer, Rows
 
 FOLDS = 3
 """Parts of the calibration text for the cross-validation in `restore.solve_ridge`."""
@@ -126,10 +126,11 @@ class LayerConversion:
         return StudentFFN(student, router, self.shape), statistics
 
     def _scratch(self, name: str, length: int, width: int) -> Rows:
+        """An array for this layer's activations: in memory up to `memory_limit` bytes, else in a file."""
         before, workplace = self.streams.before, self.workplace
-        return scratch_rows(
-            workplace.scratch, name, before.sequences, length, width, before.dtype, workplace.memory_limit
-        )
+        size = before.sequences * length * width * before.dtype.itemsize
+        path = None if size <= workplace.memory_limit else workplace.scratch / f"{name}.rows"
+        return Rows(path, before.sequences, length, width, before.dtype)
 
     def _collect(self) -> None:
         for run in self.middle.runs():
@@ -175,8 +176,8 @@ class LayerConversion:
         if self.recipe.restore != "none":
             first = RidgeStatistics(self.shape.kept_width, self.middle.width, self.device)
             for x, hidden, target, weights in self._sampled_batches(split):
-                gates = gate_weights(x @ router.T * FLATTEN, self.shape.top_k)
-                first.update(GatedHidden(hidden, gates, self.shape), target, weights)
+                active = GatedHidden(hidden, self._gates(x, router * FLATTEN), self.shape)
+                first.update(active, target, weights)
             down = solve_ridge_at(first, down, _REFINING_STRENGTH)
         sets = expert_sets(self.shape.experts, self.shape.top_k).to(self.device)
         errors = []

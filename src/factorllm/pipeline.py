@@ -171,7 +171,7 @@ def _commit_layer(job: Job, index: int, statistics: dict, seconds: dict[str, flo
 def _write_outer_shards(job: Job) -> None:
     """The first shard of each student: embeddings and output head, as in the dense model."""
     job.source.tensor(FINAL_NORM)  # needed at the end only, but a damaged one must be refused before the work
-    names = [name for name in _outer_names(job) if name != FINAL_NORM]
+    names = [name for name in job.source.parameter_names() if not name.startswith(("model.layers.", FINAL_NORM))]
     for student in job.students:
         path = student.folder / shard_name(1, _shards(job))
         if not path.exists():
@@ -181,8 +181,7 @@ def _write_outer_shards(job: Job) -> None:
 def _temper(job: Job) -> dict[str, float]:
     """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
     norm, eps = job.source.tensor(FINAL_NORM), job.source.config.rms_norm_eps
-    head_name = "lm_head.weight" if "lm_head.weight" in _outer_names(job) else "model.embed_tokens.weight"
-    head = job.source.tensor(head_name).to(job.settings.torch_device)
+    head = job.source.output_head().to(job.settings.torch_device)
     norm = norm.to(head.device)
     teacher = sample_logits(job.stream("teacher", job.layers), norm, eps, head)
     scales = {}
@@ -194,11 +193,6 @@ def _temper(job: Job) -> dict[str, float]:
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
         scales[student.name] = scale
     return scales
-
-
-def _outer_names(job: Job) -> list[str]:
-    """Parameters that belong to no layer."""
-    return [name for name in job.source.parameter_names() if not name.startswith("model.layers.")]
 
 
 def _shards(job: Job) -> int:

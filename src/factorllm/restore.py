@@ -104,6 +104,10 @@ class RidgeStatistics:
     def gram(self) -> Tensor:
         return self._lower.tril() + self._lower.tril(-1).T
 
+    def residual(self, down: Tensor) -> Tensor:
+        """`M^T W (T - M down^T)`, what is still missing with `down` (d, kept): (kept, d), fp64."""
+        return self.cross.double() - self.gram.double() @ down.double().T
+
     def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
         """Add a batch.
 
@@ -133,9 +137,7 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
         The new `down_proj` (d, kept), fp32, and the strength used, in units of the mean diagonal of `M^T M`; None when
         no change predicts best.
     """
-    start = down.double().T
-    grams = [fold.gram for fold in folds]
-    residuals = [fold.cross.double() - gram.double() @ start for fold, gram in zip(folds, grams, strict=True)]
+    grams, residuals = [fold.gram for fold in folds], [fold.residual(down) for fold in folds]
     gram, residual = sum(own.double() for own in grams), sum(residuals)
     # Which strength is best can be told in fp32, at half the time; the solution itself is fp64.
     pairs = list(zip(grams, residuals, strict=True))
@@ -153,14 +155,17 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
     if error >= 0:
         return down, None
     strength = LAMBDAS[best] * WEAKER
-    return (start + _ridge(gram, residual, strength)).T.float(), strength
+    return _add(down, _ridge(gram, residual, strength)), strength
 
 
 def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float) -> Tensor:
     """As `solve_ridge`, with a strength that is given: (d, kept), fp32."""
-    start = down.double().T
-    gram = sums.gram.double()
-    return (start + _ridge(gram, sums.cross.double() - gram @ start, strength)).T.float()
+    return _add(down, _ridge(sums.gram.double(), sums.residual(down), strength))
+
+
+def _add(down: Tensor, change: Tensor) -> Tensor:
+    """(d, kept) fp32, (kept, d) fp64 -> (d, kept) fp32."""
+    return (down.double() + change.T).float()
 
 
 def _descend(value: Callable[[int], float], count: int) -> tuple[int, float]:

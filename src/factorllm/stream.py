@@ -75,15 +75,6 @@ class Rows:
             self.path.unlink(missing_ok=True)
 
 
-def scratch_rows(
-    folder: Path, name: str, sequences: int, length: int, width: int, dtype: torch.dtype, memory_limit: int
-) -> Rows:
-    """An array for one layer's activations: in memory up to `memory_limit` bytes, else in a file of `folder`."""
-    size = sequences * length * width * dtype.itemsize
-    path = None if size <= memory_limit else folder / f"{name}.rows"
-    return Rows(path, sequences, length, width, dtype)
-
-
 class DenseLayer:
     """One decoder layer of the dense model, with its weights on the device."""
 

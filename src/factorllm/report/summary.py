@@ -47,7 +47,7 @@ class Summary:
     Attributes:
         base_model: name of the dense model, fit to publish.
         logit_scale: factor on the student's logits (`temperature.fit_logit_scale`), 1 when nothing was restored.
-        layers: per layer, the student's statistics (see `convert.convert_layer`).
+        layers: per layer, the student's statistics (see `convert.LayerConversion.run`).
         spent: what the run took, once it has ended.
     """
 

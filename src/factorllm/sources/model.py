@@ -110,6 +110,10 @@ class ModelSource(ABC):
         """Names of the parameters that must be read; a tied output head is not among them."""
         return list(dict(self.skeleton().named_parameters()))
 
+    def output_head(self) -> torch.Tensor:
+        """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
+        return self.tensor("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
+
     def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole dense model, for evaluation and for sampling text."""
         model = self.skeleton()
