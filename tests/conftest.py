@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from factorllm.settings import Settings
@@ -54,8 +56,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         },
     ),
     "mistral": MistralConfig(**BASE | {"sliding_window": None}),
+    "qwen2": Qwen2Config(**BASE),
+    "qwen3": Qwen3Config(**BASE | {"head_dim": 16}),
 }
-"""Dense configs that every host can hold."""
+"""Dense configs, each of which some host can hold without and with a shared expert."""
 
 ATTENTION_BIAS = LlamaConfig(**BASE | {"attention_bias": True})
 WIDE_HEADS = LlamaConfig(**BASE | {"head_dim": 16})

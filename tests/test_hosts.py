@@ -8,7 +8,21 @@ from transformers import AutoModelForCausalLM
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
 from factorllm.hosts import choose_host
 
-HOST_OF = {"S0A4E4": "mixtral", "S2A6E8": "granitemoeshared"}
+HOSTS_OF = {
+    **dict.fromkeys(CONFIGS, ("mixtral", "granitemoeshared", "qwen2_moe", "glm4_moe")),
+    "qwen2": ("qwen2_moe", "glm4_moe"),
+    "qwen3": ("qwen3_moe", "glm4_moe"),
+}
+WITHOUT_SHARED, ONLY_SHARED = {"mixtral", "qwen3_moe"}, {"granitemoeshared", "glm4_moe"}
+
+PAIRS = [
+    (name, host, shared)
+    for name, hosts in HOSTS_OF.items()
+    for host in hosts
+    for shared in (0, 2)
+    if host not in (ONLY_SHARED if shared == 0 else WITHOUT_SHARED)
+]
+"""Each dense config, in each of its hosts, with and without a shared part."""
 
 
 def build(config, recipe, tmp_path, text_file, small, host="auto"):
@@ -23,24 +37,33 @@ def build(config, recipe, tmp_path, text_file, small, host="auto"):
     return dense, AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shared", [0, 2])
-def test_all_experts_on_equals_dense(name, shared, tmp_path, text_file, small):
+@pytest.mark.parametrize(("name", "host", "shared"), PAIRS)
+def test_all_experts_on_equals_dense(name, host, shared, tmp_path, text_file, small):
     recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
-    dense, student = build(CONFIGS[name], recipe, tmp_path, text_file, small)
-    assert student.config.model_type == ("granitemoeshared" if shared else "mixtral")
+    dense, student = build(CONFIGS[name], recipe, tmp_path, text_file, small, host)
+    assert student.config.model_type == host
     tokens = some_tokens(CONFIGS[name])
     with torch.no_grad():
         assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("config", "host"),
-    [(ATTENTION_BIAS, "granitemoeshared"), (WIDE_HEADS, "mixtral"), (SLIDING_WINDOW, "mixtral")],
-    ids=["attention-bias", "wide-heads", "sliding-window"],
+    ("config", "shared", "host"),
+    [
+        (CONFIGS["mha"], 0, "mixtral"),
+        (CONFIGS["mha"], 2, "granitemoeshared"),
+        (CONFIGS["qwen2"], 0, "qwen2_moe"),
+        (CONFIGS["qwen2"], 2, "qwen2_moe"),
+        (CONFIGS["qwen3"], 0, "qwen3_moe"),
+        (CONFIGS["qwen3"], 2, "glm4_moe"),
+        (ATTENTION_BIAS, 2, "granitemoeshared"),
+        (WIDE_HEADS, 0, "mixtral"),
+        (WIDE_HEADS, 2, "glm4_moe"),
+        (SLIDING_WINDOW, 0, "mixtral"),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
 )
-def test_what_one_host_cannot_hold_another_does(config, host, tmp_path, text_file, small):
-    shared = 2 if host == "granitemoeshared" else 0
+def test_auto_takes_the_first_host_that_is_exact(config, shared, host, tmp_path, text_file, small):
     recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
     dense, student = build(config, recipe, tmp_path, text_file, small)
     assert student.config.model_type == host
@@ -63,6 +86,22 @@ def test_the_experts_of_a_sparse_student_sum_to_the_dense_ffn(tmp_path, text_fil
         assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-5
 
 
+@pytest.mark.parametrize("host", ["qwen2_moe", "glm4_moe"])
+def test_top_k_can_be_changed_when_serving(host, tmp_path, text_file, small):
+    """One checkpoint of top-2; loaded with every expert on it is the dense model but for gates that are nearly 1."""
+    recipe = Recipe(shared=2, active=2, parts=8, restore="none")
+    dense, _ = build(CONFIGS["qwen2"], recipe, tmp_path, text_file, small, host)
+    tokens = some_tokens(CONFIGS["qwen2"])
+    with torch.no_grad():
+        wanted, errors = dense(tokens).logits, []
+        for top_k in (2, 4, 6):
+            student = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "out", num_experts_per_tok=top_k, dtype=torch.float32
+            )
+            errors.append(relative_error(student(tokens).logits, wanted))
+    assert errors[0] > errors[1] > 10 * errors[2]
+
+
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
 def test_every_experts_backend_gives_the_same_logits(backend, tmp_path, text_file, small):
     _, student = build(CONFIGS["gqa-tied"], Recipe(shared=2, active=2, parts=8), tmp_path, text_file, small)
@@ -80,8 +119,11 @@ def test_every_experts_backend_gives_the_same_logits(backend, tmp_path, text_fil
         (CONFIGS["mha"], "S2A2E8", "dense", "it has no experts"),
         (CONFIGS["mha"], "S2A2E8", "nonsense", "no host 'nonsense'; hosts: auto"),
         (ATTENTION_BIAS, "S0A2E4", "auto", "its attention has no biases"),
-        (WIDE_HEADS, "S2A2E8", "auto", "head_dim = hidden_size / heads"),
+        (ATTENTION_BIAS, "S2A2E8", "qwen2_moe", "its attention output has no bias"),
+        (WIDE_HEADS, "S2A2E8", "granitemoeshared", "head_dim = hidden_size / heads"),
         (SLIDING_WINDOW, "S2A2E8", "auto", "no sliding window"),
+        (CONFIGS["qwen3"], "S2A2E8", "granitemoeshared", "does not normalise queries and keys"),
+        (CONFIGS["qwen2"], "S0A2E4", "qwen3_moe", "it normalises queries and keys"),
         (CONFIGS["mha"], "S4A2E16", "auto", "experts of 4 neurons, but transformers' grouped_mm needs multiples of 8"),
     ],
 )

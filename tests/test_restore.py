@@ -1,9 +1,9 @@
 import torch
 
 from factorllm.ffn import FFN
+from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 from factorllm.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
-from factorllm.route import gate_weights
 
 SHAPE = Shape(20, 8, 4, 3, 2)
 
@@ -11,7 +11,7 @@ SHAPE = Shape(20, 8, 4, 3, 2)
 def batch(tokens: int, seed: int) -> GatedHidden:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, 20, generator=generator)
-    return GatedHidden(hidden, gate_weights(torch.randn(tokens, 4, generator=generator), 2), SHAPE)
+    return GatedHidden(hidden, SOFTMAX_OF_SELECTED.weights(torch.randn(tokens, 4, generator=generator), 2), SHAPE)
 
 
 def statistics(batches, targets) -> RidgeStatistics:
@@ -74,7 +74,7 @@ def test_only_the_active_neurons_run():
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(20, 6, generator=generator), torch.randn(20, 6, generator=generator)]
     ffn, inputs = FFN(*weights, torch.randn(5, 20)), torch.randn(30, 6, generator=generator)
-    gates = gate_weights(torch.randn(30, 4, generator=generator), 2)
+    gates = SOFTMAX_OF_SELECTED.weights(torch.randn(30, 4, generator=generator), 2)
     active = GatedHidden.compute(ffn, inputs, gates, SHAPE)
     whole = GatedHidden(ffn.hidden(inputs), gates, SHAPE)
     torch.testing.assert_close(active.dense(), whole.dense())

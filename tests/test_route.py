@@ -1,9 +1,8 @@
 import pytest
 import torch
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from factorllm.ffn import FFN
+from factorllm.hosts.gates import SIGMOID, SOFTMAX_OF_ALL, SOFTMAX_OF_SELECTED
 from factorllm.partition import partition
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Shape
@@ -13,7 +12,6 @@ from factorllm.route import (
     expert_scores,
     expert_sets,
     fit_router,
-    gate_weights,
     pa_loss,
     prior_distribution,
     refine_router,
@@ -75,23 +73,14 @@ def test_paper_prior_is_the_distance_to_the_fair_share(case):
     assert label.max() / label.min() == pytest.approx(torch.e, rel=1e-5)
 
 
-def test_gate_weights_are_those_of_mixtral(case):
-    x, _, _ = case
-    router = MixtralTopKRouter(MixtralConfig(hidden_size=16, num_local_experts=6, num_experts_per_tok=2))
-    router.weight.data = torch.randn(6, 16)
-    logits, weights, indices = router(x)
-    ours = gate_weights(logits, 2)
-    torch.testing.assert_close(ours.gather(1, indices), 2 * weights)
-    assert ((ours > 0).sum(1) == 2).all()
-
-
-def test_flattened_gates_are_nearly_binary_and_keep_the_order(case):
+@pytest.mark.parametrize("gates", [SOFTMAX_OF_SELECTED, SOFTMAX_OF_ALL, SIGMOID])
+def test_flattened_gates_are_nearly_binary_and_keep_the_order(gates, case):
     x, ffn, split = case
     target = prior_distribution(expert_scores(ffn, ffn.hidden(x), split, 2, "energy"), 2, "energy")
     router = fit_router("pa", x, target, ffn, split, 2, torch.Generator())
-    gates = gate_weights(x @ router.T * FLATTEN, 2)
-    assert (gates[gates > 0] - 1).abs().max() < 0.02
-    assert torch.equal(gates > 0, gate_weights(x @ router.T, 2) > 0)
+    flat = gates.weights(x @ router.T * FLATTEN, 2)
+    assert (flat[flat > 0] - 1).abs().max() < 0.02
+    assert torch.equal(flat > 0, gates.weights(x @ router.T, 2) > 0)
 
 
 def errors_of_sets(case, sets):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from factorllm.ffn import FFN
-from factorllm.hosts import StudentFFN
+from factorllm.hosts import Host, StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Recipe, Shape
@@ -21,7 +21,6 @@ from factorllm.route import (
     expert_scores,
     expert_sets,
     fit_router,
-    gate_weights,
     prior_distribution,
     refine_router,
     set_errors,
@@ -80,11 +79,12 @@ class LayerConversion:
         streams: Streams,
         recipe: Recipe,
         shape: Shape,
+        host: Host,
         generator: torch.Generator,
         workplace: Workplace,
     ):
         self.layer, self.ffn, self.streams = layer, layer.ffn, streams
-        self.recipe, self.shape, self.generator = recipe, shape, generator
+        self.recipe, self.shape, self.host, self.generator = recipe, shape, host, generator
         self.workplace, self.device = workplace, workplace.device
         before = streams.before
         self.stride = max(before.sequences * before.length // _ROUTER_TOKENS, 1)
@@ -245,7 +245,7 @@ class LayerConversion:
         """Gate weights, (tokens, N); a static prune has no experts."""
         if router is None:
             return torch.zeros(len(inputs), 0, device=self.device)
-        return gate_weights(inputs.float() @ router.T, self.shape.top_k)
+        return self.host.gates.weights(inputs.float() @ router.T, self.shape.top_k)
 
     def _folded_runs(self) -> Iterator[tuple[int, slice]]:
         """Runs of sequences with the fold that they belong to; folds are consecutive, so few documents are in two."""

@@ -133,7 +133,7 @@ def _convert(
         after=job.stream(student.name, index + 1),
     )
     generator = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + index)
-    return LayerConversion(layer, streams, student.recipe, student.shape, generator, workplace).run()
+    return LayerConversion(layer, streams, student.recipe, student.shape, student.host, generator, workplace).run()
 
 
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
@@ -175,7 +175,10 @@ def _write_outer_shards(job: Job) -> None:
     for student in job.students:
         path = student.folder / shard_name(1, _shards(job))
         if not path.exists():
-            write_shard(path, {name: job.source.tensor(name).to(job.settings.stored_dtype) for name in names})
+            tensors = {name: job.source.tensor(name) for name in names}
+            if not student.host.ties_embeddings:
+                tensors["lm_head.weight"] = job.source.output_head().clone()
+            write_shard(path, {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()})
 
 
 def _temper(job: Job) -> dict[str, float]:
@@ -204,7 +207,8 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
     prefix = f"model.layers.{index}."
     names = [name for name in job.source.names() if name.startswith(prefix) and ".mlp." not in name]
     tensors = {name: job.source.tensor(name) for name in sorted(names)}
-    tensors |= {prefix + name: tensor for name, tensor in student.host.ffn_tensors(ffn).items()}
+    added = student.host.attention_tensors(job.source.config) | student.host.ffn_tensors(ffn)
+    tensors |= {prefix + name: tensor for name, tensor in added.items()}
     stored = {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()}
     write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
 

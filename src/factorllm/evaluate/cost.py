@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from factorllm.hosts.base import head_dim
+from factorllm.families import biased_projections, head_dim, normalises_heads
 from factorllm.recipe import Shape
 
 
@@ -16,7 +16,8 @@ class Cost:
 
     Attributes:
         ffn_sparsity: share of the dense FFN's neurons that do not run for a token.
-        total_parameters: all parameters; a tied embedding counts once.
+        total_parameters: all parameters; a tied embedding counts once. What a host adds only because its engines want
+            it, such as zero biases, is left out.
         active_parameters: those that one token uses; of the embedding table, only as the output head.
         flops_per_token: 2 x the weights of all matrix products of one token. The products of queries, keys and values
             with each other, which grow with the context, are the same for every student and are left out.
@@ -37,13 +38,15 @@ def cost_of(config: PreTrainedConfig, shape: Shape) -> Cost:
     query = config.num_attention_heads * head_dim(config)
     key_value = config.num_key_value_heads * head_dim(config)
     attention = 2 * d * (query + key_value)
-    biases = (query + 2 * key_value + d) if getattr(config, "attention_bias", False) else 0
+    widths = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "o_proj": d}
+    biases = sum(widths[projection] for projection in biased_projections(config))
+    head_norms = 2 * head_dim(config) if normalises_heads(config) else 0
     router = shape.experts * d
     head = config.vocab_size * d
 
     active = layers * (attention + 3 * d * shape.active_width + router) + head
     held = layers * (attention + 3 * d * shape.kept_width + router) + head
-    vectors = layers * (2 * d + biases) + d
+    vectors = layers * (2 * d + biases + head_norms) + d
     embedding = 0 if config.tie_word_embeddings else head
     return Cost(
         ffn_sparsity=shape.sparsity,

@@ -5,15 +5,20 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from factorllm.errors import FactorLLMError
-from factorllm.hosts.base import Host, StudentFFN
+from factorllm.hosts.base import Host, MoeHost, StudentFFN
 from factorllm.hosts.dense import DenseHost
+from factorllm.hosts.glm4_moe import Glm4MoeHost
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
 from factorllm.hosts.mixtral import MixtralHost
+from factorllm.hosts.qwen2_moe import Qwen2MoeHost
+from factorllm.hosts.qwen3_moe import Qwen3MoeHost
 from factorllm.recipe import Shape
 
-__all__ = ["HOSTS", "Host", "StudentFFN", "choose_host"]
+__all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host"]
 
-HOSTS: dict[str, Host] = {host.name: host for host in (MixtralHost(), GraniteMoeSharedHost(), DenseHost())}
+_HOSTS = (MixtralHost(), GraniteMoeSharedHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(), DenseHost())
+
+HOSTS: dict[str, Host] = {host.name: host for host in _HOSTS}
 """Hosts by name, best first: `auto` takes the first that can hold the student exactly."""
 
 

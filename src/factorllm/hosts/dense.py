@@ -5,7 +5,7 @@ import copy
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.hosts.base import Host, StudentFFN
+from factorllm.hosts.base import ALL_ENGINES, Host, StudentFFN
 from factorllm.recipe import Shape
 
 
@@ -13,7 +13,7 @@ class DenseHost(Host):
     name = "dense"
 
     def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        return ("transformers", "vllm", "sglang", "llama.cpp")
+        return ALL_ENGINES
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         return "it has no experts" if shape.experts else None

@@ -1,31 +1,42 @@
-"""GraniteMoeShared: routed experts and one shared expert. Gates are the softmax over the selected logits."""
+"""GraniteMoeShared: routed experts and one shared expert, for Llama and Mistral."""
 
 import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim, misaligned
+from factorllm.families import biased_projections, head_dim
+from factorllm.hosts.base import (
+    MoeHost,
+    StudentFFN,
+    common_config,
+    normalised_heads,
+    sliding_window,
+    stacked,
+    uneven_heads,
+)
+from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
 
-class GraniteMoeSharedHost(Host):
+class GraniteMoeSharedHost(MoeHost):
     name = "granitemoeshared"
+    gguf = "granitemoe"
+    gates = SOFTMAX_OF_SELECTED
 
     def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        if getattr(dense, "attention_bias", False):
+        if biased_projections(dense):
             return ("transformers",)  # the others read no attention biases
         return ("transformers", "vllm", "llama.cpp")
 
-    def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
-        if shape.experts == 0:
-            return "a static prune has no experts"
-        if not shape.shared_width:
-            return "it always has a shared expert"
-        if head_dim(config) * config.num_attention_heads != config.hidden_size:
-            return "it needs head_dim = hidden_size / heads"
-        if getattr(config, "sliding_window", None):
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if biased_projections(config) not in ((), ("q_proj", "k_proj", "v_proj", "o_proj")):
+            return "its attention has all four biases or none"
+        if sliding_window(config):
             return "it has no sliding window"
-        return misaligned(config, shape)
+        return normalised_heads(config) or uneven_heads(config)
+
+    def _reason_against_shape(self, shape: Shape) -> str | None:
+        return None if shape.shared_width else "it always has a shared expert"
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return GraniteMoeSharedConfig(
@@ -34,7 +45,7 @@ class GraniteMoeSharedHost(Host):
             shared_intermediate_size=shape.shared_width,
             num_local_experts=shape.experts,
             num_experts_per_tok=shape.top_k,
-            attention_bias=getattr(dense, "attention_bias", False),
+            attention_bias=bool(biased_projections(dense)),
             # Granite scales what Llama does not; these values turn it into Llama.
             attention_multiplier=head_dim(dense) ** -0.5,
             embedding_multiplier=1.0,
@@ -44,11 +55,12 @@ class GraniteMoeSharedHost(Host):
         )
 
     def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
-        experts, shared = list(student.experts()), student.shared()
+        shared = student.shared()
+        inputs, outputs = stacked(student.experts(self.gates))
         return {
             "block_sparse_moe.router.layer.weight": student.router,
-            "block_sparse_moe.input_linear.weight": torch.stack([torch.cat([e.gate, e.up]) for e in experts]),
-            "block_sparse_moe.output_linear.weight": torch.stack([e.down for e in experts]),
+            "block_sparse_moe.input_linear.weight": inputs,
+            "block_sparse_moe.output_linear.weight": outputs,
             "shared_mlp.input_linear.weight": torch.cat([shared.gate, shared.up]),
             "shared_mlp.output_linear.weight": shared.down,
         }

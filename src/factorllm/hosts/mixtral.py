@@ -1,33 +1,36 @@
-"""Mixtral: routed experts only. Gates are the softmax over the selected logits."""
+"""Mixtral: routed experts only, for Llama and Mistral."""
 
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from factorllm.hosts.base import Host, StudentFFN, common_config, head_dim, misaligned
+from factorllm.families import biased_projections, head_dim
+from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, normalised_heads, sliding_window
+from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
 
-class MixtralHost(Host):
+class MixtralHost(MoeHost):
     name = "mixtral"
+    gguf = "llama"
+    gates = SOFTMAX_OF_SELECTED
 
     def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        return ("transformers", "vllm", "sglang", "llama.cpp")
+        return ALL_ENGINES
 
-    def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
-        if shape.experts == 0:
-            return "a static prune has no experts"
-        if shape.shared_width:
-            return "it has no shared expert"
-        if getattr(config, "attention_bias", False):
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if biased_projections(config):
             return "its attention has no biases"
-        return misaligned(config, shape)
+        return normalised_heads(config)
+
+    def _reason_against_shape(self, shape: Shape) -> str | None:
+        return "it has no shared expert" if shape.shared_width else None
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return MixtralConfig(
             **common_config(dense),
             intermediate_size=shape.expert_width,
             head_dim=head_dim(dense),
-            sliding_window=getattr(dense, "sliding_window", None),
+            sliding_window=sliding_window(dense),
             num_local_experts=shape.experts,
             num_experts_per_tok=shape.top_k,
             architectures=["MixtralForCausalLM"],
@@ -35,7 +38,7 @@ class MixtralHost(Host):
 
     def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
         tensors = {"block_sparse_moe.gate.weight": student.router}
-        for i, expert in enumerate(student.experts()):
+        for i, expert in enumerate(student.experts(self.gates)):
             prefix = f"block_sparse_moe.experts.{i}"
             tensors[f"{prefix}.w1.weight"] = expert.gate
             tensors[f"{prefix}.w3.weight"] = expert.up

@@ -2,7 +2,7 @@
 
 from factorllm.route.prior import expert_scores, prior_distribution
 from factorllm.route.refine import can_refine, expert_sets, refine_router, set_errors
-from factorllm.route.router import FLATTEN, ROUTERS, fit_router, gate_weights, pa_loss
+from factorllm.route.router import FLATTEN, ROUTERS, fit_router, pa_loss
 
 __all__ = [
     "FLATTEN",
@@ -11,7 +11,6 @@ __all__ = [
     "expert_scores",
     "expert_sets",
     "fit_router",
-    "gate_weights",
     "pa_loss",
     "prior_distribution",
     "refine_router",

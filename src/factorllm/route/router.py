@@ -1,4 +1,4 @@
-"""Linear routers, and the gate weights that every host computes from their logits."""
+"""Linear routers."""
 
 from __future__ import annotations
 
@@ -29,16 +29,6 @@ def pa_loss(logits: Tensor, prior: Tensor) -> Tensor:
         prior: (n, N) distribution over experts, made from the dense FFN.
     """
     return kl_div(log_softmax(logits, dim=1), prior, reduction="batchmean")
-
-
-def gate_weights(logits: Tensor, top_k: int) -> Tensor:
-    """What the hosts multiply each expert's output with, times k: (n, N) -> (n, N).
-
-    The hosts take the softmax over the selected logits, so gate weights sum to 1; `down_proj` is stored times k
-    (DESIGN: hosts), which makes binary gates 1. Experts that are not selected get 0.
-    """
-    top = logits.topk(top_k, dim=1)
-    return torch.zeros_like(logits).scatter_(1, top.indices, top.values.softmax(dim=1) * top_k)
 
 
 def fit_router(

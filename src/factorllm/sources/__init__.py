@@ -4,11 +4,11 @@ from pathlib import Path
 
 from factorllm.errors import FactorLLMError
 from factorllm.sources.gguf import GGUFSource
-from factorllm.sources.model import SUPPORTED_FAMILIES, ModelSource
+from factorllm.sources.model import ModelSource
 from factorllm.sources.safetensors import SafetensorsSource, download
 from factorllm.sources.text import CalibrationText, read_calibration_text
 
-__all__ = ["SUPPORTED_FAMILIES", "CalibrationText", "ModelSource", "open_model", "read_calibration_text"]
+__all__ = ["CalibrationText", "ModelSource", "open_model", "read_calibration_text"]
 
 
 def open_model(model: str) -> ModelSource:

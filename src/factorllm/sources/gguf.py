@@ -10,11 +10,14 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
+from factorllm.families import FAMILIES
 from factorllm.sources.model import ModelSource, check_family, one_line
+
+_ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 class GGUFSource(ModelSource):
-    """A GGUF file of a dense Llama. Quantised tensors are dequantised as they are read."""
+    """A GGUF file of a dense model. Quantised tensors are dequantised as they are read."""
 
     def __init__(self, path: Path):
         self.label = str(path)
@@ -65,7 +68,7 @@ class GGUFSource(ModelSource):
 
     def _map_names(self) -> dict[str, str]:
         layers = self.config.num_hidden_layers
-        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+        table = gguf.get_tensor_name_map(_ARCHITECTURES[FAMILIES[self.config.model_type].gguf], layers)
         where = {}
         for name in self.parameter_names():
             gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -73,8 +76,9 @@ class GGUFSource(ModelSource):
                 where[name] = gguf_name
         if unknown := sorted(set(self._tensors) - set(where.values())):
             raise FactorLLMError(
-                f"{self.label} holds {len(unknown)} tensors that a plain Llama does not have, {unknown[0]} among them "
-                "(rope_freqs is llama3 RoPE scaling); use the model's safetensors checkpoint instead"
+                f"{self.label} holds {len(unknown)} tensors that a plain {self.config.model_type} model does not have, "
+                f"{unknown[0]} among them (rope_freqs is llama3 RoPE scaling); use the model's safetensors checkpoint "
+                "instead"
             )
         return where
 
@@ -88,6 +92,8 @@ class GGUFSource(ModelSource):
                 "Q8_0 or F16 for the best quality"
             ) from None
         weight = torch.from_numpy(values.copy())
+        if FAMILIES[self.config.model_type].gguf != "llama":
+            return weight
         if name.endswith("q_proj.weight"):
             return _unpermute(weight, self.config.num_attention_heads)
         if name.endswith("k_proj.weight"):

@@ -20,13 +20,8 @@ from transformers import (
 )
 
 from factorllm.errors import FactorLLMError
+from factorllm.families import FAMILIES
 from factorllm.sources.digest import add_file
-
-SUPPORTED_FAMILIES = {
-    "llama": "Llama 1-3, TinyLlama, SmolLM2",
-    "mistral": "Mistral",
-}
-"""Dense families by transformers' `model_type`. All name their tensors as Llama does."""
 
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
 
@@ -165,9 +160,9 @@ class ModelSource(ABC):
 
 def check_family(label: str, family: object) -> None:
     """Refuse a family that is not supported, and name those that are."""
-    if family in SUPPORTED_FAMILIES:
+    if family in FAMILIES:
         return
-    known = "; ".join(f"{key} ({models})" for key, models in SUPPORTED_FAMILIES.items())
+    known = "; ".join(f"{key} ({family.models})" for key, family in FAMILIES.items())
     raise FactorLLMError(
         f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
         f"exactly; supported families: {known}"

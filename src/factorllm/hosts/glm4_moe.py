@@ -1,0 +1,67 @@
+"""GLM-4-MoE: routed and shared experts, top-k free at serve time, for Qwen3, Qwen2, Llama and Mistral."""
+
+import torch
+from torch import Tensor
+from transformers import Glm4MoeConfig, PreTrainedConfig
+
+from factorllm.families import biased_projections, head_dim, normalises_heads, rope_type
+from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, per_expert, sliding_window
+from factorllm.hosts.gates import SIGMOID
+from factorllm.recipe import Shape
+
+
+class Glm4MoeHost(MoeHost):
+    name = "glm4_moe"
+    gguf = "glm4moe"
+    gates = SIGMOID
+    ties_embeddings = False
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        if rope_type(dense) == "llama3":
+            return ("transformers", "vllm", "sglang")  # llama.cpp's glm4moe ignores it
+        return ALL_ENGINES
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if "o_proj" in biased_projections(config):
+            return "its attention output has no bias"
+        return "it has no sliding window" if sliding_window(config) else None
+
+    def _reason_against_shape(self, shape: Shape) -> str | None:
+        if not shape.shared_width:
+            return "it always has a shared expert"
+        if shape.shared_width % shape.expert_width:
+            return "its shared part must be a multiple of an expert"
+        return None
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        common = common_config(dense)
+        common["tie_word_embeddings"] = False
+        common["rope_parameters"] = dense.rope_parameters | {"partial_rotary_factor": 1.0}
+        return Glm4MoeConfig(
+            **common,
+            head_dim=head_dim(dense),
+            attention_bias=bool(biased_projections(dense)),
+            use_qk_norm=normalises_heads(dense),
+            intermediate_size=shape.ffn_width,
+            moe_intermediate_size=shape.expert_width,
+            n_routed_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            n_shared_experts=shape.shared_width // shape.expert_width,
+            first_k_dense_replace=0,
+            num_nextn_predict_layers=0,
+            norm_topk_prob=False,
+            routed_scaling_factor=2.0,  # gate weights are 2 x sigmoid(logit): 1 for flat routers
+            partial_rotary_factor=1.0,
+            architectures=["Glm4MoeForCausalLM"],
+        )
+
+    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+        shared = student.shared()
+        return {
+            "mlp.gate.weight": student.router,
+            "mlp.gate.e_score_correction_bias": torch.zeros_like(student.router[:, 0]),
+            **per_expert(student.experts(self.gates), "mlp.experts"),
+            "mlp.shared_experts.gate_proj.weight": shared.gate,
+            "mlp.shared_experts.up_proj.weight": shared.up,
+            "mlp.shared_experts.down_proj.weight": shared.down,
+        }

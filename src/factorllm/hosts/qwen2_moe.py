@@ -1,0 +1,86 @@
+"""Qwen2-MoE: routed experts and one gated shared expert, for Qwen2, and for Llama with zero biases."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, Qwen2MoeConfig
+
+from factorllm.families import biased_projections, head_dim, rope_type
+from factorllm.ffn import FFN
+from factorllm.hosts.base import (
+    ALL_ENGINES,
+    MoeHost,
+    StudentFFN,
+    common_config,
+    normalised_heads,
+    per_expert,
+    sliding_window,
+    uneven_heads,
+)
+from factorllm.hosts.gates import SOFTMAX_OF_ALL
+from factorllm.recipe import Shape
+
+SHARED_GATE = 2.0**-24
+"""Every weight of the shared expert's gate, sigmoid(w x) = 1/2. Not zero: llama.cpp computes silu(g) / g. The smallest
+number that fp16 holds."""
+
+_EMPTY_SHARED = 32
+"""Neurons, all zero, of the shared expert of a recipe without one: engines need one, and llama.cpp quantises in blocks
+of 32."""
+
+_BIASED = ("q_proj", "k_proj", "v_proj")
+
+
+class Qwen2MoeHost(MoeHost):
+    name = "qwen2_moe"
+    gguf = "qwen2moe"
+    gates = SOFTMAX_OF_ALL
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        if rope_type(dense) == "llama3":
+            return ("transformers", "vllm", "sglang")  # llama.cpp's qwen2moe ignores it
+        return ALL_ENGINES
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if "o_proj" in biased_projections(config):
+            return "its attention output has no bias"
+        if sliding_window(config):
+            return "its engines do not agree on its sliding window"
+        return normalised_heads(config) or uneven_heads(config)
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        return Qwen2MoeConfig(
+            **common_config(dense),
+            intermediate_size=shape.ffn_width,
+            moe_intermediate_size=shape.expert_width,
+            shared_expert_intermediate_size=shape.shared_width or _EMPTY_SHARED,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            norm_topk_prob=False,
+            qkv_bias=True,  # vLLM and SGLang build the biases whatever the config says
+            use_sliding_window=False,
+            architectures=["Qwen2MoeForCausalLM"],
+        )
+
+    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+        shared, router = student.shared(), student.router
+        if not shared.width:
+            filling = (0, 0, 0, _EMPTY_SHARED)
+            shared = FFN(pad(shared.gate, filling), pad(shared.up, filling), pad(shared.down, (0, _EMPTY_SHARED)))
+        return {
+            "mlp.gate.weight": router,
+            **per_expert(student.experts(self.gates), "mlp.experts"),
+            "mlp.shared_expert.gate_proj.weight": shared.gate,
+            "mlp.shared_expert.up_proj.weight": shared.up,
+            "mlp.shared_expert.down_proj.weight": shared.down * 2,
+            "mlp.shared_expert_gate.weight": torch.full_like(router[:1], SHARED_GATE),
+        }
+
+    def attention_tensors(self, dense: PreTrainedConfig) -> dict[str, Tensor]:
+        if biased_projections(dense):
+            return {}
+        heads = (dense.num_attention_heads, dense.num_key_value_heads, dense.num_key_value_heads)
+        return {
+            f"self_attn.{name}.bias": torch.zeros(count * head_dim(dense))
+            for name, count in zip(_BIASED, heads, strict=True)
+        }

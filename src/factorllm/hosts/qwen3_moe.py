@@ -1,0 +1,44 @@
+"""Qwen3-MoE: routed experts only, for Qwen3."""
+
+from torch import Tensor
+from transformers import PreTrainedConfig, Qwen3MoeConfig
+
+from factorllm.families import biased_projections, head_dim, normalises_heads
+from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, per_expert, sliding_window
+from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.recipe import Shape
+
+
+class Qwen3MoeHost(MoeHost):
+    name = "qwen3_moe"
+    gguf = "qwen3moe"
+    gates = SOFTMAX_OF_SELECTED
+
+    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
+        return ALL_ENGINES
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if not normalises_heads(config):
+            return "it normalises queries and keys"
+        if biased_projections(config):
+            return "not all of its engines read attention biases"
+        return "it has no sliding window" if sliding_window(config) else None
+
+    def _reason_against_shape(self, shape: Shape) -> str | None:
+        return "it has no shared expert" if shape.shared_width else None
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        return Qwen3MoeConfig(
+            **common_config(dense),
+            head_dim=head_dim(dense),
+            intermediate_size=shape.ffn_width,
+            moe_intermediate_size=shape.expert_width,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            norm_topk_prob=True,
+            use_sliding_window=False,
+            architectures=["Qwen3MoeForCausalLM"],
+        )
+
+    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+        return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
