@@ -118,8 +118,8 @@ def small() -> Settings:
     return Settings(tokens=4096, held_out_tokens=512, length=64)
 
 
-def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48) -> torch.Tensor:
-    return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(7))
+def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -48,3 +48,7 @@ def normalises_heads(config: PreTrainedConfig) -> bool:
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE scaling: `default`, `linear`, `llama3`, `yarn` ..."""
     return config.rope_parameters.get("rope_type", "default")
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    return getattr(config, "sliding_window", None)

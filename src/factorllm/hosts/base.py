@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.families import head_dim, normalises_heads
+from factorllm.families import head_dim, normalises_heads, rope_type
 from factorllm.ffn import FFN
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
@@ -42,24 +43,68 @@ class StudentFFN:
         return [FFN(part.gate, part.up, part.down * scale) for part in parts]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a GGUF file is in the checkpoint.
+
+    Attributes:
+        name: the tensor's name on disk, without the prefix of the layer; `{}` stands for each expert, to be stacked.
+        half: None for all of it, 0 or 1 for the first or second half of its rows.
+    """
+
+    name: str
+    half: int | None = None
+
+
 class Host(ABC):
     """An architecture of transformers that a student can be written in.
 
     Attributes:
         name: its `model_type`.
-        gguf: its architecture in GGUF files; None means the dense family's own.
         gates: how it makes gate weights; None when it has no experts.
         ties_embeddings: whether its engines let the output head be the embedding table.
+        gguf_ffn: the FFN's tensors by their names in GGUF files.
+        gguf_ffn_norm: the name there of the norm before the FFN.
     """
 
     name: str
-    gguf: str | None = None
     gates: Gates | None = None
     ties_embeddings: bool = True
+    gguf_ffn: ClassVar[dict[str, Stored]]
+    gguf_ffn_norm: str = "ffn_norm"
+
+    def engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Engines that load the student without custom code.
+
+        Args:
+            config: of the dense model or of the student.
+        """
+        unfit = {"llama.cpp"} if self.reason_against_gguf(config) else set()
+        return tuple(engine for engine in self._engines(config) if engine not in unfit)
+
+    def _engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ALL_ENGINES
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        """Why llama.cpp would compute something else than the checkpoint says, or None."""
+        kind, architecture = rope_type(config), self.gguf(config)
+        if kind == "llama3" and architecture not in ("llama", "granitemoe"):
+            return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
+        if kind not in ("default", "linear", "yarn", "llama3"):
+            return f"GGUF files cannot say {kind} RoPE scaling"
+        return None
 
     @abstractmethod
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        """Engines that load the student of this dense model without custom code."""
+    def gguf(self, config: PreTrainedConfig) -> str:
+        """The architecture in GGUF files."""
+
+    @abstractmethod
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        """What a GGUF file must say of the FFN, without the prefix of the architecture.
+
+        Args:
+            config: the student's.
+        """
 
     @abstractmethod
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
@@ -82,6 +127,10 @@ class MoeHost(Host):
     """A host with routed experts."""
 
     gates: Gates
+    gguf_architecture: str
+
+    def gguf(self, config: PreTrainedConfig) -> str:
+        return self.gguf_architecture
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         if shape.experts == 0:
@@ -109,10 +158,6 @@ def common_config(dense: PreTrainedConfig) -> dict:
     return {key: getattr(dense, key) for key in _COMMON_KEYS}
 
 
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    return getattr(config, "sliding_window", None)
-
-
 def uneven_heads(config: PreTrainedConfig) -> str | None:
     """The reason against hosts that take the head size from the hidden size."""
     if head_dim(config) * config.num_attention_heads != config.hidden_size:
@@ -137,6 +182,19 @@ def per_expert(experts: list[FFN], prefix: str) -> dict[str, Tensor]:
         for i, expert in enumerate(experts)
         for name in ("gate", "up", "down")
     }
+
+
+def gguf_experts(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:
+    return {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": up, "ffn_down_exps.weight": down}
+
+
+def gguf_shared(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:
+    return {"ffn_gate_shexp.weight": gate, "ffn_up_shexp.weight": up, "ffn_down_shexp.weight": down}
+
+
+def projections(prefix: str) -> tuple[Stored, Stored, Stored]:
+    """Gate, up and down by the names of most hosts."""
+    return tuple(Stored(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
 
 
 def _misaligned(config: PreTrainedConfig, shape: Shape) -> str | None:

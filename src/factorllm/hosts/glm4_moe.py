@@ -1,25 +1,39 @@
 """GLM-4-MoE: routed and shared experts, top-k free at serve time, for Qwen3, Qwen2, Llama and Mistral."""
 
+from typing import ClassVar
+
+import gguf
 import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads, rope_type
-from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, per_expert, sliding_window
+from factorllm.families import biased_projections, head_dim, normalises_heads, sliding_window
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    common_config,
+    gguf_experts,
+    gguf_shared,
+    per_expert,
+    projections,
+)
 from factorllm.hosts.gates import SIGMOID
 from factorllm.recipe import Shape
 
 
 class Glm4MoeHost(MoeHost):
     name = "glm4_moe"
-    gguf = "glm4moe"
+    gguf_architecture = "glm4moe"
     gates = SIGMOID
     ties_embeddings = False
-
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        if rope_type(dense) == "llama3":
-            return ("transformers", "vllm", "sglang")  # llama.cpp's glm4moe ignores it
-        return ALL_ENGINES
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
+        "exp_probs_b.bias": Stored("mlp.gate.e_score_correction_bias"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+        **gguf_shared(*projections("mlp.shared_experts")),
+    }
+    gguf_ffn_norm = "post_attention_norm"
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if "o_proj" in biased_projections(config):
@@ -64,4 +78,18 @@ class Glm4MoeHost(MoeHost):
             "mlp.shared_experts.gate_proj.weight": shared.gate,
             "mlp.shared_experts.up_proj.weight": shared.up,
             "mlp.shared_experts.down_proj.weight": shared.down,
+        }
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_count": config.n_routed_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_shared_count": config.n_shared_experts,
+            "leading_dense_block_count": 0,
+            "nextn_predict_layers": 0,
+            "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+            "expert_weights_norm": False,
+            "expert_weights_scale": config.routed_scaling_factor,
         }

@@ -1,16 +1,20 @@
 """GraniteMoeShared: routed experts and one shared expert, for Llama and Mistral."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim
+from factorllm.families import biased_projections, head_dim, sliding_window
 from factorllm.hosts.base import (
     MoeHost,
+    Stored,
     StudentFFN,
     common_config,
+    gguf_experts,
+    gguf_shared,
     normalised_heads,
-    sliding_window,
     stacked,
     uneven_heads,
 )
@@ -20,13 +24,25 @@ from factorllm.recipe import Shape
 
 class GraniteMoeSharedHost(MoeHost):
     name = "granitemoeshared"
-    gguf = "granitemoe"
+    gguf_architecture = "granitemoe"
     gates = SOFTMAX_OF_SELECTED
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("block_sparse_moe.router.layer.weight"),
+        **gguf_experts(
+            Stored("block_sparse_moe.input_linear.weight", 0),
+            Stored("block_sparse_moe.input_linear.weight", 1),
+            Stored("block_sparse_moe.output_linear.weight"),
+        ),
+        **gguf_shared(
+            Stored("shared_mlp.input_linear.weight", 0),
+            Stored("shared_mlp.input_linear.weight", 1),
+            Stored("shared_mlp.output_linear.weight"),
+        ),
+    }
 
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        if biased_projections(dense):
-            return ("transformers",)  # the others read no attention biases
-        return ("transformers", "vllm", "llama.cpp")
+    def _engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        # vLLM builds no attention biases here, and SGLang does not know the architecture.
+        return ("transformers", "llama.cpp") if biased_projections(config) else ("transformers", "vllm", "llama.cpp")
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if biased_projections(config) not in ((), ("q_proj", "k_proj", "v_proj", "o_proj")):
@@ -63,4 +79,14 @@ class GraniteMoeSharedHost(MoeHost):
             "block_sparse_moe.output_linear.weight": outputs,
             "shared_mlp.input_linear.weight": torch.cat([shared.gate, shared.up]),
             "shared_mlp.output_linear.weight": shared.down,
+        }
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_intermediate_size,
+            "expert_count": config.num_local_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            # Embedding and residual scales that are not there cost nothing; scales of 1 are multiplied with.
+            "logit_scale": 1.0,
         }

@@ -1,21 +1,31 @@
 """Mixtral: routed experts only, for Llama and Mistral."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim
-from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, normalised_heads, sliding_window
+from factorllm.families import biased_projections, head_dim, sliding_window
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    common_config,
+    gguf_experts,
+    normalised_heads,
+)
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
 
 class MixtralHost(MoeHost):
     name = "mixtral"
-    gguf = "llama"
+    gguf_architecture = "llama"
     gates = SOFTMAX_OF_SELECTED
-
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        return ALL_ENGINES
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("block_sparse_moe.gate.weight"),
+        **gguf_experts(*(Stored(f"block_sparse_moe.experts.{{}}.{name}.weight") for name in ("w1", "w3", "w2"))),
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if biased_projections(config):
@@ -44,3 +54,10 @@ class MixtralHost(MoeHost):
             tensors[f"{prefix}.w3.weight"] = expert.up
             tensors[f"{prefix}.w2.weight"] = expert.down
         return tensors
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_count": config.num_local_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }

@@ -1,20 +1,24 @@
 """Qwen2-MoE: routed experts and one gated shared expert, for Qwen2, and for Llama with zero biases."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, Qwen2MoeConfig
 
-from factorllm.families import biased_projections, head_dim, rope_type
+from factorllm.families import biased_projections, head_dim, sliding_window
 from factorllm.ffn import FFN
 from factorllm.hosts.base import (
-    ALL_ENGINES,
     MoeHost,
+    Stored,
     StudentFFN,
     common_config,
+    gguf_experts,
+    gguf_shared,
     normalised_heads,
     per_expert,
-    sliding_window,
+    projections,
     uneven_heads,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_ALL
@@ -33,13 +37,14 @@ _BIASED = ("q_proj", "k_proj", "v_proj")
 
 class Qwen2MoeHost(MoeHost):
     name = "qwen2_moe"
-    gguf = "qwen2moe"
+    gguf_architecture = "qwen2moe"
     gates = SOFTMAX_OF_ALL
-
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        if rope_type(dense) == "llama3":
-            return ("transformers", "vllm", "sglang")  # llama.cpp's qwen2moe ignores it
-        return ALL_ENGINES
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+        **gguf_shared(*projections("mlp.shared_expert")),
+        "ffn_gate_inp_shexp.weight": Stored("mlp.shared_expert_gate.weight"),
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if "o_proj" in biased_projections(config):
@@ -83,4 +88,13 @@ class Qwen2MoeHost(MoeHost):
         return {
             f"self_attn.{name}.bias": torch.zeros(count * head_dim(dense))
             for name, count in zip(_BIASED, heads, strict=True)
+        }
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
         }

@@ -1,21 +1,32 @@
 """Qwen3-MoE: routed experts only, for Qwen3."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads
-from factorllm.hosts.base import ALL_ENGINES, MoeHost, StudentFFN, common_config, per_expert, sliding_window
+from factorllm.families import biased_projections, head_dim, normalises_heads, sliding_window
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    common_config,
+    gguf_experts,
+    per_expert,
+    projections,
+)
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
 
 class Qwen3MoeHost(MoeHost):
     name = "qwen3_moe"
-    gguf = "qwen3moe"
+    gguf_architecture = "qwen3moe"
     gates = SOFTMAX_OF_SELECTED
-
-    def engines(self, dense: PreTrainedConfig) -> tuple[str, ...]:
-        return ALL_ENGINES
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if not normalises_heads(config):
@@ -42,3 +53,11 @@ class Qwen3MoeHost(MoeHost):
 
     def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
         return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }

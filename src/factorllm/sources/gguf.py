@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from factorllm.errors import FactorLLMError
 from factorllm.families import FAMILIES
 from factorllm.sources.model import ModelSource, check_family, one_line
+from factorllm.sources.pretokenizers import PRE_TOKENIZERS
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 
@@ -22,7 +23,7 @@ class GGUFSource(ModelSource):
     def __init__(self, path: Path):
         self.label = str(path)
         self.path = path
-        self._reader = self._open_file()
+        self._reader = open_gguf(path)
         self.config = self._read_config()
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._where = self._map_names()
@@ -36,7 +37,11 @@ class GGUFSource(ModelSource):
         return self._where
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        # transformers takes GPT-2's way of cutting text for every byte-level GGUF, so numbers would be cut wrongly.
+        if cutting := PRE_TOKENIZERS.get(self._field("tokenizer.ggml.pre")):
+            tokenizer.backend_tokenizer.pre_tokenizer = cutting
+        return tokenizer
 
     @property
     def licence(self) -> str | None:
@@ -45,18 +50,6 @@ class GGUFSource(ModelSource):
     def _field(self, key: str) -> object | None:
         field = self._reader.fields.get(key)
         return field.contents() if field else None
-
-    def _open_file(self):
-        try:
-            reader = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, OSError, OverflowError, KeyError) as error:
-            raise FactorLLMError(
-                f"{self.label} is not a whole GGUF file ({one_line(error)}): truncated or damaged; fetch it again"
-            ) from None
-        end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-        if end == 0 or end > self.path.stat().st_size:
-            raise FactorLLMError(f"{self.label} is truncated: its last tensor ends past the file; fetch it again")
-        return reader
 
     def _read_config(self) -> PreTrainedConfig:
         check_family(self.label, self._field("general.architecture"))
@@ -99,6 +92,24 @@ class GGUFSource(ModelSource):
         if name.endswith("k_proj.weight"):
             return _unpermute(weight, self.config.num_key_value_heads)
         return weight
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """A GGUF file, checked to be whole.
+
+    Raises:
+        FactorLLMError: when it is not.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError, OverflowError, KeyError) as error:
+        raise FactorLLMError(
+            f"{path} is not a whole GGUF file ({one_line(error)}): truncated or damaged; fetch it again"
+        ) from None
+    end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
+    if end == 0 or end > path.stat().st_size:
+        raise FactorLLMError(f"{path} is truncated: its last tensor ends past the file; fetch it again")
+    return reader
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -17,16 +17,17 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-class SafetensorsSource(ModelSource):
-    """A transformers folder with one `model.safetensors` or an index and its shards."""
+class TensorFolder:
+    """The tensors of a transformers folder with one `model.safetensors` or an index and its shards, read lazily.
+
+    Raises:
+        FactorLLMError: when the folder has no safetensors, or one of them is missing or damaged.
+    """
 
     def __init__(self, folder: Path, label: str | None = None):
-        self.folder = folder
-        self.label = label or str(folder)
-        self.config = self._read_config()
+        self.folder, self.label = folder, label or str(folder)
         self._where = self._locate()
         self._open: tuple[Path, safe_open] | None = None
-        self._check()
 
     @property
     def files(self) -> list[Path]:
@@ -35,33 +36,18 @@ class SafetensorsSource(ModelSource):
     def names(self) -> Iterable[str]:
         return self._where
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if not any((self.folder / name).exists() for name in _TOKENIZER_FILES):
-            raise FactorLLMError(f"{self.label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
-        return AutoTokenizer.from_pretrained(self.folder)
+    def read(self, name: str) -> torch.Tensor:
+        return self._file_of(name).get_tensor(name)
 
-    def generation_config(self) -> GenerationConfig:
-        if (self.folder / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.folder)
-        return super().generation_config()
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
 
-    @property
-    def licence(self) -> str | None:
-        return _licence_of_card(self.folder / "README.md")
-
-    def _read(self, name: str) -> torch.Tensor:
+    def _file_of(self, name: str) -> safe_open:
         path = self._where[name]
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_safetensors(path))
-        return self._open[1].get_tensor(name)
-
-    def _read_config(self) -> PreTrainedConfig:
-        if not (self.folder / "config.json").is_file():
-            raise FactorLLMError(f"{self.label} has no config.json, so it is not a model folder; check the path")
-        try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise FactorLLMError(f"{self.label}/config.json cannot be used: {one_line(error)}") from None
+        return self._open[1]
 
     def _locate(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -81,6 +67,56 @@ class SafetensorsSource(ModelSource):
         for path in sorted(set(where.values())):
             _open_safetensors(path)
         return where
+
+
+class SafetensorsSource(ModelSource):
+    """A dense model in a transformers folder of safetensors."""
+
+    def __init__(self, folder: Path, label: str | None = None):
+        self.folder = folder
+        self.label = label or str(folder)
+        self.config = read_config(folder, self.label)
+        self._tensors = TensorFolder(folder, self.label)
+        self._check()
+
+    @property
+    def files(self) -> list[Path]:
+        return self._tensors.files
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.names()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self.folder, self.label)
+
+    def generation_config(self) -> GenerationConfig:
+        if (self.folder / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(self.folder)
+        return super().generation_config()
+
+    @property
+    def licence(self) -> str | None:
+        return licence_of_card(self.folder / "README.md")
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._tensors.read(name)
+
+
+def read_config(folder: Path, label: str) -> PreTrainedConfig:
+    """The config of a transformers folder."""
+    if not (folder / "config.json").is_file():
+        raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise FactorLLMError(f"{label}/config.json cannot be used: {one_line(error)}") from None
+
+
+def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a transformers folder."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise FactorLLMError(f"{label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def download(hub_id: str) -> Path:
@@ -107,7 +143,8 @@ def _open_safetensors(path: Path) -> safe_open:
         ) from None
 
 
-def _licence_of_card(card: Path) -> str | None:
+def licence_of_card(card: Path) -> str | None:
+    """The licence that a model card states."""
     from huggingface_hub import ModelCard
 
     if not card.exists():

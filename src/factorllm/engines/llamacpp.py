@@ -1,0 +1,97 @@
+"""llama.cpp, in process through the wheel `xllamacpp`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import gguf
+
+from factorllm.engines.base import Engine, Options, random_tokens
+
+
+def server_params(model: str, options: Options):
+    """Parameters of llama.cpp's server for one model."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_parallel = options.batch
+    params.n_ctx = options.context * options.batch
+    params.verbosity = -1
+    if options.decode_threads:
+        params.cpuparams.n_threads = options.decode_threads
+    if options.prefill_threads or options.decode_threads:
+        params.cpuparams_batch.n_threads = options.prefill_threads or options.decode_threads
+    return params
+
+
+class LlamaCpp(Engine):
+    def __init__(self, model: str, options: Options):
+        import xllamacpp
+
+        params = server_params(model, options)
+        params.cache_ram_mib = 0
+        params.ui = False
+        self._server = xllamacpp.Server(params)
+        vocabulary = gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].contents()
+        self._vocabulary = len(vocabulary)
+        self._plain_token = vocabulary.index("a")
+        self._seeds = itertools.count()
+
+    def generate(self, tokens: list[int], count: int) -> list[int]:
+        return self._complete(tokens, count, return_tokens=True)["tokens"]
+
+    def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+        # The server keeps back tokens that end within a character, and their probabilities with them. So the sampler is
+        # made to take a plain one; the log-probabilities are those before sampling.
+        answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[self._plain_token, 1000]])
+        found = answer["completion_probabilities"][0]["top_logprobs"]
+        return [(item["id"], item["logprob"]) for item in found]
+
+    def prefill(self, length: int) -> float:
+        prompt = self._prompt(length)
+        start = time.perf_counter()
+        self._complete(prompt, 1)
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, context: int, steps: int) -> float:
+        if batch == 1:
+            return self._complete(self._prompt(context), steps + 1)["timings"]["predicted_ms"] / steps / 1000
+        # Prompts first, each in its slot, so that the steps that are timed have no prompts among them.
+        prompts = [self._prompt(context) for _ in range(batch)]
+        with ThreadPoolExecutor(batch) as pool:
+            list(pool.map(lambda slot: self._complete(prompts[slot], 1, id_slot=slot, cache_prompt=True), range(batch)))
+            start = time.perf_counter()
+            list(
+                pool.map(
+                    lambda slot: self._complete(prompts[slot], steps, id_slot=slot, cache_prompt=True), range(batch)
+                )
+            )
+            return (time.perf_counter() - start) / steps
+
+    def _prompt(self, length: int) -> list[int]:
+        return random_tokens(length, self._vocabulary, next(self._seeds))
+
+    def _complete(self, prompt: list[int], count: int, **more) -> dict:
+        body = {
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        } | more
+        request = Request(
+            f"{self._server.listening_address}/completion",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urlopen(request) as reply:
+                return json.load(reply)
+        except HTTPError as error:
+            raise RuntimeError(json.load(error)["error"]["message"]) from None

