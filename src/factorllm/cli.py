@@ -27,6 +27,7 @@ Text = Annotated[
     ),
 ]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens.")]
+FileType = Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Overwrite = Annotated[
@@ -82,6 +83,77 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that f
 
 
 @app.command()
+def hosts() -> None:
+    """Show the architectures that students can be written in, and where each loads."""
+    from factorllm.hosts.table import host_table
+
+    console.print(host_table())
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a dense or pruned model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file to write.")],
+    file_type: FileType = "q8_0",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that run for a token (hosts glm4_moe and qwen2_moe).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp."""
+    from factorllm.export import export_gguf
+
+    made = export_gguf(model, out, file_type, tokenizer=tokenizer, top_k=top_k, overwrite=overwrite, say=_say)
+    console.print(f"written: {made.path} ({made.size / 2**20:.0f} MiB, {file_type})", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    student: Annotated[str, typer.Argument(help="A checkpoint that factorllm made.")],
+    against: Annotated[list[str], typer.Option(help="The dense model; again for a static prune (recipe S4A0E8 ...).")],
+    engine: Annotated[str, typer.Option(help="llamacpp, transformers or vllm.")] = "llamacpp",
+    file_type: FileType = "q8_0",
+    rounds: Annotated[int, typer.Option(help="Turns of each model.")] = 7,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences that decode at once. Default: 1 and 8.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Thread counts to choose from. Default: powers of two up to all cores.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype for transformers and vLLM.")] = None,
+    experts: Annotated[str | None, typer.Option(help="transformers' back end: eager, batched_mm, grouped_mm.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for speed.json and speed.png.")] = None,
+) -> None:
+    """Time a student, its dense model and its static prune in turns, in one engine."""
+    from factorllm.bench import Plan, run_bench
+
+    plan = Plan(
+        rounds=rounds, batches=tuple(batch or (1, 8)), threads=tuple(threads or ()), dtype=dtype, experts=experts
+    )
+    console.print(run_bench(student, against, engine, file_type, plan, out, console))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a .gguf file.")],
+    engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm where there is a GPU.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    file_type: FileType = "q8_0",
+    context: Annotated[int, typer.Option(help="Tokens of a conversation.")] = 4096,
+    parallel: Annotated[int, typer.Option(help="Conversations at once (llama.cpp).")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads (llama.cpp).")] = None,
+) -> None:
+    """Serve a model to OpenAI clients, by the engine's own server."""
+    from factorllm.engines import Options
+    from factorllm.serve import serve as run
+
+    options = Options(context=context, batch=parallel, decode_threads=threads)
+    run(model, engine, file_type, host, port, options, _say)
+
+
+@app.command()
 def demo(
     out: Out = Path("demo-out"),
     tokens: Tokens = 24_576,
@@ -98,6 +170,10 @@ def demo(
     settings = Settings(tokens=tokens, held_out_tokens=8192, seed=seed, device=device)
     _show(run(demo_model(), out, RECIPE, text=demo_text(), settings=settings, overwrite=not resume, console=console))
     console.print(f"the student goes on: {complete(out, PROMPT)}", highlight=False)
+
+
+def _say(message: str) -> None:
+    console.print(message, soft_wrap=True, highlight=False)
 
 
 def _show(summary) -> None:

@@ -41,7 +41,7 @@ class LlamaCpp(Engine):
         vocabulary = gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].contents()
         self._vocabulary = len(vocabulary)
         self._plain_token = vocabulary.index("a")
-        self._seeds = itertools.count()
+        self._seeds = itertools.count(1000)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._complete(tokens, count, return_tokens=True)["tokens"]
@@ -54,28 +54,22 @@ class LlamaCpp(Engine):
         return [(item["id"], item["logprob"]) for item in found]
 
     def prefill(self, length: int) -> float:
-        prompt = self._prompt(length)
+        prompt = random_tokens(length, self._vocabulary, next(self._seeds))
         start = time.perf_counter()
         self._complete(prompt, 1)
         return time.perf_counter() - start
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        if batch == 1:
-            return self._complete(self._prompt(context), steps + 1)["timings"]["predicted_ms"] / steps / 1000
-        # Prompts first, each in its slot, so that the steps that are timed have no prompts among them.
-        prompts = [self._prompt(context) for _ in range(batch)]
-        with ThreadPoolExecutor(batch) as pool:
-            list(pool.map(lambda slot: self._complete(prompts[slot], 1, id_slot=slot, cache_prompt=True), range(batch)))
-            start = time.perf_counter()
-            list(
-                pool.map(
-                    lambda slot: self._complete(prompts[slot], steps, id_slot=slot, cache_prompt=True), range(batch)
-                )
-            )
-            return (time.perf_counter() - start) / steps
+        # The prompts are put in their slots' caches first, so that no prompt is among the steps that are timed.
+        prompts = [random_tokens(context, self._vocabulary, slot) for slot in range(batch)]
 
-    def _prompt(self, length: int) -> list[int]:
-        return random_tokens(length, self._vocabulary, next(self._seeds))
+        def run(slot: int, count: int) -> dict:
+            return self._complete(prompts[slot], count, id_slot=slot, cache_prompt=True)
+
+        with ThreadPoolExecutor(batch) as pool:
+            list(pool.map(run, range(batch), [1] * batch))
+            answers = list(pool.map(run, range(batch), [steps + 1] * batch))
+        return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
 
     def _complete(self, prompt: list[int], count: int, **more) -> dict:
         body = {

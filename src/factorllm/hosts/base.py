@@ -15,8 +15,6 @@ from factorllm.ffn import FFN
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
 
-ALL_ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
-
 
 @dataclass(frozen=True)
 class StudentFFN:
@@ -62,6 +60,7 @@ class Host(ABC):
     Attributes:
         name: its `model_type`.
         gates: how it makes gate weights; None when it has no experts.
+        all_engines: engines that load it, whatever the dense model.
         ties_embeddings: whether its engines let the output head be the embedding table.
         gguf_ffn: the FFN's tensors by their names in GGUF files.
         gguf_ffn_norm: the name there of the norm before the FFN.
@@ -69,6 +68,7 @@ class Host(ABC):
 
     name: str
     gates: Gates | None = None
+    all_engines: tuple[str, ...] = ("transformers", "vllm", "sglang", "llama.cpp")
     ties_embeddings: bool = True
     gguf_ffn: ClassVar[dict[str, Stored]]
     gguf_ffn_norm: str = "ffn_norm"
@@ -80,10 +80,10 @@ class Host(ABC):
             config: of the dense model or of the student.
         """
         unfit = {"llama.cpp"} if self.reason_against_gguf(config) else set()
-        return tuple(engine for engine in self._engines(config) if engine not in unfit)
+        return tuple(engine for engine in self.all_engines if engine not in unfit | self._unfit_engines(config))
 
-    def _engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        return ALL_ENGINES
+    def _unfit_engines(self, config: PreTrainedConfig) -> set[str]:
+        return set()
 
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         """Why llama.cpp would compute something else than the checkpoint says, or None."""
@@ -106,6 +106,16 @@ class Host(ABC):
             config: the student's.
         """
 
+    def shape(self, config: PreTrainedConfig) -> Shape:
+        """The widths of a checkpoint, from its config."""
+        keys = self.gguf_keys(config)
+        width = keys.get("expert_feed_forward_length", keys["feed_forward_length"])
+        experts, top_k = keys.get("expert_count", 0), keys.get("expert_used_count", 0)
+        shared = keys.get("expert_shared_feed_forward_length", keys.get("expert_shared_count", 0) * width)
+        if not experts:
+            shared = width
+        return Shape(shared + experts * width, shared, experts, width, top_k)
+
     @abstractmethod
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         """Why this host cannot hold the student exactly, or None when it can."""
@@ -124,7 +134,15 @@ class Host(ABC):
 
 
 class MoeHost(Host):
-    """A host with routed experts."""
+    """A host with routed experts.
+
+    Attributes:
+        families: dense families that it holds, by `model_type`.
+        shared: whether it has a shared expert: `no`, `always` or `optional`.
+    """
+
+    families: tuple[str, ...]
+    shared: str
 
     gates: Gates
     gguf_architecture: str

@@ -24,12 +24,14 @@ class Gates:
         weights: (n, N) logits and k -> (n, N), what the host multiplies each expert's output with, times `scale`; 0 for
             experts that are not selected.
         scale: what `down_proj` is stored times, to make it up.
+        scale_rule: the same, for people.
         top_k_is_free: whether the gate weights stay the same when k is changed at serve time.
     """
 
     rule: str
     weights: Callable[[Tensor, int], Tensor]
     scale: Callable[[Shape], int]
+    scale_rule: str
     top_k_is_free: bool
 
 
@@ -53,6 +55,6 @@ def _sigmoid(logits: Tensor, top_k: int) -> Tensor:
     return _of_selected(logits, 2 * logits.sigmoid(), top_k)
 
 
-SOFTMAX_OF_SELECTED = Gates("softmax over the selected experts", _softmax_of_selected, lambda shape: shape.top_k, False)
-SOFTMAX_OF_ALL = Gates("softmax over all experts", _softmax_of_all, lambda shape: shape.experts, True)
-SIGMOID = Gates("2 x sigmoid", _sigmoid, lambda shape: 1, True)
+SOFTMAX_OF_SELECTED = Gates("softmax of selected", _softmax_of_selected, lambda shape: shape.top_k, "k", False)
+SOFTMAX_OF_ALL = Gates("softmax of all", _softmax_of_all, lambda shape: shape.experts, "N", True)
+SIGMOID = Gates("2 x sigmoid", _sigmoid, lambda shape: 1, "1", True)

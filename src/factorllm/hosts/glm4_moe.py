@@ -24,6 +24,8 @@ from factorllm.recipe import Shape
 
 class Glm4MoeHost(MoeHost):
     name = "glm4_moe"
+    families = ("qwen3", "qwen2", "llama", "mistral")
+    shared = "always"
     gguf_architecture = "glm4moe"
     gates = SIGMOID
     ties_embeddings = False

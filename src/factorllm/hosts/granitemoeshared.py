@@ -24,6 +24,9 @@ from factorllm.recipe import Shape
 
 class GraniteMoeSharedHost(MoeHost):
     name = "granitemoeshared"
+    families = ("llama", "mistral")
+    shared = "always"
+    all_engines = ("transformers", "vllm", "llama.cpp")  # SGLang does not know the architecture
     gguf_architecture = "granitemoe"
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {
@@ -40,9 +43,8 @@ class GraniteMoeSharedHost(MoeHost):
         ),
     }
 
-    def _engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        # vLLM builds no attention biases here, and SGLang does not know the architecture.
-        return ("transformers", "llama.cpp") if biased_projections(config) else ("transformers", "vllm", "llama.cpp")
+    def _unfit_engines(self, config: PreTrainedConfig) -> set[str]:
+        return {"vllm"} if biased_projections(config) else set()  # it builds no attention biases here
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if biased_projections(config) not in ((), ("q_proj", "k_proj", "v_proj", "o_proj")):

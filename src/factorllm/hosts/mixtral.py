@@ -20,6 +20,8 @@ from factorllm.recipe import Shape
 
 class MixtralHost(MoeHost):
     name = "mixtral"
+    families = ("llama", "mistral")
+    shared = "no"
     gguf_architecture = "llama"
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {

@@ -37,6 +37,8 @@ _BIASED = ("q_proj", "k_proj", "v_proj")
 
 class Qwen2MoeHost(MoeHost):
     name = "qwen2_moe"
+    families = ("qwen2", "llama", "mistral")
+    shared = "optional"
     gguf_architecture = "qwen2moe"
     gates = SOFTMAX_OF_ALL
     gguf_ffn: ClassVar = {

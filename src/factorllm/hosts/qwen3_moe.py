@@ -21,6 +21,8 @@ from factorllm.recipe import Shape
 
 class Qwen3MoeHost(MoeHost):
     name = "qwen3_moe"
+    families = ("qwen3",)
+    shared = "no"
     gguf_architecture = "qwen3moe"
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {

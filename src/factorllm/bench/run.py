@@ -1,0 +1,45 @@
+"""One comparison from end to end."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from factorllm.bench.measure import Plan, measure_speed
+from factorllm.bench.subjects import open_subjects
+from factorllm.bench.table import as_json, speed_table, write_plot
+from factorllm.checkpoint import write_json
+from factorllm.engines import engine_name
+
+
+def run_bench(
+    student: str,
+    against: list[str],
+    engine: str,
+    file_type: str,
+    plan: Plan,
+    out: Path | None,
+    console: Console,
+) -> Table:
+    """Time the models in turns; `speed.json` and `speed.png` are written to `out` if it is given.
+
+    Args:
+        against: the dense model first, then static prunes.
+        file_type: what models are exported as for llama.cpp.
+
+    Raises:
+        FactorLLMError: when a model or the engine cannot be used.
+    """
+    engine = engine_name(engine)
+    with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
+        subjects = open_subjects(student, against, engine, file_type, Path(work), console)
+        measures = measure_speed(subjects, engine, plan, console)
+    title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "speed.json", as_json(measures, plan, engine))
+        write_plot(measures, plan, title, out / "speed.png")
+    return speed_table(measures, plan, title)
