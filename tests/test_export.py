@@ -1,18 +1,23 @@
 """GGUF files: what llama.cpp computes from them is what transformers computes from the checkpoint."""
 
+import json
 from pathlib import Path
 from statistics import median
+from urllib.request import Request, urlopen
 
+import gguf
 import pytest
-import sentencepiece
 import torch
-from conftest import ATTENTION_BIAS, CONFIGS, WIDE_HEADS, save_dense, some_tokens, words
-from tokenizers import Tokenizer, decoders, models, trainers
-from transformers import AutoModelForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
+from conftest import ATTENTION_BIAS, BASE, CONFIGS, WIDE_HEADS, save_dense, some_tokens, words
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from factorllm import factorize
+from factorllm import FactorLLMError, factorize
 from factorllm.engines import EngineProcess, Options
-from factorllm.export import export_gguf
+from factorllm.engines.llamacpp import server_params
+from factorllm.export import FILE_TYPES, export_gguf
+from factorllm.hosts import HOSTS
 from factorllm.sources.pretokenizers import PRE_TOKENIZERS
 
 VOCABULARY = 300
@@ -24,8 +29,6 @@ def byte_level_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    from tokenizers.pre_tokenizers import ByteLevel
-
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(ByteLevel.alphabet())
     )
@@ -33,18 +36,21 @@ def byte_level_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCABULARY + 60,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    return LlamaTokenizerFast(vocab_file=str(folder / "tokenizer.model"), legacy=False)
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2 has it: spaces are marked, and bytes stand for characters that are not in the vocabulary."""
+    as_marks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = as_marks
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, limit_alphabet=40)
+    learned.train_from_iterator(TEXT, trainer)
+    model = json.loads(learned.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = as_marks
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def save_model(config, folder: Path, tokenizer=None) -> None:
@@ -93,3 +99,146 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
         medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf"))
     assert medians["out"] <= 1.5 * medians["dense"]
     assert medians["dense"] < 0.02
+
+
+def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:
+    """The fields of the file that is written for a folder."""
+    export_gguf(str(folder), out, file_type, **options)
+    return {key: field.contents() for key, field in gguf.GGUFReader(out).fields.items()}
+
+
+def factorized(config, folder: Path, text_file, small, recipe="S2A2E8", host="auto") -> Path:
+    save_model(config, folder / "dense")
+    settings = small.model_copy(update={"host": host, "baseline": False})
+    factorize(str(folder / "dense"), folder / "out", recipe, text=str(text_file), settings=settings)
+    return folder / "out"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", [*PRE_TOKENIZERS, "sentencepiece"])
+def test_llamacpp_cuts_text_as_the_tokenizer_does(kind, tmp_path):
+    tokenizer = sentencepiece_tokenizer() if kind == "sentencepiece" else byte_level_tokenizer(kind)
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "dense.gguf", "f32")
+    import xllamacpp
+
+    server = xllamacpp.Server(server_params(str(tmp_path / "dense.gguf"), Options(context=64)))
+    for text in TEXT[:20]:
+        request = json.dumps({"content": text, "add_special": False}).encode()
+        reply = urlopen(Request(server.listening_address + "/tokenize", request, {"Content-Type": "application/json"}))
+        assert json.load(reply)["tokens"] == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    built = exported(tmp_path / "dense", tmp_path / "built.gguf")
+    copied = exported(tmp_path / "dense", tmp_path / "copied.gguf", tokenizer=tmp_path / "built.gguf")
+    keys = {key for key in built if key.startswith("tokenizer.")}
+    assert len(keys) > 6
+    assert {key: copied[key] for key in keys} == {key: built[key] for key in keys}
+
+
+def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    with pytest.raises(FactorLLMError, match="--tokenizer"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    save_model(CONFIGS["mha"], tmp_path / "other", sentencepiece_tokenizer())
+    export_gguf(str(tmp_path / "other"), tmp_path / "other.gguf", "f32")
+    with pytest.raises(FactorLLMError, match="give the GGUF of its own dense model"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", tokenizer=tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("host", ["qwen2_moe", "glm4_moe"])
+def test_llama3_rope_is_refused_where_llamacpp_ignores_it(host, tmp_path, text_file, small):
+    out = factorized(CONFIGS["llama3-rope"], tmp_path, text_file, small, host=host)
+    assert "llama.cpp" not in HOSTS[host].engines(CONFIGS["llama3-rope"])
+    with pytest.raises(FactorLLMError, match="silently ignores llama3 RoPE scaling"):
+        export_gguf(str(out), tmp_path / "out.gguf")
+
+
+def test_the_gate_of_a_qwen2_shared_expert_is_not_zero(tmp_path, text_file, small):
+    """llama.cpp computes silu(g) / g."""
+    out = factorized(CONFIGS["qwen2"], tmp_path, text_file, small)
+    export_gguf(str(out), tmp_path / "out.gguf", "q8_0")
+    gates = [t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if "ffn_gate_inp_shexp" in t.name]
+    assert len(gates) == 3
+    assert all(gate.data.min() > 0 for gate in gates)
+
+
+def test_rows_that_fill_no_block_are_reported_and_take_f16(tmp_path, text_file, small):
+    out = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    said = []
+    made = export_gguf(str(out), tmp_path / "out.gguf", "q4_0", say=said.append)
+    assert any("the width of an expert, 8, is no multiple of 32" in message for message in said)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert types["blk.0.ffn_down_exps.weight"] == "F16"
+    assert types["blk.0.ffn_up_exps.weight"] == "Q4_0"
+    assert types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert set(made.larger) == {name for name, kind in types.items() if kind == "F16"}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_type_loads_and_is_near(file_type, tmp_path):
+    config = LlamaConfig(**BASE | {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05})
+    save_model(config, tmp_path / "dense")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", file_type)
+    coarse = {"q5": 0.15, "q4": 0.35}  # something broken is off by more than 1
+    assert median(differences(tmp_path / "dense", tmp_path / "out.gguf")) < coarse.get(file_type[:2], 0.03)
+
+
+def test_top_k_can_be_chosen_at_export(tmp_path, text_file, small):
+    out = factorized(CONFIGS["mha"], tmp_path, text_file, small, host="glm4_moe")
+    assert exported(out, tmp_path / "2.gguf")["glm4moe.expert_used_count"] == 2
+    assert exported(out, tmp_path / "3.gguf", top_k=3)["glm4moe.expert_used_count"] == 3
+    with pytest.raises(FactorLLMError, match="not between 1 and 6"):
+        export_gguf(str(out), tmp_path / "7.gguf", top_k=7)
+
+
+def test_a_fixed_top_k_is_not_changed(tmp_path, text_file, small):
+    out = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    with pytest.raises(FactorLLMError, match="--host glm4_moe"):
+        export_gguf(str(out), tmp_path / "out.gguf", top_k=3)
+
+
+def test_a_file_that_exists_is_kept(tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    (tmp_path / "out.gguf").write_text("mine")
+    with pytest.raises(FactorLLMError, match="exists already"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_text() == "mine"
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", overwrite=True)
+    assert gguf.GGUFReader(tmp_path / "out.gguf").tensors
+
+
+def test_a_gguf_file_can_be_written_as_another_type(tmp_path):
+    save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
+    exported(tmp_path / "dense", tmp_path / "f32.gguf")
+    exported(tmp_path / "f32.gguf", tmp_path / "again.gguf")
+    first, second = (
+        {t.name: t.data for t in gguf.GGUFReader(tmp_path / name).tensors} for name in ("f32.gguf", "again.gguf")
+    )
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("nowhere", {}, "no such model"),
+        ("dense", {"file_type": "q4_k_m"}, "run llama-quantize"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(model, options, says, tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    with pytest.raises(FactorLLMError, match=says):
+        export_gguf(str(tmp_path / model), tmp_path / "out.gguf", **options)
+    assert list(tmp_path.glob("out*")) == []

@@ -1,5 +1,11 @@
 """Once on the real SmolLM2-135M-Instruct and real text, from the wheels that `make test` installs."""
 
+import socket
+import subprocess
+import sys
+import time
+
+import openai
 import pytest
 import torch
 from conftest import relative_error
@@ -44,14 +50,54 @@ def test_all_experts_on_equals_dense(dense, tokens, tmp_path):
         assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-4
 
 
-def test_a_quarter_off_still_speaks_english(tmp_path):
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A quarter of the FFN off, and what is said of it."""
+    out = tmp_path_factory.mktemp("student") / "out"
     few = FEW.model_copy(update={"baseline": False})
-    summary = factorize(demo_model(), tmp_path / "out", "S4A2E8", text=demo_text(), settings=few)
+    return out, factorize(demo_model(), out, "S4A2E8", text=demo_text(), settings=few)
+
+
+def test_a_quarter_off_still_speaks_english(student):
+    out, summary = student
     assert summary.ratio("student") < 2.5
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-        == open_model(demo_model()).tokenizer().chat_template
-    )
-    continued = complete(tmp_path / "out", PROMPT).removeprefix(PROMPT).split()
+    assert AutoTokenizer.from_pretrained(out).chat_template == open_model(demo_model()).tokenizer().chat_template
+    continued = complete(out, PROMPT).removeprefix(PROMPT).split()
     common = {"the", "a", "of", "is", "in", "and", "to", "was", "it", "which", "city"}
     assert len(common & {word.strip(".,").lower() for word in continued}) >= 3
+
+
+@pytest.mark.engine
+def test_the_official_openai_client_chats_with_the_served_student(student, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "factorllm", "serve", str(student[0]), "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            wait_until_ready(client, server, log)
+            question = [{"role": "user", "content": "What is the moon?"}]
+            pieces = client.chat.completions.create(model="any", messages=question, max_tokens=40, stream=True)
+            said = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
+        finally:
+            server.kill()
+            server.wait()
+        log.seek(0)
+        assert "llama-server -m" in log.read()
+    assert len(said) > 10
+    assert "moon" in "".join(said).lower()
+
+
+def wait_until_ready(client, server, log) -> None:
+    for _ in range(240):
+        if server.poll() is not None:
+            log.seek(0)
+            pytest.fail(log.read())
+        try:
+            client.models.list()
+            return
+        except openai.APIError:
+            time.sleep(0.5)
+    pytest.fail("the server did not start")

@@ -133,8 +133,8 @@ def _said(threads: dict[str, int]) -> str:
 
 
 def _options(plan: Plan, batch: int, threads: dict[str, int]) -> Options:
-    context = max(*(plan.prompts if batch == 1 else ()), plan.context + plan.steps) + 16
-    return Options(context, batch, threads["decode"], threads["prefill"], plan.dtype, plan.experts)
+    lengths = [plan.context + plan.steps, *(plan.prompts if batch == 1 else ())]
+    return Options(max(lengths) + 16, batch, threads["decode"], threads["prefill"], plan.dtype, plan.experts)
 
 
 def _fastest_threads(subject: Subject, engine: str, plan: Plan) -> dict[str, int]:

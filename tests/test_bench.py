@@ -1,0 +1,58 @@
+"""The benchmark: what it times, what it compares, and what it writes. Never how fast."""
+
+import json
+
+import pytest
+from conftest import CONFIGS
+from pydantic import ValidationError
+from rich.console import Console
+from test_export import factorized
+
+from factorllm import factorize
+from factorllm.bench import Plan, run_bench
+from factorllm.bench.measure import Measure
+from factorllm.bench.subjects import Subject
+from factorllm.evaluate.cost import Cost
+
+TINY = Plan(rounds=2, prompts=(8, 16), context=8, steps=2, batches=(1, 2), threads=(1,))
+
+
+def subject(name: str, flops: int = 100) -> Subject:
+    return Subject(name, None, Cost(0.5, 1, 1, flops), 1)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", ["llamacpp", "transformers"])
+def test_a_comparison_from_end_to_end(engine, tmp_path, text_file, small):
+    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    factorize(str(tmp_path / "dense"), tmp_path / "pruned", "S4A0E8", text=str(text_file), settings=small)
+    against = [str(tmp_path / "dense"), str(tmp_path / "pruned")]
+    table = run_bench(str(student), against, engine, "f32", TINY, tmp_path / "out", Console(quiet=True))
+    assert [column.header for column in table.columns] == ["", "student", "dense", "pruned"]
+
+    made = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [model["name"] for model in made["models"]] == ["student", "dense", "pruned"]
+    for model in made["models"]:
+        assert set(model["tokens_per_second"]) == {"prefill 8", "prefill 16", "decode x1", "decode x2"}
+        assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in model["tokens_per_second"].values())
+        assert model["peak_memory_bytes"] > 10 << 20
+    student_flops, dense_flops, pruned_flops = (model["cost"]["flops_per_token"] for model in made["models"])
+    assert dense_flops > student_flops > pruned_flops  # the router is what the student has more
+    assert made["models"][1]["ratio_to_dense"]["decode x1"] == [1, 1, 1]
+    assert (tmp_path / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_medians_over_the_rounds():
+    student = Measure(subject("student"), {}, {"decode x1": [10.0, 30.0, 8.0]})
+    dense = Measure(subject("dense"), {}, {"decode x1": [5.0, 10.0, 8.0]})
+    assert student.ratio(dense, "decode x1") == (2.0, 1.5, 2.5)
+    assert student.speed("decode x1") == 10.0
+
+
+def test_the_ideal_is_the_ratio_of_active_weights():
+    assert subject("student", 80).ideal_over(subject("dense", 120)) == 1.5
+
+
+def test_a_plan_refuses_what_it_does_not_know():
+    with pytest.raises(ValidationError, match="round"):
+        Plan(round=3)

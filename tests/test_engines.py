@@ -1,0 +1,68 @@
+"""Engines in processes of their own."""
+
+import pytest
+import torch
+from conftest import CONFIGS, save_dense, some_tokens
+from test_export import save_model
+
+from factorllm import FactorLLMError
+from factorllm.engines import EngineProcess, Options, engine_name
+from factorllm.export import export_gguf
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    save_model(CONFIGS["gqa-tied"], folder / "dense")
+    export_gguf(str(folder / "dense"), folder / "dense.gguf", "f32")
+    return folder
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("engine", "model"), [("transformers", "dense"), ("llamacpp", "dense.gguf")])
+def test_an_engine_answers_and_times(engine, model, folder):
+    prompt = some_tokens(CONFIGS["gqa-tied"], rows=1, length=16)[0].tolist()
+    with EngineProcess(engine, folder / model, Options(context=64, batch=2, decode_threads=1)) as process:
+        top = process.next_tokens(prompt, 5)
+        made = process.generate(prompt, 4)
+        assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+        assert made[0] == top[0][0]
+        assert len(made) == 4
+        assert process.next_tokens([*prompt, *made[:3]], 1)[0][0] == made[3]
+        assert process.prefill(16) > 0
+        assert process.decode(1, 16, 4) > 0
+        assert process.decode(2, 16, 4) > 0
+        assert process.peak_memory() > 10 << 20
+
+
+def test_transformers_gives_the_log_probabilities_of_the_model(tmp_path):
+    model = save_dense(CONFIGS["mha"], tmp_path)
+    prompt = some_tokens(CONFIGS["mha"], rows=1)
+    with torch.no_grad():
+        wanted = model(prompt).logits[0, -1].log_softmax(-1).topk(5)
+    with EngineProcess("transformers", tmp_path, Options(dtype="float32")) as process:
+        top = process.next_tokens(prompt[0].tolist(), 5)
+    assert [token for token, _ in top] == wanted.indices.tolist()
+    assert [value for _, value in top] == pytest.approx(wanted.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.engine
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(tmp_path):
+    (tmp_path / "bad.gguf").write_text("no model")
+    with pytest.raises(FactorLLMError, match="llamacpp failed on") as error:
+        EngineProcess("llamacpp", tmp_path / "bad.gguf")
+    assert "\n" not in str(error.value)
+
+
+def test_an_engine_that_dies_is_told(folder):
+    process = EngineProcess("transformers", folder / "dense")
+    process._process.kill()
+    with pytest.raises(FactorLLMError, match="it ended"):
+        process.prefill(4)
+    process.close()
+
+
+def test_names_of_engines():
+    assert engine_name("llama.cpp") == engine_name("LlamaCpp") == "llamacpp"
+    with pytest.raises(FactorLLMError, match="engines: llamacpp, transformers, vllm"):
+        engine_name("tensorrt")
