@@ -17,14 +17,16 @@ def dense_of(measures: list[Measure]) -> Measure:
 
 
 def speed_table(measures: list[Measure], plan: Plan, title: str) -> Table:
-    """Tokens/s and ratios to the dense model (quartiles in brackets), and what they cost."""
+    """Tokens/s and ratios to the dense model and to the last prune (quartiles in brackets), and what they cost."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
     for column in ("", *(measure.subject.name for measure in measures)):
         table.add_column(column, justify="left" if not column else "right")
-    dense = dense_of(measures)
+    dense, last = dense_of(measures), measures[-1]
     for what in plan.names():
         table.add_row(f"{what}, tokens/s", *(f"{measure.speed(what):.1f}" for measure in measures))
         table.add_row("  x dense", *(_ratio(measure, dense, what) for measure in measures))
+        if last is not dense:
+            table.add_row(f"  x {last.subject.name}", *(_ratio(measure, last, what) for measure in measures))
     table.add_row("ideal x dense", *(f"{measure.subject.ideal_over(dense.subject):.2f}" for measure in measures))
     first = f"first token after {min(plan.prompts)}, ms"
     table.add_row(first, *(f"{1000 * median(measure.first_token):.0f}" for measure in measures))

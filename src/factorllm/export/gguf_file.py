@@ -88,9 +88,7 @@ def export_gguf(
         try:
             larger = _write(checkpoint, partial, file_type, tokenizer)
             partial.replace(out)
-        except OSError as error:
-            if error.errno is None or not isinstance(error, PermissionError | FileNotFoundError):
-                raise
+        except (PermissionError, FileNotFoundError) as error:
             raise FactorLLMError(f"cannot write {out}: {error.strerror}; choose another -o") from None
         finally:
             partial.unlink(missing_ok=True)
