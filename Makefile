@@ -45,6 +45,8 @@ test-slow: setup
 test-vllm: setup
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -c 'import vllm' 2>/dev/null || $(VLLM_VENV)/bin/python -m pip --quiet install $(VLLM_WHEEL)
+	@# They fail to load beside the CPU build of torch, and text models need none of them.
+	@$(VLLM_VENV)/bin/python -m pip --quiet uninstall -y torchvision torchaudio torchcodec
 	FACTORLLM_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/test_vllm.py
 
 lint: setup
