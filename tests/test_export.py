@@ -60,15 +60,15 @@ def save_model(config, folder: Path, tokenizer=None) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def differences(folder: Path, gguf_file: Path) -> list[float]:
+def differences(folder: Path, loaded: Path, engine: str = "llamacpp", **options) -> list[float]:
     """For each prompt, the largest difference of a log-probability of the next token among the ten likeliest."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
-    with EngineProcess("llamacpp", gguf_file, Options(context=128, decode_threads=1)) as engine, torch.no_grad():
+    with EngineProcess(engine, loaded, Options(context=64, **options)) as process, torch.no_grad():
         for seed in range(PROMPTS):
             prompt = some_tokens(model.config, rows=1, length=20 + seed, seed=seed)
             wanted = model(prompt).logits[0, -1].log_softmax(-1)
-            top = engine.next_tokens(prompt[0].tolist(), 10)
+            top = process.next_tokens(prompt[0].tolist(), 10)
             found.append(max(abs(wanted[token].item() - value) for token, value in top))
     return found
 
@@ -96,7 +96,7 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
     medians = {}
     for model in ("dense", "out"):
         export_gguf(str(tmp_path / model), tmp_path / f"{model}.gguf", "f32")
-        medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf"))
+        medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf", decode_threads=1))
     assert medians["out"] <= 1.5 * medians["dense"]
     assert medians["dense"] < 0.02
 
@@ -192,7 +192,9 @@ def test_every_type_loads_and_is_near(file_type, tmp_path):
     save_model(config, tmp_path / "dense")
     export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", file_type)
     coarse = {"q5": 0.15, "q4": 0.35}  # something broken is off by more than 1
-    assert median(differences(tmp_path / "dense", tmp_path / "out.gguf")) < coarse.get(file_type[:2], 0.03)
+    assert median(differences(tmp_path / "dense", tmp_path / "out.gguf", decode_threads=1)) < coarse.get(
+        file_type[:2], 0.03
+    )
 
 
 def test_top_k_can_be_chosen_at_export(tmp_path, text_file, small):

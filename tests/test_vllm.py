@@ -3,12 +3,10 @@
 from statistics import median
 
 import pytest
-import torch
-from conftest import CONFIGS, some_tokens
-from test_export import PROMPTS, factorized
-from transformers import AutoModelForCausalLM
+from conftest import CONFIGS
+from test_export import differences, factorized
 
-from factorllm.engines import EngineProcess, Options, installed
+from factorllm.engines import installed
 
 pytestmark = [
     pytest.mark.engine,
@@ -27,20 +25,8 @@ HOSTED = [
 ]
 
 
-def differences(folder) -> list[float]:
-    """For each prompt, the largest difference of a log-probability of the next token among the ten likeliest."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
-    with EngineProcess("vllm", folder, Options(context=64, dtype="float32")) as engine, torch.no_grad():
-        for seed in range(PROMPTS):
-            prompt = some_tokens(model.config, rows=1, length=20 + seed, seed=seed)
-            wanted = model(prompt).logits[0, -1].log_softmax(-1)
-            top = engine.next_tokens(prompt[0].tolist(), 10)
-            found.append(max(abs(wanted[token].item() - value) for token, value in top))
-    return found
-
-
 @pytest.mark.parametrize(("name", "host", "recipe"), HOSTED)
 def test_vllm_agrees_with_transformers(name, host, recipe, tmp_path, text_file, small):
-    out = factorized(CONFIGS[name], tmp_path, text_file, small, recipe, host)
-    assert median(differences(out)) <= max(1.5 * median(differences(tmp_path / "dense")), 1e-3)
+    out, dense = factorized(CONFIGS[name], tmp_path, text_file, small, recipe, host), tmp_path / "dense"
+    found, allowed = (median(differences(model, model, "vllm", dtype="float32")) for model in (out, dense))
+    assert found <= max(1.5 * allowed, 1e-3)

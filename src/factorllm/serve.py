@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 
 from factorllm.engines import Options, engine_name, installed
-from factorllm.engines.process import VLLM_PYTHON, how_to_install
+from factorllm.engines.process import how_to_install, python_of
 from factorllm.errors import FactorLLMError
 from factorllm.export import export_gguf
 
@@ -108,7 +106,6 @@ def _serve_vllm(model: str, host: str, port: int, options: Options, say: Callabl
         raise FactorLLMError(f"vLLM serves folders, and {model} is none with a config.json; check the path")
     command = vllm_command(Path(model), host, port, options, max(torch.cuda.device_count(), 1))
     say(f"without factorllm: {shlex.join(['vllm', *command])}")
-    python = os.environ.get(VLLM_PYTHON, sys.executable)
-    status = subprocess.call([python, "-m", "vllm.entrypoints.cli.main", *command])
+    status = subprocess.call([python_of("vllm"), "-m", "vllm.entrypoints.cli.main", *command])
     if status:
         raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")

@@ -53,18 +53,20 @@ class Measure:
     Attributes:
         threads: fastest thread counts for prompts and for decoding.
         speeds: tokens/s of each round, by what was timed.
-        first_token: seconds from a prompt of the shortest length to the first token, of each round.
         peak_memory: bytes of the engine's process.
     """
 
     subject: Subject
     threads: dict[str, int]
     speeds: dict[str, list[float]] = field(default_factory=dict)
-    first_token: list[float] = field(default_factory=list)
     peak_memory: int = 0
 
     def speed(self, what: str) -> float:
         return median(self.speeds[what])
+
+    def first_token(self, prompt: int) -> list[float]:
+        """Seconds from a prompt of that length to the first token, of each round."""
+        return [prompt / speed for speed in self.speeds[f"prefill {prompt}"]]
 
     def ratio(self, other: Measure, what: str) -> tuple[float, float, float]:
         """How much faster than `other`: median over the rounds, and the quartiles."""
@@ -89,8 +91,6 @@ def measure_speed(subjects: list[Subject], engine: str, plan: Plan, console: Con
         with meter(console, "timing", plan.rounds * len(plan.names()) * len(subjects)) as bar:
             _take_turns(measures, processes, plan, bar)
         for measure, process in zip(measures, processes, strict=True):
-            shortest = min(plan.prompts)
-            measure.first_token = [shortest / speed for speed in measure.speeds[f"prefill {shortest}"]]
             measure.peak_memory = process.single.peak_memory()
     return measures
 

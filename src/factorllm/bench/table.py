@@ -29,7 +29,7 @@ def speed_table(measures: list[Measure], plan: Plan, title: str) -> Table:
             table.add_row(f"  x {last.subject.name}", *(_ratio(measure, last, what) for measure in measures))
     table.add_row("ideal x dense", *(f"{measure.subject.ideal_over(dense.subject):.2f}" for measure in measures))
     first = f"first token after {min(plan.prompts)}, ms"
-    table.add_row(first, *(f"{1000 * median(measure.first_token):.0f}" for measure in measures))
+    table.add_row(first, *(f"{1000 * median(measure.first_token(min(plan.prompts))):.0f}" for measure in measures))
     threads = (f"{measure.threads['prefill']} / {measure.threads['decode']}" for measure in measures)
     table.add_row("threads, prefill / decode", *threads)
     table.add_row("peak memory, MiB", *(f"{measure.peak_memory / 2**20:.0f}" for measure in measures))
@@ -58,7 +58,7 @@ def as_json(measures: list[Measure], plan: Plan, engine: str) -> dict:
                 "cost": asdict(measure.subject.cost),
                 "ideal_ratio": measure.subject.ideal_over(dense.subject),
                 "tokens_per_second": measure.speeds,
-                "first_token_seconds": measure.first_token,
+                "first_token_seconds": measure.first_token(min(plan.prompts)),
                 "ratio_to_dense": {what: measure.ratio(dense, what) for what in plan.names()},
             }
             for measure in measures

@@ -45,6 +45,11 @@ def installed(engine: str) -> bool:
     return find_spec(ENGINES[engine]) is not None or (engine == "vllm" and bool(os.environ.get(VLLM_PYTHON)))
 
 
+def python_of(engine: str) -> str:
+    """The Python that has the engine."""
+    return os.environ.get(VLLM_PYTHON, sys.executable) if engine == "vllm" else sys.executable
+
+
 class EngineProcess:
     """A model loaded in an engine, with the methods of `Engine`. A context manager.
 
@@ -59,10 +64,16 @@ class EngineProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="factorllm-engine-"))
         # The package alone, not what is installed beside it, is shown to the environments of other engines.
         (self._folder / "factorllm").symlink_to(Path(factorllm.__file__).parent)
-        python = os.environ.get(VLLM_PYTHON, sys.executable) if engine == "vllm" else sys.executable
         self._log = (self._folder / "log").open("w+")
         self._process = subprocess.Popen(
-            [python, "-m", "factorllm.engines.worker", engine, str(model), json.dumps(asdict(options or Options()))],
+            [
+                python_of(engine),
+                "-m",
+                "factorllm.engines.worker",
+                engine,
+                str(model),
+                json.dumps(asdict(options or Options())),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

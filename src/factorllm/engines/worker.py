@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
-from pathlib import Path
 
 from factorllm.engines.base import Engine, Options
+from factorllm.memory import peak_memory
 
 CLASSES = {"transformers": "Transformers", "llamacpp": "LlamaCpp", "vllm": "Vllm"}
 """Engine classes by the name of their module."""
@@ -22,16 +21,6 @@ CLASSES = {"transformers": "Transformers", "llamacpp": "LlamaCpp", "vllm": "Vllm
 def load(engine: str, model: str, options: Options) -> Engine:
     module = importlib.import_module(f"factorllm.engines.{engine}")
     return getattr(module, CLASSES[engine])(model, options)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure is inherited from the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ class Checkpoint:
                 f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; factorize with --host "
                 "glm4_moe or qwen2_moe for a top-k that can be chosen later"
             )
-        experts = self.host.gguf_keys(self.config)["expert_count"]
+        experts = self.host.shape(self.config).experts
         if not 1 <= top_k <= experts:
             raise FactorLLMError(f"top-k {top_k} is not between 1 and {experts}, the number of experts")
         config = copy.deepcopy(self.config)

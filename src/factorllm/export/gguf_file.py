@@ -78,7 +78,10 @@ def export_gguf(
         refuse_existing(out)
     checkpoint = open_checkpoint(model)
     if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
-        raise FactorLLMError(f"{model} cannot be exported: {reason}, so its outputs would be wrong; {_elsewhere()}")
+        raise FactorLLMError(
+            f"{model} cannot be exported: {reason}, so its outputs would be wrong; factorize with --host "
+            "granitemoeshared or mixtral, or serve it with transformers or vLLM"
+        )
     if top_k is not None:
         checkpoint = checkpoint.with_top_k(top_k)
     for message in _fallbacks(checkpoint, file_type):
@@ -95,10 +98,6 @@ def export_gguf(
     return Exported(out, out.stat().st_size, larger)
 
 
-def _elsewhere() -> str:
-    return "factorize with --host granitemoeshared or mixtral, or serve it with transformers or vLLM"
-
-
 def _write(checkpoint: Checkpoint, path: Path, file_type: str, tokenizer: Path | None) -> dict[str, str]:
     config = checkpoint.config
     # The temporary file holds the tensors until their number and types are known: memory stays at one tensor.
@@ -111,7 +110,7 @@ def _write(checkpoint: Checkpoint, path: Path, file_type: str, tokenizer: Path |
     larger = {}
     for name, tensor in gguf_tensors(checkpoint):
         kind = _type_of(name, tensor, file_type)
-        if kind is Type.F16 and FILE_TYPES[file_type][0] not in (Type.F16, Type.F32):
+        if kind is Type.F16 and FILE_TYPES[file_type][0] is not Type.F16:
             larger[name] = kind.name
         writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -58,7 +58,7 @@ def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, T
 
 def _stored(checkpoint: Checkpoint, prefix: str, stored: Stored) -> Tensor:
     if "{}" in stored.name:
-        count = checkpoint.host.gguf_keys(checkpoint.config)["expert_count"]
+        count = checkpoint.host.shape(checkpoint.config).experts
         return torch.stack([checkpoint.read(prefix + stored.name.format(expert)) for expert in range(count)])
     tensor = checkpoint.read(prefix + stored.name)
     return tensor if stored.half is None else tensor.chunk(2, dim=-2)[stored.half]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.families import head_dim, normalises_heads, rope_type
+from factorllm.families import head_dim, normalises_heads, rope_type, sliding_window
 from factorllm.ffn import FFN
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
@@ -159,7 +159,9 @@ class MoeHost(Host):
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None: ...
 
     def _reason_against_shape(self, shape: Shape) -> str | None:
-        return None
+        if shape.shared_width and self.shared == "no":
+            return "it has no shared expert"
+        return "it always has a shared expert" if not shape.shared_width and self.shared == "always" else None
 
 
 _ALIGNED = 8  # rows of 16 bytes in bf16
@@ -174,6 +176,11 @@ _COMMON_KEYS = [
 def common_config(dense: PreTrainedConfig) -> dict:
     """The part of the dense config that every host spells as Llama does."""
     return {key: getattr(dense, key) for key in _COMMON_KEYS}
+
+
+def windowed(config: PreTrainedConfig) -> str | None:
+    """The reason against hosts whose attention sees everything before."""
+    return "it has no sliding window" if sliding_window(config) else None
 
 
 def uneven_heads(config: PreTrainedConfig) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads, sliding_window
+from factorllm.families import biased_projections, head_dim, normalises_heads
 from factorllm.hosts.base import (
     MoeHost,
     Stored,
@@ -17,6 +17,7 @@ from factorllm.hosts.base import (
     gguf_shared,
     per_expert,
     projections,
+    windowed,
 )
 from factorllm.hosts.gates import SIGMOID
 from factorllm.recipe import Shape
@@ -40,14 +41,12 @@ class Glm4MoeHost(MoeHost):
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if "o_proj" in biased_projections(config):
             return "its attention output has no bias"
-        return "it has no sliding window" if sliding_window(config) else None
+        return windowed(config)
 
     def _reason_against_shape(self, shape: Shape) -> str | None:
-        if not shape.shared_width:
-            return "it always has a shared expert"
         if shape.shared_width % shape.expert_width:
             return "its shared part must be a multiple of an expert"
-        return None
+        return super()._reason_against_shape(shape)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         common = common_config(dense)

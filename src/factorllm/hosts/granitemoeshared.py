@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim, sliding_window
+from factorllm.families import biased_projections, head_dim
 from factorllm.hosts.base import (
     MoeHost,
     Stored,
@@ -17,6 +17,7 @@ from factorllm.hosts.base import (
     normalised_heads,
     stacked,
     uneven_heads,
+    windowed,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
@@ -49,12 +50,7 @@ class GraniteMoeSharedHost(MoeHost):
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if biased_projections(config) not in ((), ("q_proj", "k_proj", "v_proj", "o_proj")):
             return "its attention has all four biases or none"
-        if sliding_window(config):
-            return "it has no sliding window"
-        return normalised_heads(config) or uneven_heads(config)
-
-    def _reason_against_shape(self, shape: Shape) -> str | None:
-        return None if shape.shared_width else "it always has a shared expert"
+        return windowed(config) or normalised_heads(config) or uneven_heads(config)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return GraniteMoeSharedConfig(

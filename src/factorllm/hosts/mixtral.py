@@ -34,9 +34,6 @@ class MixtralHost(MoeHost):
             return "its attention has no biases"
         return normalised_heads(config)
 
-    def _reason_against_shape(self, shape: Shape) -> str | None:
-        return "it has no shared expert" if shape.shared_width else None
-
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return MixtralConfig(
             **common_config(dense),

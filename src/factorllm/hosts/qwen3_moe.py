@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads, sliding_window
+from factorllm.families import biased_projections, head_dim, normalises_heads
 from factorllm.hosts.base import (
     MoeHost,
     Stored,
@@ -14,6 +14,7 @@ from factorllm.hosts.base import (
     gguf_experts,
     per_expert,
     projections,
+    windowed,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
@@ -35,10 +36,7 @@ class Qwen3MoeHost(MoeHost):
             return "it normalises queries and keys"
         if biased_projections(config):
             return "not all of its engines read attention biases"
-        return "it has no sliding window" if sliding_window(config) else None
-
-    def _reason_against_shape(self, shape: Shape) -> str | None:
-        return "it has no shared expert" if shape.shared_width else None
+        return windowed(config)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return Qwen3MoeConfig(

@@ -162,7 +162,7 @@ def check_family(label: str, family: object) -> None:
     """Refuse a family that is not supported, and name those that are."""
     if family in FAMILIES:
         return
-    known = "; ".join(f"{key} ({family.models})" for key, family in FAMILIES.items())
+    known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
     raise FactorLLMError(
         f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
         f"exactly; supported families: {known}"

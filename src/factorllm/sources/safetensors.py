@@ -37,17 +37,10 @@ class TensorFolder:
         return self._where
 
     def read(self, name: str) -> torch.Tensor:
-        return self._file_of(name).get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
-        return tuple(self._file_of(name).get_slice(name).get_shape())
-
-    def _file_of(self, name: str) -> safe_open:
         path = self._where[name]
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_safetensors(path))
-        return self._open[1]
+        return self._open[1].get_tensor(name)
 
     def _locate(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
