@@ -1,8 +1,8 @@
-"""Write a mixed text to calibrate on: half Wikipedia introductions, half technical text and definitions from Debian.
+"""Write a mixed text to calibrate and heal on: Wikipedia introductions, novels, manuals and dictionaries.
 
-    apt-get download dict-foldoc dict-gcide python3.11-doc perl-doc
+    apt-get download dict-foldoc dict-gcide python3.11-doc perl-doc r-cran-janeaustenr
     for package in *.deb; do dpkg -x $package debian; done
-    python benchmarks/mixed_text.py --debian debian --characters 1200000 --out mixed.jsonl
+    python benchmarks/mixed_text.py --debian debian --characters 2400000 --out mixed.jsonl
 
 Documents are shuffled by a fixed seed, so the file is the same wherever it is made.
 """
@@ -13,6 +13,9 @@ import argparse
 import gzip
 import json
 import random
+import re
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from factorllm.sources.text import read_documents
 
 PAGE = 4000
 """Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain."""
+
+
+AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 
 
 def pages(texts: Iterator[str]) -> Iterator[str]:
@@ -41,6 +47,25 @@ def manuals(folder: Path, pattern: str) -> Iterator[str]:
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 
+def novels(path: Path) -> Iterator[str]:
+    """The character vectors of an R package's lazy-load file, each a novel by lines, as paragraphs without breaks."""
+    content = path.read_bytes()
+    while content:
+        chunk = zlib.decompressobj()
+        # A big-endian size, then a zlib stream; in it a header with the name of the encoding, and counted strings.
+        serialised = chunk.decompress(content[4:])
+        yield re.sub(r"(?<!\n)\n(?!\n)", " ", "\n".join(_strings(serialised)))
+        content = chunk.unused_data
+
+
+def _strings(serialised: bytes) -> Iterator[str]:
+    at = 14 + 4 + struct.unpack_from(">i", serialised, 14)[0] + 8
+    while at < len(serialised):
+        size = max(struct.unpack_from(">i", serialised, at + 4)[0], 0)
+        yield serialised[at + 8 : at + 8 + size].decode("utf-8")
+        at += 8 + size
+
+
 def choose(documents: Iterator[str], characters: int, chooser: random.Random) -> list[str]:
     """Random documents of about the given number of characters in all."""
     candidates = list(documents)
@@ -57,13 +82,14 @@ def choose(documents: Iterator[str], characters: int, chooser: random.Random) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debian", type=Path, required=True, help="folder that the packages were unpacked into")
-    parser.add_argument("--characters", type=int, default=1_200_000)
+    parser.add_argument("--characters", type=int, default=2_400_000)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    chooser, share = random.Random(0), arguments.characters // 8
+    chooser, share = random.Random(0), arguments.characters // 10
     dictionaries = arguments.debian / "usr/share/dictd"
     sources = {
-        "wikipedia": (read_documents(demo_text()), 4 * share),
+        "wikipedia": (read_documents(demo_text()), 3 * share),
+        "novels": (pages(novels(arguments.debian / AUSTEN)), 3 * share),
         "foldoc": (pages(dictionary(dictionaries / "foldoc.dict.dz")), share),
         "gcide": (pages(dictionary(dictionaries / "gcide.dict.dz")), share),
         "python": (pages(manuals(arguments.debian, "*.rst.txt")), share),

@@ -39,7 +39,7 @@ class Workspace:
 
     def __init__(self, out: Path, job: dict, overwrite: bool):
         self.out, self._overwrite = out, overwrite
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = workspace_folder(out)
         self._replaced = self.folder / "replaced"
         if self._replaced.exists() and not out.exists():
             self._replaced.rename(out)  # killed between the two renames of publish()
@@ -138,6 +138,11 @@ class Workspace:
             whole += len(line)
         os.truncate(path, whole)
         return entries
+
+
+def workspace_folder(out: Path) -> Path:
+    """The folder of the unfinished run that will become `out`."""
+    return out.with_name(out.name + ".partial")
 
 
 def refuse_existing(out: Path) -> None:

@@ -66,6 +66,54 @@ def factorize(
 
 
 @app.command()
+def heal(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made; a static prune too.")],
+    teacher: Annotated[str, typer.Option(help="The dense model that it was made from.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: STUDENT-healed.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text to train on, as for factorize.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 200_000,
+    train: Annotated[str, typer.Option(help="What learns: router, experts, ffn, all or lora.")] = "all",
+    gates: Annotated[str, typer.Option(help="straight-through keeps gate weights binary; soft frees them.")] = (
+        "straight-through"
+    ),
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-4,
+    temperature: Annotated[float, typer.Option(help="Of teacher and student.")] = 1.0,
+    pa_weight: Annotated[float, typer.Option(help="Weight of the Prior-Approximate loss.")] = 0.1,
+    balance_weight: Annotated[float, typer.Option(help="Weight of the loss that evens the experts' load.")] = 0.001,
+    batch: Annotated[int, typer.Option(help="Sequences in a step, over all processes.")] = 2,
+    micro_batch: Annotated[int, typer.Option(help="Sequences that one process runs at once.")] = 2,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory.")] = False,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16: of matrix products.")] = "auto",
+    device: Device = "auto",
+    resume: Overwrite = True,
+) -> None:
+    """Fine-tune a STUDENT toward its dense model, by distillation and the Prior-Approximate loss."""
+    from factorllm.heal import HealSettings
+    from factorllm.heal import heal as run
+
+    settings = HealSettings(
+        tokens=tokens,
+        train=train,
+        gates=gates,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        pa_weight=pa_weight,
+        balance_weight=balance_weight,
+        batch=batch,
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
+        device=device,
+    )
+    out = out or student.with_name(student.name + "-healed")
+    healed = run(student, teacher, out, text=text, settings=settings, overwrite=not resume, console=console)
+    if healed:
+        _show_healed(healed)
+
+
+@app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")]) -> None:
     """Show what a checkpoint was made from, what it cost, and its layers."""
     from factorllm.inspection import read_provenance
@@ -191,6 +239,16 @@ def _show(summary) -> None:
         soft_wrap=True,
     )
     console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
+
+
+def _show_healed(healed) -> None:
+    from factorllm.report import result_table
+
+    title = f"perplexity on {healed.held_out_tokens:,} held-out tokens: {healed.text_origin}"
+    console.print(result_table(healed.results, title))
+    console.print(
+        f"healed on {healed.tokens:,} tokens in {healed.seconds:.0f} s; written: {healed.out}", soft_wrap=True
+    )
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from factorllm.route import (
     fit_router,
     prior_distribution,
     refine_router,
+    scale_to_prior,
     set_errors,
 )
 from factorllm.stream import DenseLayer, Rows
@@ -95,14 +96,14 @@ class LayerConversion:
         self.sample = self._scratch("sample", len(range(0, before.length, self.stride)), self.ffn.width)
         self.active = self._scratch("active", before.length, shape.kept_width)
 
-    def run(self) -> tuple[StudentFFN, dict]:
+    def run(self) -> tuple[StudentFFN, Partition, dict]:
         """Factorise the layer on the student's own hidden states and write the stream after it.
 
         Returns:
-            The student's FFN, and the layer's statistics: `router_agreement` (share of the router's picks that the
-            prior makes too, on tokens it was not fitted on), `expert_load` (share of tokens that run each expert),
-            `ridge_strength`, and `stream_error` (squared error of the stream after the layer relative to the
-            teacher's, mean over the calibration tokens).
+            The student's FFN, which neurons are where in it, and the layer's statistics: `router_agreement` (share of
+            the router's picks that the prior makes too, on tokens it was not fitted on), `expert_load` (share of
+            tokens that run each expert), `ridge_strength`, and `stream_error` (squared error of the stream after the
+            layer relative to the teacher's, mean over the calibration tokens).
         """
         self._collect()
         split = self._split()
@@ -123,7 +124,7 @@ class LayerConversion:
             "stream_error": error,
         }
         student = FFN(kept.gate, kept.up, restored.to(kept.down.dtype))
-        return StudentFFN(student, router, self.shape), statistics
+        return StudentFFN(student, router, self.shape), split, statistics
 
     def _scratch(self, name: str, length: int, width: int) -> Rows:
         """An array for this layer's activations: in memory up to `memory_limit` bytes, else in a file."""
@@ -162,6 +163,7 @@ class LayerConversion:
         router = fit_router(recipe.router, inputs[:fitted], prior, self.ffn, split, shape.top_k, self.generator)
         if recipe.router == "refined" and can_refine(shape.experts, shape.top_k):
             router = self._refine(router, inputs[:fitted], split, kept)
+            router *= scale_to_prior(inputs[:fitted] @ router.T, prior)
         picked = expert_picks(inputs[fitted:] @ router.T, shape.top_k)
         wanted = expert_picks(scores[fitted:], shape.top_k)
         return router * FLATTEN, ((picked * wanted).sum() / wanted.sum()).item()

@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from factorllm.checkpoint import workspace_folder
 from factorllm.errors import FactorLLMError
+from factorllm.partition import Partition, partition_from_order
+from factorllm.recipe import Shape
+
+PARTITION_FILE = "factorllm.partition.json"
+"""For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
 
 
 def read_provenance(folder: Path) -> dict:
@@ -14,7 +22,7 @@ def read_provenance(folder: Path) -> dict:
     Raises:
         FactorLLMError: when the folder is not a finished checkpoint of factorllm.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = workspace_folder(folder)
     path = folder / "factorllm.json"
     if not path.exists():
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
@@ -24,3 +32,19 @@ def read_provenance(folder: Path) -> dict:
     except ValueError:
         raise FactorLLMError(f"{path} is damaged: it is not JSON; make the checkpoint again") from None
     return content
+
+
+def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
+    """Each layer's partition of the dense FFN's neurons.
+
+    Raises:
+        FactorLLMError: when the checkpoint does not say it, or says something that is no partition of this shape.
+    """
+    path = folder / PARTITION_FILE
+    try:
+        orders = [torch.tensor(order) for order in json.loads(path.read_text(encoding="utf-8"))]
+        return [partition_from_order(order, shape) for order in orders]
+    except FileNotFoundError:
+        raise FactorLLMError(f"{folder} has no {PARTITION_FILE}, which heal needs; factorize again") from None
+    except (TypeError, ValueError):
+        raise FactorLLMError(f"{path} is damaged: it holds no partition of each FFN; factorize again") from None

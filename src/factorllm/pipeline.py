@@ -22,8 +22,10 @@ from factorllm.errors import FactorLLMError
 from factorllm.evaluate import cost_of, perplexity
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import StudentFFN
+from factorllm.inspection import PARTITION_FILE
 from factorllm.job import Job, Student, open_job, versions
 from factorllm.memory import peak_memory, reuse_freed_memory
+from factorllm.partition import Partition
 from factorllm.progress import Clock, Meter, meter
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Spent, Summary, model_card
@@ -116,17 +118,18 @@ def _convert_layers(job: Job) -> None:
             clock = Clock()
             layer = loader.load(index)
             _advance_teacher(job, layer, index, bar)
-            seconds, statistics = {"teacher": clock.lap()}, {}
+            seconds, statistics, neurons = {"teacher": clock.lap()}, {}, {}
             for student in job.students:
-                ffn, statistics[student.name] = _convert(job, student, layer, index, workplace)
+                ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
+                neurons[student.name] = split.order.tolist()
                 _write_layer(job, student, index, ffn)
                 seconds[student.name] = clock.lap()
-            _commit_layer(job, index, statistics, seconds)
+            _commit_layer(job, index, statistics, neurons, seconds)
 
 
 def _convert(
     job: Job, student: Student, layer: DenseLayer, index: int, workplace: Workplace
-) -> tuple[StudentFFN, dict]:
+) -> tuple[StudentFFN, Partition, dict]:
     streams = Streams(
         teacher_after=job.stream("teacher", index + 1),
         before=job.stream(student.name, index),
@@ -161,9 +164,12 @@ def _start_streams(job: Job, loader: LayerLoader) -> None:
             rows.write(run, embeddings[job.text.calibration[run]])
 
 
-def _commit_layer(job: Job, index: int, statistics: dict, seconds: dict[str, float]) -> None:
+def _commit_layer(
+    job: Job, index: int, statistics: dict, neurons: dict[str, list[int]], seconds: dict[str, float]
+) -> None:
     digests = {name: job.stream(name, index + 1).digest() for name in job.stream_names}
-    job.work.commit({"layer": index, "seconds": seconds, "streams": digests, "statistics": statistics})
+    entry = {"layer": index, "seconds": seconds, "streams": digests, "statistics": statistics, "neurons": neurons}
+    job.work.commit(entry)
     for name in job.stream_names:
         job.stream(name, index).remove()
 
@@ -232,8 +238,10 @@ def _finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         logit_scale=logit_scales[student.name],
         layers=[entry["statistics"][student.name] for entry in job.work.journal],
     )
-    write_json(student.folder / "factorllm.json", _provenance(job, summary))
-    write_text(student.folder / "README.md", model_card(summary, job.source.licence))
+    made = _provenance(job, summary)
+    write_json(student.folder / "factorllm.json", made)
+    write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.work.journal])
+    write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.source.licence))
     spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
     write_json(student.folder / "factorllm.run.json", asdict(spent) | {"machine": platform.platform()})

@@ -43,7 +43,7 @@ class Meter:
         if not self._console.is_terminal and now >= self._next_line:
             self._next_line = now + _LINE_EVERY_SECONDS
             left = (now - self._start) / max(self._done - self._before, 1) * (self._total - self._done)
-            self._console.print(f"{self._what}: {self._done / self._total:.0%}, about {_minutes(left)} left")
+            self._console.print(f"{self._what}: {self._done / self._total:.0%}, about {minutes(left)} left")
 
 
 @contextmanager
@@ -65,5 +65,6 @@ class Clock:
         return self._last - before
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A time span as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

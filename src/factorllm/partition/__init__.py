@@ -83,3 +83,15 @@ def partition_from_labels(labels: Tensor, shape: Shape) -> Partition:
     order = torch.argsort(labels, stable=True)
     routed = shape.experts * shape.expert_width
     return Partition(order[routed:], order[:routed].view(shape.experts, shape.expert_width), shape.ffn_width)
+
+
+def partition_from_order(order: Tensor, shape: Shape) -> Partition:
+    """The partition whose `order` is given, (kept,).
+
+    Raises:
+        ValueError: when it is none of this shape.
+    """
+    if not torch.equal(order.sort().values, torch.arange(shape.ffn_width)):
+        raise ValueError("not every neuron is there once")
+    experts = order[shape.shared_width :].view(shape.experts, shape.expert_width)
+    return Partition(order[: shape.shared_width], experts, shape.ffn_width)

@@ -72,7 +72,7 @@ class Summary:
         return self.row(name).perplexity / self.row("dense").perplexity
 
 
-LABELS = {"dense": "dense", "student": "student", "pruned": "static prune"}
+LABELS = {"dense": "dense", "student": "student", "healed": "healed", "pruned": "static prune"}
 
 
 def result_table(results: dict[str, dict], title: str = "") -> Table:

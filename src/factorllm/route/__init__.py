@@ -1,7 +1,7 @@
 """Which experts a token runs: the dense FFN's prior, the PA loss, and the routers fitted by it."""
 
 from factorllm.route.prior import expert_scores, prior_distribution
-from factorllm.route.refine import can_refine, expert_sets, refine_router, set_errors
+from factorllm.route.refine import can_refine, expert_sets, refine_router, scale_to_prior, set_errors
 from factorllm.route.router import FLATTEN, ROUTERS, fit_router, pa_loss
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "pa_loss",
     "prior_distribution",
     "refine_router",
+    "scale_to_prior",
     "set_errors",
 ]

@@ -10,7 +10,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from factorllm.route.router import fit_linear
+from factorllm.route.router import fit_linear, pa_loss
 
 MAX_SETS = 512
 """Sets of k of N experts up to which a router is refined: all are compared for each token."""
@@ -55,3 +55,13 @@ def refine_router(weights: Tensor, x: Tensor, errors: Tensor, sets: Tensor) -> T
     """
     errors = errors / errors.mean().clamp_min(torch.finfo(errors.dtype).tiny)
     return fit_linear(x, lambda logits: ((logits @ sets.T).softmax(1) * errors).sum(1).mean(), weights)
+
+
+def scale_to_prior(logits: Tensor, prior: Tensor) -> float:
+    """The power of two that brings router logits (n, N) nearest to the prior (n, N), by the PA loss.
+
+    The errors that a router is refined on do not say how sure it should be; healing, which compares it with the prior
+    again, would pull first at that.
+    """
+    scales = [2.0**exponent for exponent in range(-12, 5)]
+    return min(scales, key=lambda scale: pa_loss(logits * scale, prior).item())

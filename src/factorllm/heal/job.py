@@ -1,0 +1,206 @@
+"""A healing, opened and checked: student, teacher, text, and the workspace that it may go on in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from accelerate import PartialState
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, workspace_folder, write_shard
+from factorllm.errors import FactorLLMError
+from factorllm.heal.settings import HealSettings
+from factorllm.inspection import read_partitions, read_provenance
+from factorllm.job import versions
+from factorllm.partition import Partition
+from factorllm.recipe import Recipe
+from factorllm.settings import Settings
+from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources.digest import add_file
+from factorllm.sources.text import file_digest, text_origin
+
+
+@dataclass(frozen=True)
+class HealJob:
+    """Everything that healing needs.
+
+    Attributes:
+        made: the student's `factorllm.json`.
+        partitions: each layer's experts; empty for a static prune.
+        made_with: the settings that the student was made with, on this machine's device.
+        text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
+        work: the workspace, in the main process; None in the others.
+        folder: the workspace's folder.
+        processes: this process among those that heal together.
+    """
+
+    student: Path
+    made: dict
+    recipe: Recipe
+    partitions: list[Partition]
+    teacher: ModelSource
+    settings: HealSettings
+    made_with: Settings
+    text: dict[str, Tensor]
+    text_origin: str
+    work: Workspace | None
+    folder: Path
+    processes: PartialState
+    console: Console
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether matrix products are computed in bfloat16."""
+        if self.settings.precision != "auto":
+            return self.settings.precision == "bfloat16"
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported()
+        return torch.cpu._is_avx512_bf16_supported()
+
+    def load_student(self) -> PreTrainedModel:
+        """The student with fp32 weights."""
+        return AutoModelForCausalLM.from_pretrained(self.student, dtype=torch.float32).to(self.device)
+
+
+@contextmanager
+def open_heal_job(
+    student: Path,
+    teacher: str,
+    out: Path,
+    text: str | None,
+    settings: HealSettings,
+    overwrite: bool,
+    console: Console | None,
+) -> Iterator[HealJob]:
+    """Open and check everything, the cheap checks first; the main process holds the workspace while the block runs."""
+    if not overwrite:
+        refuse_existing(out)
+    made = read_provenance(student)
+    recipe = Recipe(**made["recipe"])
+    source = open_model(teacher)
+    _check_teacher(student, made, source)
+    partitions = [] if recipe.is_prune else read_partitions(student, recipe.shape(source.config.intermediate_size))
+    made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
+    processes = PartialState(cpu=made_with.torch_device.type == "cpu")
+    _check_batch(settings, processes.num_processes)
+    console = console if console and processes.is_main_process else Console(quiet=True)
+    with explain_full_disk(out):
+        work = None
+        if processes.is_main_process:
+            identity = {
+                "student": _digest(student),
+                "teacher": source.fingerprint,
+                "text": {"name": text, "digest": file_digest(text)},
+                "settings": settings.model_dump(mode="json"),
+                "versions": versions(),
+            }
+            work = Workspace(out, identity, overwrite)
+        try:
+            folder = workspace_folder(out)
+            tokens = _read_text(folder, source, made, text, settings, made_with, processes, console)
+            yield HealJob(
+                student, made, recipe, partitions, source, settings, made_with, tokens, text_origin(text), work,
+                folder, processes, console,
+            )  # fmt: skip
+        finally:
+            if work:
+                work.close()
+
+
+def _check_teacher(student: Path, made: dict, source: ModelSource) -> None:
+    if made["base_model"]["fingerprint"] != source.fingerprint:
+        raise FactorLLMError(
+            f"{source.label} is not the dense model that {student} was made from ({made['base_model']['name']}): their "
+            "fingerprints differ; give that model as --teacher, for nothing else fits the routers' priors"
+        )
+
+
+def _check_batch(settings: HealSettings, processes: int) -> None:
+    at_once = settings.micro_batch * processes
+    if settings.batch % at_once:
+        raise FactorLLMError(
+            f"a batch of {settings.batch} sequences cannot be shared by {processes} processes of "
+            f"{settings.micro_batch} sequences at once; use a --batch that is a multiple of {at_once}"
+        )
+
+
+def _digest(student: Path) -> str:
+    """xxh3-128 of the student's weights and provenance, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for path in [student / "factorllm.json", *sorted(student.glob("*.safetensors"))]:
+        add_file(digest, path)
+    return digest.hexdigest()
+
+
+def _read_text(
+    folder: Path,
+    source: ModelSource,
+    made: dict,
+    text: str | None,
+    settings: HealSettings,
+    made_with: Settings,
+    processes: PartialState,
+    console: Console,
+) -> dict[str, Tensor]:
+    """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
+    path = folder / "tokens.safetensors"
+    if processes.is_main_process and not path.exists():
+        if text is None:
+            console.print("no --text given: sampling text from the dense model itself")
+        write_shard(path, _pack(source, made, text, settings, made_with))
+    processes.wait_for_everyone()
+    return load_file(path)
+
+
+def _pack(
+    source: ModelSource, made: dict, text: str | None, settings: HealSettings, made_with: Settings
+) -> dict[str, Tensor]:
+    """Sequences to train on, to validate on, and held out.
+
+    On the text that the student was made from, the held-out part is the same and training takes what comes after the
+    calibration part, which the student fits already; if that is too short, all but the held-out part.
+    """
+    length, data = made_with.length, made["data"]
+
+    def read(tokens: int) -> CalibrationText:
+        return read_calibration_text(
+            text,
+            source.tokenizer(),
+            tokens=tokens,
+            held_out_tokens=made_with.held_out_tokens,
+            length=length,
+            seed=made_with.seed,
+            load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
+        )
+
+    wanted = settings.tokens + settings.validation_tokens
+    found = read(wanted)
+    seen = data["calibration_tokens"]
+    if text is not None:
+        try:
+            longer = read(seen + wanted)
+        except FactorLLMError:
+            longer = found
+        start = CalibrationText(longer.calibration[: seen // length], longer.held_out, "").fingerprint
+        if start == data["fingerprint"]:
+            found = CalibrationText(longer.calibration[seen // length :], longer.held_out, "")
+    validation = max(settings.validation_tokens // length, 1)
+    sequences = found.calibration
+    if len(sequences) < validation + settings.batch:
+        raise FactorLLMError(
+            f"{settings.tokens} tokens make less than one batch of {settings.batch} sequences of {length} tokens; use "
+            "more --tokens or a smaller --batch"
+        )
+    return {"validation": sequences[:validation], "train": sequences[validation:], "held_out": found.held_out}

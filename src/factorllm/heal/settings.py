@@ -1,0 +1,53 @@
+"""How to heal. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Train = Literal["router", "experts", "ffn", "all", "lora"]
+
+
+class HealSettings(BaseModel):
+    """How a student is healed. Length, seed and held-out part of the text are those that the student was made with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(default=200_000, ge=1)
+    """Tokens to train on, each once."""
+    train: Train = "all"
+    """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
+    adapters of attention and FFNs, merged before the checkpoint is written."""
+    gates: Literal["straight-through", "soft"] = "straight-through"
+    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
+    soft ones of the host."""
+    learning_rate: float = Field(default=4e-4, gt=0)
+    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of teacher and student in the KL divergence."""
+    vocabulary: int = Field(default=64, ge=1)
+    """Most likely tokens of the teacher that are compared one by one; the others are compared as one."""
+    pa_weight: float = Field(default=0.1, ge=0)
+    """Weight of the Prior-Approximate loss."""
+    balance_weight: float = Field(default=0.001, ge=0)
+    """Weight of the loss that evens the experts' load."""
+    batch: int = Field(default=2, ge=1)
+    """Sequences in a step, over all processes."""
+    micro_batch: int = Field(default=2, ge=1)
+    """Sequences that one process runs at once; the rest of the batch is accumulated."""
+    validation_tokens: int = Field(default=4096, ge=1)
+    """Tokens kept from training, on which the best checkpoint is chosen. They are not the held-out ones."""
+    evaluations: int = Field(default=8, ge=1)
+    """Times that the validation loss is measured and a checkpoint for resuming is written."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without a better validation loss after which training stops."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapters of `train="lora"`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, for memory."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights, losses and routing are fp32 always. `auto` takes bfloat16 where the hardware has
+    it."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` ..."""

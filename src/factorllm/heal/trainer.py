@@ -1,0 +1,125 @@
+"""`FactorTrainer`: a transformers `Trainer` whose loss is `L_KD + a L_PA + b L_balance`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from factorllm.heal.losses import balance_loss, kd_loss
+from factorllm.heal.settings import HealSettings
+from factorllm.heal.students import Routers, is_router
+from factorllm.route import FLATTEN, pa_loss
+
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
+
+
+class FactorTrainer(Trainer):
+    """Trains a student on the items of `targets.Targets`.
+
+    Args:
+        model: the student, with its parameters frozen as wanted (`students.set_learning`).
+        settings: how to heal.
+        routers: the student's; without routers the loss is `L_KD` alone.
+
+    All else goes to `Trainer`.
+    """
+
+    def __init__(self, model: nn.Module, settings: HealSettings, routers: Routers, **options):
+        super().__init__(model=model, **options)
+        # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
+        self.model_accepts_loss_kwargs = False
+        self.settings, self.routers = settings, routers
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.routers.start()
+        output = model(input_ids=inputs["input_ids"], use_cache=False)
+        terms = self._losses(output.logits, inputs)
+        for name, value in terms.items():
+            self._terms[name].append(value.detach())
+        loss = terms["kd"]
+        if self.routers.modules:
+            loss = loss + self.settings.pa_weight * terms["pa"] + self.settings.balance_weight * terms["balance"]
+        return (loss, output) if return_outputs else loss
+
+    def _losses(self, logits: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings, routers = self.settings, self.routers
+        terms = {"kd": kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], settings.temperature)}
+        if routers.modules:
+            picked = routers.logits(settings.gates == "soft")
+            prior = inputs["priors"].float()
+            terms["pa"] = pa_loss(picked.flatten(0, 1), prior.flatten(0, 2))
+            layerwise = picked.view(*prior.shape).transpose(1, 2).flatten(0, 1)
+            terms["balance"] = balance_loss(layerwise, routers.top_k)
+        return terms
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The validation loss is the KL divergence alone: it says what the student lost."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        return kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], self.settings.temperature), None, None
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self._groups(), betas=_BETAS, eps=_EPSILON, weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def _groups(self) -> list[dict]:
+        """Flattened routers are small by a known factor, and so must their steps be."""
+        rate = self.settings.learning_rate
+        scale = 1.0 if self.settings.gates == "soft" else FLATTEN
+        learning = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        routers = [p for name, p in learning if is_router(name)]
+        others = [p for name, p in learning if not is_router(name)]
+        groups = [
+            {"params": routers, "lr": rate * scale, "eps": _EPSILON * scale},
+            {"params": others, "lr": rate},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoints to resume from hold the names in memory: `Trainer` loads them without the renaming that
+        `from_pretrained` does, and would silently leave the experts as they were."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # adapters have their own names
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+    def forget_terms(self) -> None:
+        """Leave what was computed so far out of the next log."""
+        self._terms.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each term of the loss since the last log, over all processes."""
+        if "loss" in logs and self._terms:
+            for name, values in self._terms.items():
+                logs[name] = self.accelerator.gather(torch.stack(values).mean().reshape(1)).mean().item()
+            self._terms.clear()
+        super().log(logs, start_time)
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells how far training is.
+
+    Args:
+        advance: called with the number of new steps.
+        say: called with a line for each evaluation.
+    """
+
+    def __init__(self, advance: Callable[[int], None], say: Callable[[str], None]):
+        self._advance, self._say = advance, say
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._advance(1)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._say(f"step {state.global_step}: KL to the teacher on validation text {metrics['eval_loss']:.4f}")

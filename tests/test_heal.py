@@ -1,0 +1,272 @@
+"""Healing: what learns and what does not, one result however the work is spread or interrupted, one architecture."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from statistics import median
+
+import pytest
+import torch
+from conftest import CONFIGS, relative_error, save_dense, some_tokens
+from safetensors.torch import load_file
+from test_export import differences, save_model
+from transformers import AutoModelForCausalLM
+
+from factorllm import FactorLLMError, Recipe, factorize
+from factorllm.evaluate import perplexity
+from factorllm.export import export_gguf
+from factorllm.heal import HealSettings, heal
+from factorllm.heal.job import open_heal_job
+from factorllm.heal.losses import balance_loss, kd_loss, top_log_probs
+from factorllm.heal.students import Routers, is_router, set_learning
+from factorllm.route import pa_loss
+from factorllm.settings import Settings
+from factorllm.sources import open_model, read_calibration_text
+
+MADE_WITH = Settings(tokens=4096, held_out_tokens=512, length=64, baseline=False)
+QUICK = HealSettings(
+    tokens=4096, validation_tokens=512, batch=4, micro_batch=2, evaluations=4, learning_rate=5e-4, precision="float32"
+)
+
+
+def curve(folder) -> list[dict]:
+    return json.loads((folder / "factorllm.json").read_text())["healing"]["curve"]
+
+
+def losses(folder, name: str) -> list[float]:
+    return [entry[name] for entry in curve(folder) if name in entry]
+
+
+@pytest.fixture(scope="module")
+def student(dense_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("student") / "student"
+    factorize(str(dense_folder), out, "S2A2E8", text=str(text_file), settings=MADE_WITH)
+    return out
+
+
+@pytest.fixture(scope="module")
+def healed(student, dense_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("healed") / "healed"
+    heal(student, str(dense_folder), out, text=str(text_file), settings=QUICK)
+    return out
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def changed(before, after) -> set[str]:
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_the_kd_loss_falls_and_the_architecture_stays(student, healed):
+    validation = losses(healed, "eval_loss")
+    assert validation[-1] < 0.97 * validation[0]
+    assert json.loads((student / "config.json").read_text()) == json.loads((healed / "config.json").read_text())
+    assert {n: (t.shape, t.dtype) for n, t in tensors(student).items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors(healed).items()
+    }
+
+
+def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
+    recipe = Recipe(shared=2, active=2, parts=8, router="random")
+    factorize(str(dense_folder), tmp_path / "student", recipe, text=str(text_file), settings=MADE_WITH)
+    settings = QUICK.model_copy(update={"train": "router", "pa_weight": 10.0, "learning_rate": 0.02})
+    heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    values = losses(tmp_path / "out", "pa")
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_the_healed_checkpoint_reloads_to_the_same_logits(student, healed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(healed, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    tokens = some_tokens(model.config)
+    assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+def test_before_and_after_are_measured_on_the_text_that_was_held_out_before(student, healed, dense_folder, text_file):
+    before = json.loads((student / "factorllm.json").read_text())["results"]
+    after = json.loads((healed / "factorllm.json").read_text())["results"]
+    for name in ("dense", "student"):
+        assert after[name]["perplexity"] == pytest.approx(before[name]["perplexity"])
+    model = AutoModelForCausalLM.from_pretrained(healed, dtype=torch.float32)
+    held_out = calibration_text(dense_folder, text_file).held_out
+    assert after["healed"]["perplexity"] == pytest.approx(perplexity(model, held_out))
+
+
+def calibration_text(dense_folder, text_file):
+    return read_calibration_text(
+        str(text_file),
+        open_model(str(dense_folder)).tokenizer(),
+        tokens=MADE_WITH.tokens,
+        held_out_tokens=MADE_WITH.held_out_tokens,
+        length=MADE_WITH.length,
+        seed=MADE_WITH.seed,
+        load_model=lambda: None,
+    )
+
+
+def test_text_to_heal_on_is_neither_calibrated_on_nor_held_out(student, dense_folder, text_file):
+    out = student.with_name("opened")
+    with open_heal_job(student, str(dense_folder), out, str(text_file), QUICK, False, None) as job:
+        rows = {part: {tuple(row) for row in tokens.tolist()} for part, tokens in job.text.items()}
+    text = calibration_text(dense_folder, text_file)
+    assert rows["held_out"] == {tuple(row) for row in text.held_out.tolist()}
+    calibration = {tuple(row) for row in text.calibration.tolist()}
+    assert not calibration & (rows["train"] | rows["validation"])
+    assert not rows["held_out"] & (rows["train"] | rows["validation"])
+    assert not rows["train"] & rows["validation"]
+
+
+@pytest.mark.parametrize("gates", ["straight-through", "soft"])
+def test_the_router_has_a_gradient_from_every_term(student, gates):
+    settings = HealSettings(gates=gates, precision="float32")
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    routers = Routers(model)
+    if gates == "soft":
+        routers.unflatten()
+    set_learning(model, settings)
+    tokens = some_tokens(model.config)
+    logits = model(tokens).logits
+    ids, log_probs = top_log_probs(torch.randn_like(logits), 16, 1.0)
+    picked = routers.logits(gates == "soft")
+    prior = torch.rand_like(picked).softmax(-1)
+    terms = {
+        "kd": kd_loss(logits, ids, log_probs),
+        "pa": pa_loss(picked.flatten(0, 1), prior.flatten(0, 1)),
+        "balance": balance_loss(picked.transpose(0, 1), routers.top_k),
+    }
+    weights = [module.weight for module in routers.modules]
+    assert len(weights) == model.config.num_hidden_layers
+    for name, term in terms.items():
+        for gradient in torch.autograd.grad(term, weights, retain_graph=True):
+            assert gradient.abs().max() > 1e-7, name
+
+
+@pytest.mark.parametrize("train", ["router", "experts", "ffn", "lora"])
+def test_what_is_frozen_does_not_change(train, student, dense_folder, text_file, tmp_path):
+    settings = QUICK.model_copy(update={"train": train, "tokens": 1024, "evaluations": 1, "pa_weight": 1.0})
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    names = changed(student, tmp_path / "out")
+    routers = {name for name in names if is_router(name) or "router" in name}
+    attention = {name for name in names if "self_attn" in name}
+    assert bool(routers) == (train != "lora")
+    assert bool(attention) == (train == "lora")
+    if train == "router":
+        assert names == routers
+    else:
+        assert names > routers | attention
+    assert not any("embed" in name or "norm" in name for name in names)
+    if train == "experts":
+        assert not any("shared" in name for name in names)
+
+
+def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
+    factorize(str(dense_folder), tmp_path / "prune", "S4A0E8", text=str(text_file), settings=MADE_WITH)
+    heal(tmp_path / "prune", str(dense_folder), tmp_path / "out", text=str(text_file), settings=QUICK)
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert validation[-1] < validation[0]
+    settings = QUICK.model_copy(update={"train": "router"})
+    with pytest.raises(FactorLLMError, match="static prune has no router"):
+        heal(tmp_path / "prune", str(dense_folder), tmp_path / "no", text=str(text_file), settings=settings)
+
+
+COMMAND = ["--batch", 4, "--tokens", 4096, "--learning-rate", 0.002, "--precision", "float32"]
+
+
+def command(student, dense_folder, text_file, out, *options) -> list[str]:
+    words = ["heal", student, "--teacher", dense_folder, "--text", text_file, "-o", out, *COMMAND, *options]
+    return ["-m", "factorllm", *map(str, words)]
+
+
+def test_two_processes_equal_one(student, dense_folder, text_file, tmp_path):
+    alone = command(student, dense_folder, text_file, tmp_path / "one", "--micro-batch", 4)
+    both = command(student, dense_folder, text_file, tmp_path / "two", "--micro-batch", 2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *alone], check=True, env=environment)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    subprocess.run([sys.executable, *launch, *both], check=True, env=environment)
+    for name in ("kd", "pa", "eval_loss"):
+        assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-4)
+
+
+def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
+    words = command(student, dense_folder, text_file, tmp_path / "killed", "--micro-batch", 2)
+    process = subprocess.Popen([sys.executable, *words])
+    trainer = tmp_path / "killed.partial" / "trainer"
+    while not list(trainer.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    checkpoint = min(trainer.glob("checkpoint-*"))
+    shutil.copytree(checkpoint, trainer / "checkpoint-9999")  # as if killed while it wrote the next one
+    (trainer / "checkpoint-9999" / "trainer_state.json").write_text('{"epo')
+
+    subprocess.run([sys.executable, *words], check=True)
+    whole = command(student, dense_folder, text_file, tmp_path / "whole", "--micro-batch", 2)
+    subprocess.run([sys.executable, *whole], check=True)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert not changed(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.engine
+def test_llama_cpp_agrees_on_what_was_healed(text_file, tmp_path):
+    save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
+    factorize(str(tmp_path / "dense"), tmp_path / "student", "S2A2E8", text=str(text_file), settings=MADE_WITH)
+    heal(tmp_path / "student", str(tmp_path / "dense"), tmp_path / "healed", text=str(text_file), settings=QUICK)
+    medians = {}
+    for model in ("dense", "healed"):
+        export_gguf(str(tmp_path / model), tmp_path / f"{model}.gguf", "f32")
+        medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf", decode_threads=1))
+    assert medians["healed"] <= 1.5 * medians["dense"]
+
+
+def test_refusals(student, dense_folder, text_file, tmp_path):
+    def refused(match: str, **changes):
+        arguments = {"student": student, "teacher": str(dense_folder), "out": tmp_path / "out", "text": str(text_file)}
+        with pytest.raises(FactorLLMError, match=match):
+            heal(**arguments | {"settings": QUICK} | changes)
+        assert not (tmp_path / "out").exists()
+
+    save_dense(CONFIGS["gqa-tied"], tmp_path / "other", seed=1)
+    refused("is not the dense model", teacher=str(tmp_path / "other"))
+    refused("no checkpoint made by factorllm", student=tmp_path / "other")
+    refused("cannot be shared", settings=QUICK.model_copy(update={"batch": 3}))
+    refused("too short", settings=QUICK.model_copy(update={"tokens": 10_000_000}))
+    older = tmp_path / "older"
+    shutil.copytree(student, older)
+    (older / "factorllm.partition.json").write_text("[[1, 1]]")
+    refused("is damaged", student=older)
+    (older / "factorllm.partition.json").unlink()
+    refused("has no factorllm.partition.json", student=older)
+
+
+def test_kd_loss_is_the_kl_divergence_when_nothing_is_left_out():
+    teacher, student = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    ids, log_probs = top_log_probs(teacher, 31, 2.0)
+    full = torch.nn.functional.kl_div(
+        (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), log_target=True, reduction="none"
+    )
+    assert kd_loss(student, ids, log_probs, 2.0).item() == pytest.approx(4 * full.sum(-1).mean().item(), rel=1e-4)
+    few, few_probs = top_log_probs(teacher, 4, 2.0)
+    assert 0 < kd_loss(student, few, few_probs, 2.0) < kd_loss(student, ids, log_probs, 2.0)
+    assert relative_error(kd_loss(teacher, few, few_probs, 2.0) + 1, torch.tensor(1.0)) < 1e-5
+
+
+def test_balance_loss_is_one_for_an_even_load_and_n_over_k_for_the_worst():
+    even = torch.eye(4).repeat(2, 1)[None] * 20
+    assert balance_loss(even, 1).item() == pytest.approx(1.0, abs=1e-3)
+    worst = torch.tensor([20.0, 0, 0, 0]).expand(1, 8, 4)
+    assert balance_loss(worst, 1).item() == pytest.approx(4.0, abs=1e-3)
