@@ -113,6 +113,46 @@ def heal(
         _show_healed(healed)
 
 
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = (
+        "arc_easy,piqa,boolq,copa,lambada_openai"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of local <task>.jsonl. Default: lm-eval's data from the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.")] = None,
+) -> None:
+    """Score a checkpoint on benchmark tasks, and show what it kept of the dense model."""
+    from dataclasses import asdict
+
+    from factorllm.checkpoint import write_json
+    from factorllm.evaluate.scores import evaluate as run
+    from factorllm.report import score_table
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = run(
+        checkpoint,
+        against=against,
+        tasks=names,
+        data=data,
+        limit=limit,
+        text=text,
+        device=device,
+        dtype=dtype,
+        console=console,
+    )
+    console.print(score_table(found))
+    if out:
+        write_json(out, asdict(found))
+
+
 @app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")]) -> None:
     """Show what a checkpoint was made from, what it cost, and its layers."""

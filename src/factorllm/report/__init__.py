@@ -1,6 +1,7 @@
 """What a conversion cost and gained, for people: the table in the terminal and the model card."""
 
 from factorllm.report.card import model_card
+from factorllm.report.scores import score_table
 from factorllm.report.summary import ModelRow, Spent, Summary, layer_table, result_table
 
-__all__ = ["ModelRow", "Spent", "Summary", "layer_table", "model_card", "result_table"]
+__all__ = ["ModelRow", "Spent", "Summary", "layer_table", "model_card", "result_table", "score_table"]

@@ -1,0 +1,44 @@
+"""The table of an evaluation."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from factorllm.evaluate.scores import Evaluation
+from factorllm.evaluate.tasks import TASKS, retention
+
+
+def score_table(found: Evaluation) -> Table:
+    """A row a task: dense, student, and retention, plain and above chance; then all tasks, and the text."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("task", "metric", "questions", "dense", "student", "retention", "above\nchance"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
+    student, dense = found.scores["student"], found.scores.get("dense", {})
+    for task, score in student.items():
+        kept = _kept({task: score}, dense)
+        table.add_row(task, TASKS[task].metric, str(score.questions), _shown(dense.get(task)), _shown(score), *kept)
+    if len(student) > 1:
+        means = [_mean(scores) if scores else "-" for scores in (dense, student)]
+        table.add_row("mean", "", "", *means, *_kept(student, dense), end_section=True)
+    if found.perplexity:
+        values = [f"{found.perplexity[name]:.2f}" if name in found.perplexity else "-" for name in ("dense", "student")]
+        table.add_row("text", "perplexity", "", *values, "", "")
+    if found.agreement:
+        table.add_row("text", "KL to dense", "", "0", f"{found.agreement.kl:.3f}", "", "")
+        table.add_row("text", "top-1 agreement", "", "100%", f"{found.agreement.top_1:.1%}", "", "")
+    return table
+
+
+def _shown(score) -> str:
+    return f"{score.value:.1%} ± {score.error:.1%}" if score else "-"
+
+
+def _mean(scores: dict) -> str:
+    return f"{sum(score.value for score in scores.values()) / len(scores):.1%}"
+
+
+def _kept(student: dict, dense: dict) -> tuple[str, str]:
+    if not dense:
+        return "-", "-"
+    return tuple("-" if value is None else f"{value:.1%}" for value in retention(student, dense))
