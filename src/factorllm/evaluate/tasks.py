@@ -20,7 +20,7 @@ class Task:
         metric: the score that is reported; `acc_norm` where lm-eval's own reports use it.
         chance: the score of a guess.
         prompt: for a local file, the question as lm-eval's own task asks it, from the fields of a record.
-        answers: for a local file, the possible answers; lm-eval puts the space before them unless told otherwise.
+        answers: for a local file, the possible answers, which lm-eval joins to the question with a space.
     """
 
     metric: str
@@ -36,7 +36,7 @@ TASKS: dict[str, Task] = {
     "arc_challenge": Task("acc_norm", 0.25, _QUESTION),
     "piqa": Task("acc_norm", 0.5, _QUESTION),
     "boolq": Task("acc", 0.5, "{{query.removeprefix('Passage: ')}}\nAnswer:"),
-    "copa": Task("acc", 0.5, "{{query}}"),
+    "copa": Task("acc", 0.5, "{{query}}", "{{[' ' + choices[0], ' ' + choices[1]]}}"),  # two spaces, as lm-eval has it
     "hellaswag": Task("acc_norm", 0.25, "{{query}}"),
     "openbookqa": Task("acc_norm", 0.25, "{{query}}"),
     "winogrande": Task("acc", 0.5, "{{query}}"),
