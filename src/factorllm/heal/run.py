@@ -29,6 +29,7 @@ _LOGS = 50
 """Points of the loss curve."""
 
 _CURVE = ("step", "loss", "kd", "pa", "balance", "eval_loss")
+_CURVED = {"loss", "eval_loss"}
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,19 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = set_learning(model, settings)
     steps = len(targets["train"]) // settings.batch
+    resume = _last_checkpoint(job.folder / "trainer")
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
     callbacks = [EarlyStoppingCallback(settings.patience)]
     trainer = FactorTrainer(
         model,
         settings,
         routers,
-        args=_arguments(job, steps),
+        args=_arguments(job, steps, done),
         train_dataset=targets["train"],
         eval_dataset=targets["validation"],
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # progress is told by ours
-    resume = _last_checkpoint(job.folder / "trainer")
-    done = int(resume.name.rpartition("-")[2]) if resume else 0
     _predict(job, trainer, steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
@@ -137,7 +138,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     return trainer
 
 
-def _arguments(job: HealJob, steps: int) -> TrainingArguments:
+def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
     settings = job.settings
     every = math.ceil(steps / settings.evaluations)
     accumulate = settings.batch // (settings.micro_batch * job.processes.num_processes)
@@ -153,7 +154,7 @@ def _arguments(job: HealJob, steps: int) -> TrainingArguments:
         max_grad_norm=1.0,
         logging_steps=max(steps // _LOGS, 1),
         eval_strategy="steps",
-        eval_on_start=True,
+        eval_on_start=done == 0,
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
@@ -229,7 +230,9 @@ def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> 
             "tokens": tokens,
             "text": job.text_origin,
             "settings": job.settings.model_dump(mode="json"),
-            "curve": [{key: entry[key] for key in _CURVE if key in entry} for entry in history],
+            "curve": [
+                {key: entry[key] for key in _CURVE if key in entry} for entry in history if _CURVED & entry.keys()
+            ],
         },
     }
     write_json(folder / "factorllm.json", made)
