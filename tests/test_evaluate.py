@@ -61,15 +61,20 @@ def asked(task) -> list[tuple[str, str]]:
     return [instance.args for instance in task.instances]
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "piqa", "boolq", "copa", "lambada_openai"])
-def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, dense_folder, tmp_path):
-    from lm_eval.models.huggingface import HFLM
+@pytest.fixture(scope="module")
+def manager():
     from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "piqa", "boolq", "copa", "lambada_openai"])
+def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, manager, dense_folder, tmp_path):
+    from lm_eval.models.huggingface import HFLM
 
     own, local = zip(*forms(task), strict=True)
     write_lines(tmp_path / "own.jsonl", own)
     write_lines(tmp_path / f"{task}.jsonl", local)
-    manager = TaskManager()
     file = str(tmp_path / "own.jsonl")
     swapped = {
         "dataset_path": "json",
@@ -83,7 +88,7 @@ def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, dense_folder,
     model = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(dense_folder), tokenizer=byte_tokenizer())
     metric = f"{TASKS[task].metric},none"
     found = [
-        lm_eval.simple_evaluate(model, tasks=[it])["results"][task][metric]
+        lm_eval.simple_evaluate(model, tasks=[it], task_manager=manager)["results"][task][metric]
         for it in (theirs, local_task(task, tmp_path))
     ]
     assert found[0] == found[1]
@@ -153,11 +158,11 @@ def test_what_cannot_be_scored_is_refused(student, data, tmp_path):
     refused("no file .*boolq.jsonl", tasks=["boolq"])
     refused("no checkpoint made by factorllm", student=tmp_path)
     refused("has no local file", tasks=["mmlu"])
-    (data / "piqa.jsonl").write_text('{"query": "a", "choices')
-    refused("cannot be read as JSON lines")
-    (data / "piqa.jsonl").write_text('{"query": "a"}\n')
-    refused("line 1: a record needs the keys choices, gold, query")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "factorllm.json").write_text("{")
     refused("is damaged", student=damaged)
+    (data / "piqa.jsonl").write_text('{"query": "a", "choices')
+    refused("cannot be read as JSON lines")
+    (data / "piqa.jsonl").write_text('{"query": "a"}\n')
+    refused("line 1: a record needs the keys choices, gold, query")

@@ -181,28 +181,28 @@ def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
         heal(tmp_path / "prune", str(dense_folder), tmp_path / "no", text=str(text_file), settings=settings)
 
 
-COMMAND = ["--batch", 4, "--tokens", 4096, "--learning-rate", 0.002, "--precision", "float32"]
+# What a process of its own is told, and the same settings for this one.
+OPTIONS = ["--batch", "4", "--tokens", "4096", "--learning-rate", "0.002", "--precision", "float32"]
+SAME = HealSettings(tokens=4096, batch=4, learning_rate=0.002, precision="float32")
 
 
-def command(student, dense_folder, text_file, out, *options) -> list[str]:
-    words = ["heal", student, "--teacher", dense_folder, "--text", text_file, "-o", out, *COMMAND, *options]
+def command(student, dense_folder, text_file, out) -> list[str]:
+    words = ["heal", student, "--teacher", dense_folder, "--text", text_file, "-o", out, *OPTIONS]
     return ["-m", "factorllm", *map(str, words)]
 
 
 def test_two_processes_equal_one(student, dense_folder, text_file, tmp_path):
-    alone = command(student, dense_folder, text_file, tmp_path / "one", "--micro-batch", 4)
-    both = command(student, dense_folder, text_file, tmp_path / "two", "--micro-batch", 2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *alone], check=True, env=environment)
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    subprocess.run([sys.executable, *launch, *both], check=True, env=environment)
+    both = command(student, dense_folder, text_file, tmp_path / "two")
+    subprocess.run([sys.executable, *launch, *both], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    alone = SAME.model_copy(update={"micro_batch": 4})
+    heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=alone)
     for name in ("kd", "pa", "eval_loss"):
         assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-4)
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
-    words = command(student, dense_folder, text_file, tmp_path / "killed", "--micro-batch", 2)
-    process = subprocess.Popen([sys.executable, *words])
+    process = subprocess.Popen([sys.executable, *command(student, dense_folder, text_file, tmp_path / "killed")])
     trainer = tmp_path / "killed.partial" / "trainer"
     while not list(trainer.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -214,9 +214,8 @@ def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_fil
     shutil.copytree(checkpoint, trainer / "checkpoint-9999")  # as if killed while it wrote the next one
     (trainer / "checkpoint-9999" / "trainer_state.json").write_text('{"epo')
 
-    subprocess.run([sys.executable, *words], check=True)
-    whole = command(student, dense_folder, text_file, tmp_path / "whole", "--micro-batch", 2)
-    subprocess.run([sys.executable, *whole], check=True)
+    for name in ("killed", "whole"):
+        heal(student, str(dense_folder), tmp_path / name, text=str(text_file), settings=SAME)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert not changed(tmp_path / "killed", tmp_path / "whole")
 

@@ -76,12 +76,14 @@ def run_tasks(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise FactorLLMError("tasks need lm-eval, which is not installed: pip install 'factorllm[eval]'") from None
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    manager = TaskManager(include_defaults=data is None)  # reading lm-eval's thousands of tasks takes many seconds
     asked = [local_task(task, data) if data else task for task in tasks]
     try:
-        found = simple_evaluate(harness, tasks=asked, limit=limit, log_samples=False)
+        found = simple_evaluate(harness, tasks=asked, limit=limit, task_manager=manager, log_samples=False)
     except (ConnectionError, OSError) as error:
         raise FactorLLMError(
             f"the data of {', '.join(tasks)} cannot be fetched ({one_line(error)}); give local files with --data"

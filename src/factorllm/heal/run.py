@@ -28,8 +28,7 @@ from factorllm.report import model_card
 _LOGS = 50
 """Points of the loss curve."""
 
-_CURVE = ("step", "loss", "kd", "pa", "balance", "eval_loss")
-_CURVED = {"loss", "eval_loss"}
+_CURVE = ("loss", "kd", "pa", "balance", "eval_loss")
 
 
 @dataclass(frozen=True)
@@ -230,9 +229,7 @@ def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> 
             "tokens": tokens,
             "text": job.text_origin,
             "settings": job.settings.model_dump(mode="json"),
-            "curve": [
-                {key: entry[key] for key in _CURVE if key in entry} for entry in history if _CURVED & entry.keys()
-            ],
+            "curve": _curve(history),
         },
     }
     write_json(folder / "factorllm.json", made)
@@ -242,6 +239,12 @@ def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> 
         runs.rename(folder / "runs")
     job.work.publish(folder)
     return Healed(job.work.out, results, tokens, job.text["held_out"].numel(), job.text_origin, seconds)
+
+
+def _curve(history: list[dict]) -> list[dict]:
+    """The losses in what the Trainer logged, which also holds times."""
+    points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
+    return [point for point in points if len(point) > 1]
 
 
 def _measure(job: HealJob, folder: Path) -> dict[str, dict]:

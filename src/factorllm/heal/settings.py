@@ -22,7 +22,7 @@ class HealSettings(BaseModel):
     gates: Literal["straight-through", "soft"] = "straight-through"
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
     soft ones of the host."""
-    learning_rate: float = Field(default=4e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine."""
     temperature: float = Field(default=1.0, gt=0)
     """Of teacher and student in the KL divergence."""
