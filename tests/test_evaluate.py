@@ -118,10 +118,10 @@ def test_nothing_is_scored_twice(student, dense_folder, data, tmp_path, monkeypa
         "student": {"piqa", "lambada_openai"},
         "dense": {"piqa", "lambada_openai"},
     }
-    monkeypatch.setattr(scores, "run_tasks", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(scores, "run_task", lambda *_: pytest.fail("scored again"))
     assert evaluate(student, **options) == first
     write_lines(data / "piqa.jsonl", [local for _, local in forms("piqa")[:2]])
-    monkeypatch.setattr(scores, "run_tasks", lambda *_: {"piqa": Score(0.5, 0.1, 2)})
+    monkeypatch.setattr(scores, "run_task", lambda *_: Score(0.5, 0.1, 2))
     assert evaluate(student, **options).scores["dense"]["piqa"].questions == 2
 
 

@@ -73,6 +73,15 @@ def differences(folder: Path, loaded: Path, engine: str = "llamacpp", **options)
     return found
 
 
+def median_differences(folder: Path, models: tuple[str, str]) -> list[float]:
+    """The median of `differences` of each of the models in a folder, exported as f32."""
+    found = []
+    for model in models:
+        export_gguf(str(folder / model), folder / f"{model}.gguf", "f32")
+        found.append(median(differences(folder / model, folder / f"{model}.gguf", decode_threads=1)))
+    return found
+
+
 HOSTED = [
     *((name, "mixtral", "S0A2E4") for name in ("gqa-tied", "mha", "llama3-rope", "mistral")),
     *((name, "granitemoeshared", "S2A2E8") for name in ("gqa-tied", "gqa-untied", "llama3-rope")),
@@ -93,12 +102,9 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
     save_model(config, tmp_path / "dense")
     settings = small.model_copy(update={"host": host, "baseline": False})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
-    medians = {}
-    for model in ("dense", "out"):
-        export_gguf(str(tmp_path / model), tmp_path / f"{model}.gguf", "f32")
-        medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf", decode_threads=1))
-    assert medians["out"] <= 1.5 * medians["dense"]
-    assert medians["dense"] < 0.02
+    dense, out = median_differences(tmp_path, ("dense", "out"))
+    assert out <= 1.5 * dense
+    assert dense < 0.02
 
 
 def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:

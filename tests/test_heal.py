@@ -7,18 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from statistics import median
 
 import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
 from safetensors.torch import load_file
-from test_export import differences, save_model
+from test_export import median_differences, save_model
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.evaluate import perplexity
-from factorllm.export import export_gguf
 from factorllm.heal import HealSettings, heal
 from factorllm.heal.job import open_heal_job
 from factorllm.heal.losses import balance_loss, kd_loss, top_log_probs
@@ -225,11 +223,8 @@ def test_llama_cpp_agrees_on_what_was_healed(text_file, tmp_path):
     save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
     factorize(str(tmp_path / "dense"), tmp_path / "student", "S2A2E8", text=str(text_file), settings=MADE_WITH)
     heal(tmp_path / "student", str(tmp_path / "dense"), tmp_path / "healed", text=str(text_file), settings=QUICK)
-    medians = {}
-    for model in ("dense", "healed"):
-        export_gguf(str(tmp_path / model), tmp_path / f"{model}.gguf", "f32")
-        medians[model] = median(differences(tmp_path / model, tmp_path / f"{model}.gguf", decode_threads=1))
-    assert medians["healed"] <= 1.5 * medians["dense"]
+    dense, healed = median_differences(tmp_path, ("dense", "healed"))
+    assert healed <= 1.5 * dense
 
 
 def test_refusals(student, dense_folder, text_file, tmp_path):

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from factorllm.checkpoint import write_json
 from factorllm.evaluate.agreement import Agreement, agreement
 from factorllm.evaluate.perplexity import perplexity
-from factorllm.evaluate.tasks import Score, check_tasks, run_tasks
+from factorllm.evaluate.tasks import Score, check_tasks, run_task
 from factorllm.inspection import read_provenance
 from factorllm.progress import meter
 from factorllm.sources import open_model, read_calibration_text
-from factorllm.sources.digest import add_file
+from factorllm.sources.digest import digest_of
 from factorllm.sources.text import file_digest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
@@ -114,14 +114,12 @@ class _Subject:
 
     @classmethod
     def of_student(cls, folder: Path, device: str, dtype: str) -> _Subject:
-        digest = xxhash.xxh3_128()
-        for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-            add_file(digest, path)
+        digest = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
         def load() -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 
-        return cls(f"{digest.hexdigest()} {dtype}", load, lambda: AutoTokenizer.from_pretrained(folder))
+        return cls(f"{digest} {dtype}", load, lambda: AutoTokenizer.from_pretrained(folder))
 
     @classmethod
     def of_dense(cls, model: str, device: str, dtype: str) -> _Subject:
@@ -150,7 +148,7 @@ def _scores(
             found[task] = Score(**json.loads(path.read_text(encoding="utf-8")))
             continue
         console.print(f"{name}: {task}")
-        found[task] = run_tasks(subject.model, subject.tokenizer, [task], data, limit)[task]
+        found[task] = run_task(subject.model, subject.tokenizer, task, data, limit)
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(found[task]))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ class Task:
     answers: str = "{{choices}}"
 
 
+_BATCH = 8  # requests at once
 _QUESTION = "{{query.strip()}}\nAnswer:"
 
 TASKS: dict[str, Task] = {
@@ -56,19 +58,14 @@ class Score:
     questions: int
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
-    data: Path | None,
-    limit: int | None,
-    batch: int = 8,
-) -> dict[str, Score]:
-    """Score a model.
+def run_task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, data: Path | None, limit: int | None
+) -> Score:
+    """Score a model on one task.
 
     Args:
         data: folder of `<task>.jsonl`; None for lm-eval's own data on the hub.
-        limit: questions of each task; None for all.
+        limit: questions; None for all.
 
     Raises:
         FactorLLMError: when lm-eval is not installed, or the hub cannot be reached.
@@ -76,19 +73,26 @@ def run_tasks(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError:
         raise FactorLLMError("tasks need lm-eval, which is not installed: pip install 'factorllm[eval]'") from None
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    manager = TaskManager(include_defaults=data is None)  # reading lm-eval's thousands of tasks takes many seconds
-    asked = [local_task(task, data) if data else task for task in tasks]
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+    manager = _task_manager(data is None)
+    asked = local_task(task, data) if data else task
     try:
-        found = simple_evaluate(harness, tasks=asked, limit=limit, task_manager=manager, log_samples=False)
+        found = simple_evaluate(harness, tasks=[asked], limit=limit, task_manager=manager, log_samples=False)
     except (ConnectionError, OSError) as error:
         raise FactorLLMError(
-            f"the data of {', '.join(tasks)} cannot be fetched ({one_line(error)}); give local files with --data"
+            f"the data of {task} cannot be fetched ({one_line(error)}); give local files with --data"
         ) from None
-    return {task: _score(found, task) for task in tasks}
+    return _score(found, task)
+
+
+@cache
+def _task_manager(known: bool):
+    """lm-eval's registry; reading its thousands of `known` tasks takes many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=known)
 
 
 def _score(found: dict, task: str) -> Score:
@@ -119,7 +123,7 @@ def _check_file(path: Path, task: str) -> None:
     except FileNotFoundError:
         raise FactorLLMError(f"no file {path} for the task {task}; check --data") from None
     except (OSError, ValueError) as error:
-        raise FactorLLMError(f"{path} cannot be read as JSON lines: {' '.join(str(error).split())}") from None
+        raise FactorLLMError(f"{path} cannot be read as JSON lines: {one_line(error)}") from None
 
 
 def local_task(task: str, data: Path) -> dict:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
@@ -24,7 +23,7 @@ from factorllm.partition import Partition
 from factorllm.recipe import Recipe
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
-from factorllm.sources.digest import add_file
+from factorllm.sources.digest import digest_of
 from factorllm.sources.text import file_digest, text_origin
 
 
@@ -69,9 +68,9 @@ class HealJob:
             return torch.cuda.is_bf16_supported()
         return torch.cpu._is_avx512_bf16_supported()
 
-    def load_student(self) -> PreTrainedModel:
-        """The student with fp32 weights."""
-        return AutoModelForCausalLM.from_pretrained(self.student, dtype=torch.float32).to(self.device)
+    def load(self, checkpoint: Path) -> PreTrainedModel:
+        """The student, before or after, with fp32 weights."""
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(self.device)
 
 
 @contextmanager
@@ -100,7 +99,7 @@ def open_heal_job(
         work = None
         if processes.is_main_process:
             identity = {
-                "student": _digest(student),
+                "student": digest_of([student / "factorllm.json", *sorted(student.glob("*.safetensors"))]),
                 "teacher": source.fingerprint,
                 "text": {"name": text, "digest": file_digest(text)},
                 "settings": settings.model_dump(mode="json"),
@@ -136,14 +135,6 @@ def _check_batch(settings: HealSettings, processes: int) -> None:
         )
 
 
-def _digest(student: Path) -> str:
-    """xxh3-128 of the student's weights and provenance, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    for path in [student / "factorllm.json", *sorted(student.glob("*.safetensors"))]:
-        add_file(digest, path)
-    return digest.hexdigest()
-
-
 def _read_text(
     folder: Path,
     source: ModelSource,
@@ -170,7 +161,7 @@ def _pack(
     """Sequences to train on, to validate on, and held out.
 
     On the text that the student was made from, the held-out part is the same and training takes what comes after the
-    calibration part, which the student fits already; if that is too short, all but the held-out part.
+    calibration part, which the student fits already, as much of it as there is.
     """
     length, data = made_with.length, made["data"]
 
@@ -185,19 +176,15 @@ def _pack(
             load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
         )
 
-    wanted = settings.tokens + settings.validation_tokens
-    found = read(wanted)
-    seen = data["calibration_tokens"]
-    if text is not None:
-        try:
-            longer = read(seen + wanted)
-        except FactorLLMError:
-            longer = found
-        start = CalibrationText(longer.calibration[: seen // length], longer.held_out, "").fingerprint
-        if start == data["fingerprint"]:
-            found = CalibrationText(longer.calibration[seen // length :], longer.held_out, "")
+    wanted, seen = settings.tokens + settings.validation_tokens, data["calibration_tokens"]
+    try:
+        found = read(wanted if text is None else seen + wanted)
+    except FactorLLMError:
+        found = read(wanted)  # another text need not be so long
+    start = CalibrationText(found.calibration[: seen // length], found.held_out, "").fingerprint
+    first = seen // length if text is not None and start == data["fingerprint"] else 0
+    sequences = found.calibration[first : first + max(wanted // length, 1)]
     validation = max(settings.validation_tokens // length, 1)
-    sequences = found.calibration
     if len(sequences) < validation + settings.batch:
         raise FactorLLMError(
             f"{settings.tokens} tokens make less than one batch of {settings.batch} sequences of {length} tokens; use "

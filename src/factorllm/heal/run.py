@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from factorllm.checkpoint import write_json, write_text
@@ -109,7 +109,7 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
 def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     settings = job.settings
     torch.manual_seed(job.made_with.seed)
-    model = job.load_student()
+    model = job.load(job.student)
     routers = Routers(model)
     if settings.gates == "soft":
         routers.unflatten()
@@ -119,7 +119,6 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     steps = len(targets["train"]) // settings.batch
     resume = _last_checkpoint(job.folder / "trainer")
     done = int(resume.name.rpartition("-")[2]) if resume else 0
-    callbacks = [EarlyStoppingCallback(settings.patience)]
     trainer = FactorTrainer(
         model,
         settings,
@@ -127,7 +126,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         args=_arguments(job, steps, done),
         train_dataset=targets["train"],
         eval_dataset=targets["validation"],
-        callbacks=callbacks,
+        callbacks=[EarlyStoppingCallback(settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)  # progress is told by ours
     _predict(job, trainer, steps - done)
@@ -186,8 +185,8 @@ def _predict(job: HealJob, trainer: FactorTrainer, steps: int) -> None:
     settings = job.settings
     if job.processes.num_processes > 1 or steps <= 0:
         return  # the model is not wrapped yet, so a step here would not be a step there
-    items = [trainer.train_dataset[i] for i in range(settings.micro_batch)]
-    inputs = {name: torch.stack([item[name] for item in items]).to(job.device) for name in items[0]}
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(settings.micro_batch)])
+    inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
     model = trainer.model.train()
     for _ in range(2):  # the first one also warms up
         start = time.monotonic()
@@ -252,11 +251,9 @@ def _measure(job: HealJob, folder: Path) -> dict[str, dict]:
     held_out, known = job.text["held_out"], job.made["results"]
     values = {}
     with meter(job.console, "measuring perplexity", 3 * len(held_out)) as bar:
-        model = job.teacher.load_model(torch.float32, job.device)
-        values["dense"] = perplexity(model, held_out, bar.advance)
+        values["dense"] = perplexity(job.teacher.load_model(torch.float32, job.device), held_out, bar.advance)
         for name, checkpoint in (("student", job.student), ("healed", folder)):
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(job.device)
-            values[name] = perplexity(model, held_out, bar.advance)
+            values[name] = perplexity(job.load(checkpoint), held_out, bar.advance)
     rows = {"dense": known["dense"], "student": known["student"], "healed": known["student"]}
     rows = {name: row | {"perplexity": values[name]} for name, row in rows.items()}
     same_text = math.isclose(values["dense"], known["dense"]["perplexity"], rel_tol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -9,8 +10,15 @@ import xxhash
 _BLOCK = 1 << 24
 
 
-def add_file(digest: xxhash.xxh3_128, path: Path) -> None:
-    """Add the content of a file to a digest, in blocks."""
+def digest_of(paths: Iterable[Path], start: bytes = b"") -> str:
+    """xxh3-128 of `start` and the content of files, in hexadecimal; the files are read in blocks."""
+    digest = xxhash.xxh3_128(start)
+    for path in paths:
+        _add(digest, path)
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)

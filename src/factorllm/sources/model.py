@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import xxhash
 from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
 
 from factorllm.errors import FactorLLMError
 from factorllm.families import FAMILIES
-from factorllm.sources.digest import add_file
+from factorllm.sources.digest import digest_of
 
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
 
@@ -89,10 +88,7 @@ class ModelSource(ABC):
     def fingerprint(self) -> str:
         """xxh3-128 of the config and of all weight files, in hexadecimal."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
-        digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
-        for path in self.files:
-            add_file(digest, path)
-        return digest.hexdigest()
+        return digest_of(self.files, json.dumps(config, sort_keys=True, default=str).encode())
 
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""

@@ -13,7 +13,7 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
-from factorllm.sources.digest import add_file
+from factorllm.sources.digest import digest_of
 
 TEXT_KEYS = ("text", "content", "extract", "article", "document")
 """Keys under which a record's text is looked for, in this order."""
@@ -99,9 +99,7 @@ def file_digest(text: str | None) -> str | None:
     """xxh3-128 of a local text file, in hexadecimal; None for text that is no local file."""
     if text is None or not Path(text).is_file():
         return None
-    digest = xxhash.xxh3_128()
-    add_file(digest, Path(text))
-    return digest.hexdigest()
+    return digest_of([Path(text)])
 
 
 def read_documents(text: str) -> Iterator[str]:
