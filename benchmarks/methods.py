@@ -9,13 +9,12 @@ same active parameters: S2A2E8, partition energy, router refined, prior energy, 
 from __future__ import annotations
 
 import argparse
-import subprocess
 from pathlib import Path
 
+from page import commit, markdown_table, replace_part
 from rich.console import Console
 
 from factorllm import Recipe
-from factorllm.checkpoint import write_text
 from factorllm.demo import demo_model, demo_text
 from factorllm.partition import METHODS
 from factorllm.pipeline import compare
@@ -24,9 +23,6 @@ from factorllm.report.summary import mean_agreement
 from factorllm.route import ROUTERS
 from factorllm.settings import Settings
 from factorllm.sources.text import public_name
-
-START, END = "<!-- methods -->", "<!-- /methods -->"
-"""The part of the page between these marks is written anew."""
 
 S2A2E8 = {"shared": 2, "active": 2, "parts": 8}
 
@@ -59,19 +55,16 @@ def folder_name(name: str) -> str:
 def table(rows: list[ModelRow], layers: dict[str, list[dict]]) -> str:
     perplexity = {row.name: row.perplexity for row in rows}
     dense = perplexity["dense"]
-    lines = [
-        "| method | no restore | x dense | restored | x dense | router agrees |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name in recipes():
         cells = [name]
         for restore in ("none", "stream"):
             value = perplexity[f"{folder_name(name)}-{restore}"]
             cells += [f"{value:,.1f}", f"{value / dense:,.2f}"]
         agreement = mean_agreement(layers[f"{folder_name(name)}-stream"])
-        cells.append("-" if agreement is None else f"{agreement:.0%}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"Dense perplexity: {dense:.2f}.\n\n" + "\n".join(lines) + "\n"
+        lines.append([*cells, "-" if agreement is None else f"{agreement:.0%}"])
+    head = ["method", "no restore", "x dense", "restored", "x dense", "router agrees"]
+    return f"Dense perplexity: {dense:.2f}.\n\n" + markdown_table(head, lines)
 
 
 def main() -> None:
@@ -87,16 +80,12 @@ def main() -> None:
     rows, layers = compare(
         arguments.model, arguments.work, all_students(), text=arguments.text, settings=settings, console=Console()
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     made = (
         f"`python benchmarks/methods.py --tokens {arguments.tokens} --held-out-tokens {arguments.held_out_tokens} "
-        f"--work runs/methods --out docs/results.md` at commit {commit.stdout.strip()}: "
+        f"--work runs/methods --out docs/results.md` at commit {commit()}: "
         f"{public_name(arguments.model)}, {public_name(arguments.text)}, fp32, seed 0.\n\n"
     )
-    page = arguments.out.read_text(encoding="utf-8")
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    write_text(arguments.out, f"{before}{START}\n{made}{table(rows, layers)}{END}{after}")
+    replace_part(arguments.out, "methods", made + table(rows, layers))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import pytest
 
 from factorllm import FactorLLMError, Recipe, parse_recipe
+from factorllm.recipe import LITERATURE
 
 
 def test_cmoe_and_paper_notation():
@@ -68,3 +69,11 @@ def test_yaml_refusals(tmp_path, content, says):
 def test_parts_must_divide_the_ffn():
     with pytest.raises(FactorLLMError, match="1365 neurons do not divide by 8; part counts that do: 3, 5, 7"):
         parse_recipe("S2A2E8").shape(1365)
+
+
+def test_published_methods_by_name():
+    cmoe = parse_recipe("cmoe")
+    assert (cmoe.name, cmoe.partition, cmoe.router) == ("S2A2E8", "activation", "analytic")
+    assert parse_recipe("cmoe:S3A3E8") == cmoe.model_copy(update={"shared": 3, "active": 3})
+    for name in LITERATURE:
+        assert parse_recipe(name).shape(1536).sparsity == 0.5

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from factorllm.checkpoint import (
     shard_name,
@@ -84,10 +85,14 @@ def compare(
     text: str | None = None,
     settings: Settings | None = None,
     console: Console | None = None,
+    visit: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
 ) -> tuple[list[ModelRow], dict[str, list[dict]]]:
     """Measure many recipes on one model in one run: the teacher is computed once, and no checkpoint is kept.
 
     Like `factorize` it goes on where it was killed, from the folder `work.partial`.
+
+    Args:
+        visit: called with `dense` and the dense model, then with the name of each recipe and its student.
 
     Returns:
         A row for the dense model and for each recipe, and for each recipe the statistics of its layers.
@@ -95,7 +100,7 @@ def compare(
     with open_job(model, Path(work), recipes, text, settings or Settings(), False, console) as job:
         _convert_layers(job)
         _temper(job)
-        rows = _measure(job)
+        rows = _measure(job, visit)
         layers = {name: [entry["statistics"][name] for entry in job.work.journal] for name in recipes}
         job.work.discard()
         return rows, layers
@@ -264,7 +269,7 @@ def _config(job: Job, student: Student) -> PreTrainedConfig:
     return config
 
 
-def _measure(job: Job) -> list[ModelRow]:
+def _measure(job: Job, visit: Callable[[str, PreTrainedModel], None] = lambda name, model: None) -> list[ModelRow]:
     """Perplexity on held-out text of the dense model and of the students, loaded from the files that were written."""
     settings, dense = job.settings, job.source.config
     models = len(job.students) + 1
@@ -273,6 +278,7 @@ def _measure(job: Job) -> list[ModelRow]:
         rows = [
             ModelRow("dense", perplexity(model, job.text.held_out, bar.advance), cost_of(dense, dense_shape(dense)))
         ]
+        visit("dense", model)
         for student in job.students:
             write_index(student.folder)
             model = AutoModelForCausalLM.from_pretrained(
@@ -283,6 +289,7 @@ def _measure(job: Job) -> list[ModelRow]:
             ).to(settings.torch_device)
             value = perplexity(model, job.text.held_out, bar.advance)
             rows.append(ModelRow(student.name, value, cost_of(dense, student.shape)))
+            visit(student.name, model)
     return rows
 
 

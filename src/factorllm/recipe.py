@@ -1,4 +1,4 @@
-"""Recipe: what to build. Parses `S2A2E8`, `1R4E2K` and YAML files, and refuses what cannot be, saying why."""
+"""Recipe: what to build. Parses `S2A2E8`, `1R4E2K`, `cmoe` and YAML files, and refuses what cannot be, saying why."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ PartitionName = Literal["energy", "activation", "coactivation", "kmeans", "conti
 RouterName = Literal["refined", "pa", "analytic", "random"]
 PriorName = Literal["energy", "paper"]
 RestoreName = Literal["stream", "local", "none"]
+
+LITERATURE: dict[str, tuple[str, dict[str, str]]] = {
+    "llama-moe": ("S0A4E8", {"partition": "random", "router": "pa"}),
+    "moefication": ("S0A4E8", {"partition": "coactivation", "router": "pa"}),
+    "cmoe": ("S2A2E8", {"partition": "activation", "router": "analytic"}),
+    "factorllm-paper": ("1R4E2K", {"partition": "random", "router": "pa", "prior": "paper"}),
+}
+"""Published methods: their shape at 50 % FFN sparsity, and how they split and route.
+
+LLaMA-MoE (arXiv 2406.16554) trains its router in continued pre-training and MoEfication (arXiv 2110.01786) fits a small
+network; here both have a linear router, as the hosts do. CMoE is arXiv 2502.04416, FactorLLM arXiv 2408.11855. All take
+our restore, which none of them has, unless a YAML file says `restore: none`."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,16 @@ class Recipe(BaseModel):
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read a recipe: `S2A2E8` (CMoE's notation), `1R4E2K` (the paper's), or the path of a YAML file.
+    """Read a recipe: `S2A2E8` (CMoE's notation), `1R4E2K` (the paper's), the path of a YAML file, or a published method
+    of `LITERATURE`, alone or with another shape: `cmoe`, `cmoe:S3A3E8`.
 
     Raises:
-        FactorLLMError: when the text is neither, or says something that cannot be built.
+        FactorLLMError: when the text is none of these, or says something that cannot be built.
     """
+    method, _, shape = text.partition(":")
+    if method in LITERATURE:
+        usual, fields = LITERATURE[method]
+        return parse_recipe(shape or usual).model_copy(update=fields)
     try:
         if match := _CMOE.fullmatch(text):
             shared, active, parts = map(int, match.groups())
@@ -159,7 +176,7 @@ def parse_recipe(text: str) -> Recipe:
         raise FactorLLMError(f"recipe {text}: {_first_problem(error)}") from None
     raise FactorLLMError(
         f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), 1R4E2K (1 router, 4 experts, "
-        "top-2) or the path of a .yaml file"
+        f"top-2), the path of a .yaml file, or {', '.join(LITERATURE)}"
     )
 
 

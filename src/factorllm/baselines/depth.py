@@ -1,0 +1,71 @@
+"""Depth prune: whole layers go, those that change the stream least (ShortGPT, arXiv 2403.03853)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from factorllm.evaluate.cost import Cost, cost_of, dense_shape
+
+
+@torch.inference_mode()
+def block_influence(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """`1 - cos(stream before the layer, after it)`, mean over tokens (ShortGPT, equation 1): (layers,), fp32.
+
+    Args:
+        tokens: (sequences, length), int64.
+    """
+    total = torch.zeros(model.config.num_hidden_layers, device=model.device)
+    streams: list[Tensor] = []
+    # Hooks rather than `output_hidden_states`, whose last entry is already normalised.
+    hooks = [
+        layer.register_forward_hook(lambda _m, given, out: streams.append((given[0], out))) for layer in _layers(model)
+    ]
+    try:
+        for rows in tokens.split(1):
+            model.model(rows.to(model.device), use_cache=False)
+            total += torch.stack([(1 - cosine_similarity(a.float(), b.float(), dim=-1)).sum() for a, b in streams])
+            streams.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total / tokens.numel()
+
+
+def depth_prune(model: PreTrainedModel, influence: Tensor, count: int) -> None:
+    """Drop the `count` layers of least influence from `model`, in place.
+
+    Args:
+        influence: (layers,), of `block_influence`.
+    """
+    dropped = set(influence.topk(count, largest=False).indices.tolist())
+    kept = [index for index in range(len(influence)) if index not in dropped]
+    layers = _layers(model)
+    model.model.layers = nn.ModuleList([layers[index] for index in kept])
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place  # its place in the cache
+    if kinds := getattr(model.config, "layer_types", None):
+        model.config.layer_types = [kinds[index] for index in kept]
+    model.config.num_hidden_layers = len(kept)
+
+
+def layers_to_drop(config: PreTrainedConfig, active_parameters: int) -> int:
+    """How many layers must go so that about `active_parameters` remain; at least one layer stays."""
+    counts = range(config.num_hidden_layers)
+    return min(counts, key=lambda count: abs(shortened_cost(config, count).active_parameters - active_parameters))
+
+
+def shortened_cost(config: PreTrainedConfig, count: int) -> Cost:
+    """The cost of the dense model without `count` of its layers; their share is its FFN sparsity."""
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = config.num_hidden_layers - count
+    return replace(cost_of(shorter, dense_shape(config)), ffn_sparsity=count / config.num_hidden_layers)
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.model.layers
