@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from page import commit, markdown_table, replace_part
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -31,8 +29,9 @@ from factorllm.evaluate.cost import dense_shape
 from factorllm.evaluate.tasks import Score, check_tasks, retention, run_task
 from factorllm.pipeline import compare
 from factorllm.progress import Clock
+from factorllm.report import ModelRow
 from factorllm.settings import Settings
-from factorllm.sources import ModelSource, open_model, read_calibration_text
+from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
 from factorllm.sources.text import public_name
 
 ACTIVE_PARTS = {25: 6, 50: 4, 75: 2}
@@ -48,7 +47,7 @@ METHODS = {
     "cmoe": "CMoE",
     "moefication": "MoEfication",
     "llama-moe": "LLaMA-MoE",
-    "factorllm-paper": "FactorLLM as published, 1R4E*k*K",
+    "factorllm-paper": "FactorLLM paper, 1R4E*k*K",
 }
 
 
@@ -69,50 +68,83 @@ def recipes() -> dict[str, Recipe]:
     return found
 
 
-class Board:
-    """What was measured so far, kept on disk.
+@dataclass(frozen=True)
+class Ground:
+    """What all methods share: the dense model, its text, and the questions.
 
-    Args:
-        made: what decides the numbers; a board of something else is not gone on with.
+    Attributes:
+        questions: of each task; None for all.
     """
 
-    def __init__(self, path: Path, made: dict, rate: Callable[[PreTrainedModel], dict], console: Console):
-        self.path, self._rate, self._console, self._clock = path, rate, console, Clock()
+    source: ModelSource
+    settings: Settings
+    text: CalibrationText
+    data: Path
+    questions: int | None
+
+    def load(self) -> PreTrainedModel:
+        """The dense model, new each time."""
+        return self.source.load_model(self.settings.compute_dtype, self.settings.torch_device)
+
+    def decides(self) -> dict:
+        """What the numbers depend on, beside the code."""
+        return {
+            "model": public_name(self.source.label),
+            "text": self.text.fingerprint,
+            "calibration_tokens": self.text.calibration.numel(),
+            "questions": self.questions,
+        }
+
+
+class Board:
+    """What was measured so far, kept on disk."""
+
+    def __init__(self, path: Path, ground: Ground, console: Console):
+        self.path, self.ground, self._console, self._clock = path, ground, console, Clock()
+        made = ground.decides()
         self.content = json.loads(path.read_text()) if path.exists() else {"made": made, "seconds": 0.0, "models": {}}
         if self.content["made"] != made:
             raise SystemExit(f"{path} was measured with other arguments; remove it or choose another --work")
+        self._dense, self._tokenizer = ground.load(), ground.source.tokenizer()
 
     def __contains__(self, name: str) -> bool:
         return name in self.content["models"]
 
-    def add(self, name: str, model: PreTrainedModel, cost: Cost) -> None:
-        if name in self:
+    def add(self, row: ModelRow, model: PreTrainedModel) -> None:
+        """Measure a model that is not on the board yet."""
+        if row.name in self:
             return
-        numbers = self._rate(model)
-        self.content["models"][name] = asdict(cost) | numbers
+        self.content["models"][row.name] = row.as_dict() | self._rate(model)
         self.content["seconds"] += (seconds := self._clock.lap())
         write_json(self.path, self.content)
-        self._console.print(f"{name}: perplexity {numbers['perplexity']:.2f} ({seconds:.0f} s)")
+        self._console.print(f"{row.name}: perplexity {row.perplexity:.2f} ({seconds:.0f} s)")
+
+    def _rate(self, model: PreTrainedModel) -> dict:
+        ground = self.ground
+        scores = {task: run_task(model, self._tokenizer, task, ground.data, ground.questions) for task in TASKS}
+        near = agreement(self._dense, model, ground.text.held_out)
+        return asdict(near) | {"scores": {task: asdict(score) for task, score in scores.items()}}
 
 
-def rate_dense_baselines(
-    board: Board, source: ModelSource, tokens: torch.Tensor, load: Callable[[], PreTrainedModel]
-) -> None:
-    """FLAP and the depth prune, which change a loaded dense model."""
-    config = source.config
-    influence = None
+def add_dense(board: Board) -> None:
+    """The dense model, and FLAP and the depth prune, which change it."""
+    ground, config = board.ground, board.ground.source.config
+    held_out, calibration = ground.text.held_out, ground.text.calibration
+
+    def add(name: str, model: PreTrainedModel, cost: Cost) -> None:
+        board.add(ModelRow(name, perplexity(model, held_out), cost), model)
+
+    if "dense" not in board:
+        add("dense", ground.load(), cost_of(config, dense_shape(config)))
     for percent, active in ACTIVE_PARTS.items():
         shape = Recipe(shared=active, active=0, parts=8).shape(config.intermediate_size)
         if (name := f"flap-{percent}") not in board:
-            model = load()
-            flap_prune(model, tokens, shape.shared_width)
-            board.add(name, model, cost_of(config, shape))
+            flap_prune(model := ground.load(), calibration, shape.shared_width)
+            add(name, model, cost_of(config, shape))
         if (name := f"depth-{percent}") not in board:
-            model = load()
-            influence = block_influence(model, tokens) if influence is None else influence
             count = layers_to_drop(config, cost_of(config, shape).active_parameters)
-            depth_prune(model, influence, count)
-            board.add(name, model, shortened_cost(config, count))
+            depth_prune(model := ground.load(), block_influence(model, calibration), count)
+            add(name, model, shortened_cost(config, count))
 
 
 def table(models: dict[str, dict]) -> str:
@@ -136,9 +168,10 @@ def table(models: dict[str, dict]) -> str:
 
 
 def row(title: str, found: dict, dense: dict) -> list[str]:
-    values = [score["value"] for score in found["scores"].values()]
-    error = sum(score["error"] ** 2 for score in found["scores"].values()) ** 0.5 / len(values)
-    plain, above = kept(found, dense)
+    scores = found["scores"].values()
+    mean = sum(score["value"] for score in scores) / len(scores)
+    error = sum(score["error"] ** 2 for score in scores) ** 0.5 / len(scores)
+    retained = ("-" if share is None else f"{share:.1%}" for share in kept(found, dense))
     return [
         title,
         f"{found['active_parameters'] / 1e6:.1f} M",
@@ -146,13 +179,13 @@ def row(title: str, found: dict, dense: dict) -> list[str]:
         f"{found['perplexity'] / dense['perplexity']:,.2f}",
         f"{found['kl']:.3f}",
         f"{found['top_1']:.1%}",
-        f"{sum(values) / len(values):.1%} ± {error:.1%}",
-        f"{plain:.1%}",
-        f"{above:.1%}",
+        f"{mean:.1%} ± {error:.1%}",
+        *retained,
     ]
 
 
-def kept(found: dict, dense: dict) -> tuple[float, float]:
+def kept(found: dict, dense: dict) -> tuple[float | None, float | None]:
+    """Retention over all tasks, plain and above chance."""
     return retention(*({task: Score(**score) for task, score in one["scores"].items()} for one in (found, dense)))
 
 
@@ -197,66 +230,31 @@ def main() -> None:
     arguments = parser.parse_args()
     check_tasks(list(TASKS), arguments.data)
     console = Console()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    board = Board(arguments.work / "board.json", open_ground(arguments), console)
+    add_dense(board)
+    students, settings = recipes(), board.ground.settings
+    if any(name not in board for name in students):
+        work = arguments.work / "students"
+        compare(
+            arguments.model, work, students, text=arguments.text, settings=settings, console=console, visit=board.add
+        )
+    publish(board.content, arguments)
 
-    settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens)
+
+def open_ground(arguments: argparse.Namespace) -> Ground:
     source = open_model(arguments.model)
-    settings = settings.resolve(source.config)
-    tokenizer = source.tokenizer()
+    settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens).resolve(source.config)
     text = read_calibration_text(
         arguments.text,
-        tokenizer,
+        source.tokenizer(),
         tokens=settings.tokens,
         held_out_tokens=settings.held_out_tokens,
         length=settings.length,
         seed=settings.seed,
         load_model=lambda: None,
     )
-
-    def load() -> PreTrainedModel:
-        return source.load_model(settings.compute_dtype, settings.torch_device)
-
-    dense = load()
-
-    def rate(model: PreTrainedModel) -> dict:
-        near = agreement(dense, model, text.held_out)
-        scores = {task: run_task(model, tokenizer, task, arguments.data, arguments.limit) for task in TASKS}
-        return {
-            "perplexity": perplexity(model, text.held_out),
-            "kl": near.kl,
-            "top_1": near.top_1,
-            "scores": {task: asdict(score) for task, score in scores.items()},
-        }
-
-    made = {
-        "model": public_name(arguments.model),
-        "text": text.fingerprint,
-        "tokens": settings.tokens,
-        "limit": arguments.limit,
-    }
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    board = Board(arguments.work / "board.json", made, rate, console)
-    board.add("dense", dense, cost_of(source.config, dense_shape(source.config)))
-    rate_dense_baselines(board, source, text.calibration, load)
-    students = recipes()
-    costs = {
-        name: cost_of(source.config, recipe.shape(source.config.intermediate_size)) for name, recipe in students.items()
-    }
-
-    def visit(name: str, model: PreTrainedModel) -> None:
-        if name in costs:
-            board.add(name, model, costs[name])
-
-    if any(name not in board for name in students):
-        compare(
-            arguments.model,
-            arguments.work / "students",
-            students,
-            text=arguments.text,
-            settings=settings,
-            console=console,
-            visit=visit,
-        )
-    publish(board.content, arguments)
+    return Ground(source, settings, text, arguments.data, arguments.limit)
 
 
 def publish(content: dict, arguments: argparse.Namespace) -> None:

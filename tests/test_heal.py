@@ -20,8 +20,9 @@ from factorllm.evaluate import perplexity
 from factorllm.heal import HealSettings, heal
 from factorllm.heal.job import open_heal_job
 from factorllm.heal.losses import balance_loss, kd_loss, top_log_probs
-from factorllm.heal.students import Routers, is_router, set_learning
+from factorllm.heal.students import set_learning
 from factorllm.route import pa_loss
+from factorllm.route.loaded import Routers, is_router
 from factorllm.settings import Settings
 from factorllm.sources import open_model, read_calibration_text
 

@@ -154,20 +154,36 @@ def evaluate(
 
 
 @app.command()
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")]) -> None:
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Show instead which experts run for each token of this text.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer to show for --prompt. Default: the middle one.")] = None,
+) -> None:
     """Show what a checkpoint was made from, what it cost, and its layers."""
     from factorllm.inspection import read_provenance
-    from factorllm.report import layer_table, result_table
 
     made = read_provenance(checkpoint)
-    data, recipe = made["data"], made["recipe"]
-    console.print(
-        f"{checkpoint}: {made['base_model']['name']} as {made['host']}, loads in {', '.join(made['engines'])}"
-    )
-    console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
-    console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
-    console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
-    console.print(layer_table(made["layers"]))
+    if prompt is None:
+        _show_provenance(checkpoint, made)
+    else:
+        _show_routing(checkpoint, prompt, layer)
+
+
+@app.command()
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    against: Annotated[str | None, typer.Option(help="The dense model, for sample generations side by side.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="JSON that factorllm eval -o wrote.")] = None,
+    speed: Annotated[Path | None, typer.Option(help="speed.json that factorllm bench -o wrote.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: CHECKPOINT/report.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+) -> None:
+    """Write one HTML page, and its figures as PNG, on what a conversion cost and gained."""
+    _write_report(checkpoint, against, scores, speed, out, device)
 
 
 @app.command()
@@ -250,18 +266,58 @@ def demo(
     resume: Overwrite = True,
 ) -> None:
     """Factorise the real SmolLM2-135M on Wikipedia introductions and show before and after."""
-    from factorllm.demo import PROMPT, RECIPE, demo_model, demo_text
-    from factorllm.evaluate import complete
+    from factorllm.demo import RECIPE, demo_model, demo_text
     from factorllm.pipeline import factorize as run
     from factorllm.settings import Settings
 
     settings = Settings(tokens=tokens, held_out_tokens=8192, seed=seed, device=device)
     _show(run(demo_model(), out, RECIPE, text=demo_text(), settings=settings, overwrite=not resume, console=console))
-    console.print(f"the student goes on: {complete(out, PROMPT)}", highlight=False)
+    found = _write_report(out, against=demo_model())
+    console.print(f"the student goes on: {found.samples[0].prompt} {found.samples[0].student}", highlight=False)
 
 
 def _say(message: str) -> None:
     console.print(message, soft_wrap=True, highlight=False)
+
+
+def _write_report(
+    checkpoint: Path,
+    against: str | None,
+    scores: Path | None = None,
+    speed: Path | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+):
+    from factorllm.report.findings import gather
+    from factorllm.report.page import write_report
+
+    found = gather(checkpoint, against, scores, speed, device, console)
+    page = write_report(checkpoint.resolve().name, found, out or checkpoint / "report")
+    _say(f"report: {page}")
+    return found
+
+
+def _show_provenance(checkpoint: Path, made: dict) -> None:
+    from factorllm.report import layer_table, result_table
+
+    data, recipe = made["data"], made["recipe"]
+    console.print(
+        f"{checkpoint}: {made['base_model']['name']} as {made['host']}, loads in {', '.join(made['engines'])}"
+    )
+    console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
+    console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
+    console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
+    console.print(layer_table(made["layers"]))
+
+
+def _show_routing(checkpoint: Path, prompt: str, layer: int | None) -> None:
+    from factorllm.evaluate.routing import route_prompt
+    from factorllm.report.tokens import coloured_tokens, legend
+
+    routed = route_prompt(checkpoint, prompt, layer)
+    in_colour = console.is_terminal and not console.no_color
+    console.print(coloured_tokens(routed, in_colour), soft_wrap=True)
+    console.print(legend(routed, in_colour), soft_wrap=True)
 
 
 def _show(summary) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from factorllm.ffn import FFN
+from factorllm.ffn import FFN, neuron_energy
 from factorllm.hosts import Host, StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
 from factorllm.partition.energy import expert_picks
@@ -101,14 +101,16 @@ class LayerConversion:
 
         Returns:
             The student's FFN, which neurons are where in it, and the layer's statistics: `router_agreement` (share of
-            the router's picks that the prior makes too, on tokens it was not fitted on), `expert_load` (share of
-            tokens that run each expert), `ridge_strength`, and `stream_error` (squared error of the stream after the
+            the router's picks that the prior makes too, on tokens it was not fitted on), `energy_kept` (share of the
+            dense FFN's contribution energy that runs, mean over the sampled tokens), `expert_load` (share of tokens
+            that run each expert), `ridge_strength`, and `stream_error` (squared error of the stream after the
             layer relative to the teacher's, mean over the calibration tokens).
         """
         self._collect()
         split = self._split()
         kept = self.ffn.part(split.order.to(self.device))
         router, agreement = (None, None) if self.recipe.is_prune else self._route(split, kept)
+        energy_kept = self._energy_kept(split, router)
         folds, load = self._accumulate(kept, router)
         restored, strength = kept.down.float(), None
         if self.recipe.restore != "none":
@@ -119,6 +121,7 @@ class LayerConversion:
 
         statistics = {
             "router_agreement": agreement,
+            "energy_kept": energy_kept,
             "expert_load": load,
             "ridge_strength": strength,
             "stream_error": error,
@@ -190,6 +193,18 @@ class LayerConversion:
             )
             errors.append(set_errors(torch.stack(experts, 1), target - shared, sets) * weights[:, None])
         return refine_router(router, inputs, torch.cat(errors)[: len(inputs)], sets)
+
+    def _energy_kept(self, split: Partition, router: Tensor | None) -> float:
+        """Share of the contribution energy that the shared part and the picked experts hold."""
+        total, gain = 0.0, self.ffn.neuron_gain()
+        for run in self.sample.runs():
+            energy = neuron_energy(self.sample.read(run, self.device).flatten(0, 1), gain)
+            runs = energy[:, split.shared].sum(1)
+            if router is not None:
+                experts = torch.stack([energy[:, neurons].sum(1) for neurons in split.experts], 1)
+                runs += (experts * (self._gates(self._sampled(self.inputs, run), router) > 0)).sum(1)
+            total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum().item()
+        return total / (self.sample.sequences * self.sample.length)
 
     def _sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""

@@ -9,7 +9,6 @@ from factorllm.errors import FactorLLMError
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECIPE = "S2A2E8"
-PROMPT = "The capital of France is"
 
 
 def demo_model() -> str:

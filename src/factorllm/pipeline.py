@@ -85,14 +85,14 @@ def compare(
     text: str | None = None,
     settings: Settings | None = None,
     console: Console | None = None,
-    visit: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
+    visit: Callable[[ModelRow, PreTrainedModel], None] = lambda row, model: None,
 ) -> tuple[list[ModelRow], dict[str, list[dict]]]:
     """Measure many recipes on one model in one run: the teacher is computed once, and no checkpoint is kept.
 
     Like `factorize` it goes on where it was killed, from the folder `work.partial`.
 
     Args:
-        visit: called with `dense` and the dense model, then with the name of each recipe and its student.
+        visit: called with the row of the dense model and the model itself, then with those of each student.
 
     Returns:
         A row for the dense model and for each recipe, and for each recipe the statistics of its layers.
@@ -269,7 +269,7 @@ def _config(job: Job, student: Student) -> PreTrainedConfig:
     return config
 
 
-def _measure(job: Job, visit: Callable[[str, PreTrainedModel], None] = lambda name, model: None) -> list[ModelRow]:
+def _measure(job: Job, visit: Callable[[ModelRow, PreTrainedModel], None] = lambda row, model: None) -> list[ModelRow]:
     """Perplexity on held-out text of the dense model and of the students, loaded from the files that were written."""
     settings, dense = job.settings, job.source.config
     models = len(job.students) + 1
@@ -278,7 +278,7 @@ def _measure(job: Job, visit: Callable[[str, PreTrainedModel], None] = lambda na
         rows = [
             ModelRow("dense", perplexity(model, job.text.held_out, bar.advance), cost_of(dense, dense_shape(dense)))
         ]
-        visit("dense", model)
+        visit(rows[0], model)
         for student in job.students:
             write_index(student.folder)
             model = AutoModelForCausalLM.from_pretrained(
@@ -289,7 +289,7 @@ def _measure(job: Job, visit: Callable[[str, PreTrainedModel], None] = lambda na
             ).to(settings.torch_device)
             value = perplexity(model, job.text.held_out, bar.advance)
             rows.append(ModelRow(student.name, value, cost_of(dense, student.shape)))
-            visit(student.name, model)
+            visit(rows[-1], model)
     return rows
 
 

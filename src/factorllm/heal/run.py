@@ -19,11 +19,12 @@ from factorllm.checkpoint import write_json, write_text
 from factorllm.evaluate import perplexity
 from factorllm.heal.job import HealJob, open_heal_job
 from factorllm.heal.settings import HealSettings
-from factorllm.heal.students import Routers, set_learning
+from factorllm.heal.students import set_learning
 from factorllm.heal.targets import Asked, Targets
 from factorllm.heal.trainer import FactorTrainer, ProgressCallback
 from factorllm.progress import meter, minutes
 from factorllm.report import model_card
+from factorllm.route.loaded import Routers
 
 _LOGS = 50
 """Points of the loss curve."""

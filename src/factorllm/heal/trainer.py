@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from factorllm.heal.losses import balance_loss, kd_loss
 from factorllm.heal.settings import HealSettings
-from factorllm.heal.students import Routers, is_router
 from factorllm.route import FLATTEN, pa_loss
+from factorllm.route.loaded import Routers, is_router
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -93,7 +94,8 @@ class ModelSource(ABC):
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+            # A copy: whoever changes the model changes its config, and this one is the dense model's.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="sdpa").eval()
         model.tie_weights()
         return model
 

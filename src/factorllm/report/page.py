@@ -1,0 +1,116 @@
+"""`factorllm report`: one page that needs no network, and its figures."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from factorllm.checkpoint import write_text
+from factorllm.evaluate.tasks import TASKS, Score, retention
+from factorllm.recipe import Recipe
+from factorllm.report.findings import Findings
+from factorllm.report.plots import (
+    as_svg,
+    error_figure,
+    healing_figure,
+    kinds_figure,
+    load_figure,
+    quality_figure,
+    routing_figure,
+    save_png,
+)
+from factorllm.report.summary import LABELS, mean_agreement
+
+SPECIALISED = 1.5
+"""From this many times the difference within one kind of text on, experts are said to depend on the kind."""
+
+
+def write_report(name: str, found: Findings, folder: Path) -> Path:
+    """Write `index.html` and a PNG of each figure into `folder`.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for figure_name, (figure, description) in _figures(found).items():
+        save_png(figure, folder / f"{figure_name}.png")
+        drawn[figure_name] = as_svg(figure, figure_name, description)
+        pyplot.close(figure)
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        files("factorllm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
+    made = found.made
+    page = template.render(
+        name=name,
+        made=made,
+        recipe=Recipe(**made["recipe"]),
+        results=made["results"],
+        labels=LABELS,
+        last="healed" if "healed" in made["results"] else "student",
+        agreement=mean_agreement(made["layers"]),
+        figures=drawn,
+        specialisation=found.specialisation,
+        specialised=SPECIALISED,
+        samples=found.samples,
+        tasks=_task_rows(found.scores),
+        measured_speed=_decode_speed(found.speed) is not None,
+    )
+    write_text(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = files("factorllm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
+    """Each figure by the name of its file, with what it shows, for those who do not see it."""
+    made = found.made
+    layers, results = made["layers"], made["results"]
+    figures = {
+        "quality": (quality_figure(results, _decode_speed(found.speed)), "Perplexity of each model against its speed"),
+        "routing": (routing_figure(layers), "Router agreement and energy kept for each layer"),
+        "error": (error_figure(layers), "Relative squared error of the residual stream after each layer"),
+    }
+    if found.specialisation:
+        figures["load"] = (load_figure(layers), "Share of tokens that run each expert, for each layer")
+        figures["kinds"] = (kinds_figure(found.specialisation), "Change of each expert's load with the kind of text")
+    if "healing" in made:
+        figures["healing"] = (healing_figure(made["healing"]["curve"]), "KL to the dense model while healing")
+    return figures
+
+
+def _decode_speed(speed: dict | None) -> dict[str, float] | None:
+    """Median decode speed at batch 1, x dense, by model."""
+    if speed is None:
+        return None
+    return {model["name"]: model["ratio_to_dense"]["decode x1"][0] for model in speed["models"]}
+
+
+def _task_rows(scores: dict | None) -> list[dict] | None:
+    """A row a task, and all of them: dense, student, retention."""
+    if scores is None or not scores["scores"]["student"]:
+        return None
+    models = {
+        model: {task: Score(**score) for task, score in tasks.items()} for model, tasks in scores["scores"].items()
+    }
+    student, dense = models["student"], models.get("dense", {})
+    rows = [
+        {"task": task, "metric": TASKS[task].metric, "student": score, "dense": dense.get(task)}
+        | _kept({task: score}, dense)
+        for task, score in student.items()
+    ]
+    return [*rows, {"task": "all", "metric": "mean", "student": None, "dense": None} | _kept(student, dense)]
+
+
+def _kept(student: dict[str, Score], dense: dict[str, Score]) -> dict[str, float | None]:
+    plain, above = retention(student, dense) if dense else (None, None)
+    return {"plain": plain, "above": above}
