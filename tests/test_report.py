@@ -1,0 +1,188 @@
+"""The report page and the coloured prompt: what they say, and that the page needs nothing but itself."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from factorllm import FactorLLMError, factorize
+from factorllm.evaluate.routing import route_prompt, specialisation
+from factorllm.evaluate.tasks import Score
+from factorllm.report.findings import gather
+from factorllm.report.page import write_report
+from factorllm.report.tokens import coloured_tokens, legend
+from factorllm.settings import Settings
+
+QUIET = Console(quiet=True)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def student(dense_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "student"
+    factorize(
+        str(dense_folder),
+        out,
+        "S2A2E8",
+        text=str(text_file),
+        settings=Settings(tokens=4096, held_out_tokens=512, length=64),
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def prune(dense_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "prune"
+    settings = Settings(tokens=1024, held_out_tokens=512, length=64)
+    factorize(str(dense_folder), out, "S4A0E8", text=str(text_file), settings=settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(student, dense_folder, tmp_path_factory):
+    """A report with everything in it."""
+    folder = tmp_path_factory.mktemp("page")
+    scores = {"student": {"copa": asdict(Score(0.55, 0.05, 100))}, "dense": {"copa": asdict(Score(0.6, 0.05, 100))}}
+    (folder / "scores.json").write_text(json.dumps({"scores": scores}))
+    speeds = {"dense": 1.0, "student": 1.234, "pruned": 1.3}
+    models = [{"name": name, "ratio_to_dense": {"decode x1": [ratio] * 3}} for name, ratio in speeds.items()]
+    (folder / "speed.json").write_text(json.dumps({"models": models}))
+    found = gather(student, str(dense_folder), folder / "scores.json", folder / "speed.json", "cpu", QUIET)
+    return write_report("tiny", found, folder / "report")
+
+
+class Elements(HTMLParser):
+    """All elements of a page: name and attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    elements = Elements(page.read_text())
+    assert not elements.all("script")
+    links = [value for _, attributes in elements.found for key, value in attributes.items() if key in ("href", "src")]
+    assert all(link.startswith(("#", "data:")) or (page.parent / link).exists() for link in links)
+    assert "@import" not in page.read_text()
+
+
+def test_the_page_can_be_read_by_a_screen_reader(page):
+    elements = Elements(page.read_text())
+    assert elements.all("html")[0]["lang"] == "en"
+    assert len(elements.all("h1")) == 1
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in elements.all("svg"))
+    assert len(elements.all("caption")) == len(elements.all("table"))
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_says_what_was_measured(page, student):
+    text, made = page.read_text(), json.loads((student / "factorllm.json").read_text())
+    for row in made["results"].values():
+        assert f"<td>{row['perplexity']:.2f}</td>" in text
+    assert "<td>60.0 ± 5.0</td><td>55.0 ± 5.0</td><td>91.7 %</td><td>50.0 %</td>" in text
+    assert "measured decode speed" in text
+    energy = made["layers"][0]["energy_kept"]
+    assert 0.5 < energy < 1
+    assert f"<td>{100 * energy:.0f} %</td>" in text
+    assert text.count("<dt>dense</dt>") == text.count("<dt>student</dt>") > 0
+    for name in ("quality", "routing", "error", "load", "kinds"):
+        assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_expert_on_keeps_all_energy(dense_folder, text_file, tmp_path):
+    settings = Settings(tokens=1024, held_out_tokens=512, length=64, baseline=False)
+    summary = factorize(str(dense_folder), tmp_path / "all", "S2A6E8", text=str(text_file), settings=settings)
+    assert all(layer["energy_kept"] == pytest.approx(1, abs=1e-5) for layer in summary.layers)
+
+
+def test_a_static_prune_has_no_experts_to_report(prune, tmp_path):
+    found = gather(prune, None, None, None, "cpu", QUIET)
+    text = write_report("prune", found, tmp_path).read_text()
+    assert "specialise" not in text
+    assert "<dt>dense</dt>" not in text
+    assert not (tmp_path / "load.png").exists()
+    with pytest.raises(FactorLLMError, match="static prune"):
+        route_prompt(prune, "words")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in the path")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_opens_in_chromium_without_errors_and_fits(page, width):
+    size = f"--window-size={width},2000"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", size, "--enable-logging=stderr", "--dump-dom"]
+    found = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "</main>" in found.stdout
+    assert "CONSOLE" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "cannot be read"), ('{"other": 1}', "not what factorllm eval"), (None, "cannot be read")],
+)
+def test_unreadable_numbers_are_refused(student, tmp_path, content, says):
+    path = tmp_path / "scores.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(FactorLLMError, match=says):
+        gather(student, None, path, None, "cpu", QUIET)
+
+
+def loads(*experts: int) -> torch.Tensor:
+    """Picks (n, 1 layer, 4 experts) of tokens that run one expert each."""
+    return torch.nn.functional.one_hot(torch.tensor(experts), 4)[:, None].bool()
+
+
+def test_specialisation_of_kinds_that_share_no_expert():
+    found = specialisation({"one": loads(0, 1, 0, 1), "other": loads(2, 3, 2, 3)})
+    assert (found.between, found.within) == (1, 0)
+    assert found.loads["one"].tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_specialisation_of_kinds_that_are_alike():
+    found = specialisation({"one": loads(0, 1, 2, 3), "other": loads(0, 1, 2, 3)})
+    assert found.between == found.within == 1  # halves differ as much within a kind as between kinds
+
+
+def test_a_prompt_runs_the_experts_that_the_model_runs(student):
+    """The model's own choice, seen at its router, is the one that is shown."""
+    routed = route_prompt(student, "the expert of the router", layer=1)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+    seen = []
+    routers[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    prompt = AutoTokenizer.from_pretrained(student)("the expert of the router", return_tensors="pt")
+    with torch.inference_mode():
+        model(**prompt)
+    chosen = next(part for part in seen[0] if part.dtype == torch.int64)
+    assert [set(row.nonzero().flatten().tolist()) for row in routed.picks] == [set(row) for row in chosen.tolist()]
+
+
+def test_the_coloured_prompt_is_the_prompt(student):
+    routed = route_prompt(student, "the expert of the router")
+    assert coloured_tokens(routed, in_colour=True).plain == "the expert of the router"
+    plain = coloured_tokens(routed, in_colour=False).plain
+    assert re.sub(r"\[\d,\d\]", "", plain) == "the expert of the router"
+    assert legend(routed, in_colour=True).plain == legend(routed, in_colour=False).plain
+    assert legend(routed, in_colour=True).plain.startswith("layer 1, share of tokens:  expert 0 ")
+
+
+@pytest.mark.parametrize(("prompt", "layer", "says"), [("", None, "prompt is empty"), ("words", 3, "0 to 2")])
+def test_prompts_that_cannot_be_shown_are_refused(student, prompt, layer, says):
+    with pytest.raises(FactorLLMError, match=says):
+        route_prompt(student, prompt, layer)
