@@ -1,6 +1,7 @@
 """Scores: those of lm-eval's own tasks, measured once; what cannot be scored is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from factorllm import FactorLLMError, factorize
 from factorllm.evaluate import scores
 from factorllm.evaluate.agreement import agreement
 from factorllm.evaluate.scores import evaluate
-from factorllm.evaluate.tasks import TASKS, Score, local_task, retention
+from factorllm.evaluate.tasks import TASKS, Score, local_task, retention, run_task
+from factorllm.inspection import read_provenance
 from factorllm.settings import Settings
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -94,6 +96,19 @@ def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, manager, dens
     assert found[0] == found[1]
 
 
+def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    answers = ["Paris", "a cat", "no idea"]
+    said = iter([" Paris", "A cat.", "something else"])
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
+    write_lines(tmp_path / "generation.jsonl", [{"prompt": "Q:", "answer": answer} for answer in answers])
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    found = run_task(model, byte_tokenizer(), "generation", tmp_path, None)
+    assert found.value == pytest.approx(2 / 3)  # space, case and punctuation do not count
+    assert found.questions == 3
+
+
 @pytest.fixture(scope="module")
 def student(dense_folder, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("student") / "student"
@@ -125,9 +140,12 @@ def test_nothing_is_scored_twice(student, dense_folder, data, tmp_path, monkeypa
     assert evaluate(student, **options).scores["dense"]["piqa"].questions == 2
 
 
-def test_perplexity_and_agreement_on_a_text(student, dense_folder, text_file):
-    found = evaluate(student, against=str(dense_folder), tasks=[], text=str(text_file), text_tokens=1024)
-    assert found.perplexity.keys() == {"student", "dense"}
+def test_perplexity_and_agreement_on_the_text_that_was_held_out(student, dense_folder, text_file):
+    found = evaluate(student, against=str(dense_folder), tasks=[], text=str(text_file))
+    made = read_provenance(student)["results"]
+    assert found.perplexity == pytest.approx(
+        {name: made[name]["perplexity"] for name in ("student", "dense")}, rel=1e-5
+    )
     assert found.agreement.kl > 0
     assert 0 < found.agreement.top_1 < 1
 
@@ -158,10 +176,18 @@ def test_what_cannot_be_scored_is_refused(student, data, tmp_path):
     refused("no file .*boolq.jsonl", tasks=["boolq"])
     refused("no checkpoint made by factorllm", student=tmp_path)
     refused("has no local file", tasks=["mmlu"])
+    refused("generation has local files only", tasks=["generation"], data=None)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "factorllm.json").write_text("{")
     refused("is damaged", student=damaged)
+    broken = tmp_path / "broken"
+    shutil.copytree(student, broken)
+    shard = sorted(broken.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(f"{shard.name}.* damaged", student=broken)
+    shard.unlink()
+    refused(f"{shard.name}", student=broken)
     (data / "piqa.jsonl").write_text('{"query": "a", "choices')
     refused("cannot be read as JSON lines")
     (data / "piqa.jsonl").write_text('{"query": "a"}\n')

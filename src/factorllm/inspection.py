@@ -1,4 +1,4 @@
-"""Reading back what a finished checkpoint says of itself."""
+"""Reading back a finished checkpoint: what it says of itself, and its weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from factorllm.checkpoint import workspace_folder
 from factorllm.errors import FactorLLMError
 from factorllm.partition import Partition, partition_from_order
 from factorllm.recipe import Shape
+from factorllm.sources.model import one_line
+from factorllm.sources.safetensors import TensorFolder
 
 PARTITION_FILE = "factorllm.partition.json"
 """For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
@@ -32,6 +36,24 @@ def read_provenance(folder: Path) -> dict:
     except ValueError:
         raise FactorLLMError(f"{path} is damaged: it is not JSON; make the checkpoint again") from None
     return content
+
+
+def load_student(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The checkpoint in transformers, ready to run.
+
+    Raises:
+        FactorLLMError: when one of its files is missing or damaged.
+    """
+    TensorFolder(folder)  # says which file it is
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FactorLLMError(f"{folder} cannot be loaded ({one_line(error)}); make the checkpoint again") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
+    return model.to(device).eval()
 
 
 def read_partitions(folder: Path, shape: Shape) -> list[Partition]:

@@ -9,10 +9,12 @@ from statistics import mean
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from factorllm.errors import FactorLLMError
+from factorllm.inspection import load_student
 from factorllm.route.loaded import Routers
+from factorllm.sources.safetensors import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> Rou
     Raises:
         FactorLLMError: for a static prune, which has no experts, an empty prompt, or a layer that is not there.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = read_tokenizer(checkpoint, str(checkpoint))
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids[0]
     if not len(tokens):
         raise FactorLLMError("the prompt is empty; give --prompt some words")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = load_student(checkpoint)
     routers = Routers(model)
     layers = len(routers.modules)
     if not layers:

@@ -14,22 +14,22 @@ import torch
 import xxhash
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.checkpoint import write_json
 from factorllm.evaluate.agreement import Agreement, agreement
 from factorllm.evaluate.perplexity import perplexity
 from factorllm.evaluate.tasks import Score, check_tasks, run_task
-from factorllm.inspection import read_provenance
+from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
+from factorllm.settings import Settings
 from factorllm.sources import open_model, read_calibration_text
 from factorllm.sources.digest import digest_of
+from factorllm.sources.safetensors import read_tokenizer
 from factorllm.sources.text import file_digest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
 """Where scores are kept, by what they were measured on."""
-
-_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ def evaluate(
     data: Path | None = None,
     limit: int | None = None,
     text: str | None = None,
-    text_tokens: int = 16_384,
     device: str = "cpu",
     dtype: str = "float32",
     cache: Path = CACHE,
@@ -81,7 +80,7 @@ def evaluate(
     scores = {name: _scores(subject, name, tasks, data, limit, cache, console) for name, subject in subjects.items()}
     if text is None:
         return Evaluation(scores)
-    tokens = _held_out(subjects["student"].tokenizer, text, text_tokens, made["settings"]["seed"])
+    tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         values = {name: perplexity(subject.model, tokens, bar.advance) for name, subject in subjects.items()}
     if not against:
@@ -106,7 +105,7 @@ class _Subject:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return self.load().eval()
+        return self.load()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -117,9 +116,9 @@ class _Subject:
         digest = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
         def load() -> PreTrainedModel:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+            return load_student(folder, getattr(torch, dtype), device)
 
-        return cls(f"{digest} {dtype}", load, lambda: AutoTokenizer.from_pretrained(folder))
+        return cls(f"{digest} {dtype}", load, lambda: read_tokenizer(folder, str(folder)))
 
     @classmethod
     def of_dense(cls, model: str, device: str, dtype: str) -> _Subject:
@@ -163,9 +162,14 @@ def _key(subject: _Subject, task: str, data: Path | None, limit: int | None) -> 
     return xxhash.xxh3_128(json.dumps([subject.fingerprint, task, questions, limit, harness]).encode()).hexdigest()
 
 
-def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, seed: int) -> Tensor:
-    """The part of a text that `factorize` with the same seed holds out."""
-    found = read_calibration_text(
-        text, tokenizer, tokens=1, held_out_tokens=tokens, length=_LENGTH, seed=seed, load_model=lambda: None
-    )
-    return found.held_out
+def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
+    """The part of a text that `factorize` with the same settings holds out."""
+    return read_calibration_text(
+        text,
+        tokenizer,
+        tokens=1,
+        held_out_tokens=made_with.held_out_tokens,
+        length=made_with.length,
+        seed=made_with.seed,
+        load_model=lambda: None,
+    ).held_out

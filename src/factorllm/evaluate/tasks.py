@@ -44,9 +44,13 @@ TASKS: dict[str, Task] = {
     "winogrande": Task("acc", 0.5, "{{query}}"),
     "lambada_openai": Task("acc", 0.0, "{{context}}"),
     "mmlu": Task("acc", 0.25),
+    "generation": Task("exact_match", 0.0, "{{prompt}}"),
 }
 """Tasks that can be asked for. A local file `<task>.jsonl` holds records with `query`, `choices` and the index `gold`,
-or, for LAMBADA, `context` and `continuation`."""
+or, for LAMBADA, `context` and `continuation`; `generation` is not lm-eval's but the user's own, with `prompt` and the
+`answer` that the model must write, up to the end of the line."""
+
+_KEYS = {"lambada_openai": {"context", "continuation"}, "generation": {"prompt", "answer"}}
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,12 @@ def check_tasks(tasks: list[str], data: Path | None) -> None:
             raise FactorLLMError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
         if data:
             _check_file(data / f"{task}.jsonl", task)
+        elif task == "generation":
+            raise FactorLLMError("generation has local files only; give the folder of generation.jsonl with --data")
 
 
 def _check_file(path: Path, task: str) -> None:
-    wanted = {"context", "continuation"} if task == "lambada_openai" else {"query", "choices", "gold"}
+    wanted = _KEYS.get(task, {"query", "choices", "gold"})
     if not TASKS[task].prompt:
         raise FactorLLMError(f"{task} is many tasks in one, so it has no local file; leave out --data")
     try:
@@ -124,6 +130,23 @@ def _check_file(path: Path, task: str) -> None:
         raise FactorLLMError(f"no file {path} for the task {task}; check --data") from None
     except (OSError, ValueError) as error:
         raise FactorLLMError(f"{path} cannot be read as JSON lines: {one_line(error)}") from None
+
+
+_GENERATION = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 64},
+    "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+    "metric_list": [
+        {
+            "metric": "exact_match",
+            "aggregation": "mean",
+            "higher_is_better": True,
+            "ignore_case": True,
+            "ignore_punctuation": True,
+        }
+    ],
+}
 
 
 def local_task(task: str, data: Path) -> dict:
@@ -139,6 +162,8 @@ def local_task(task: str, data: Path) -> dict:
     }
     if task == "lambada_openai":
         return config | {"output_type": "loglikelihood", "doc_to_target": "{{' ' + continuation}}"}
+    if task == "generation":
+        return config | _GENERATION
     return config | {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_choice": known.answers}
 
 

@@ -12,12 +12,12 @@ from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, workspace_folder, write_shard
 from factorllm.errors import FactorLLMError
 from factorllm.heal.settings import HealSettings
-from factorllm.inspection import read_partitions, read_provenance
+from factorllm.inspection import load_student, read_partitions, read_provenance
 from factorllm.job import versions
 from factorllm.partition import Partition
 from factorllm.recipe import Recipe
@@ -70,7 +70,7 @@ class HealJob:
 
     def load(self, checkpoint: Path) -> PreTrainedModel:
         """The student, before or after, with fp32 weights."""
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(self.device)
+        return load_student(checkpoint, device=self.device)
 
 
 @contextmanager
@@ -150,7 +150,10 @@ def _read_text(
     if processes.is_main_process and not path.exists():
         if text is None:
             console.print("no --text given: sampling text from the dense model itself")
-        write_shard(path, _pack(source, made, text, settings, made_with))
+        packed = _pack(source, made, text, settings, made_with)
+        if (there := packed["train"].numel()) < settings.tokens // made_with.length * made_with.length:
+            console.print(f"the text is short: healing on {there:,} of the {settings.tokens:,} tokens asked for")
+        write_shard(path, packed)
     processes.wait_for_everyone()
     return load_file(path)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate import complete
 from factorllm.evaluate.routing import Specialisation, expert_picks_for, specialisation
-from factorllm.inspection import read_provenance
+from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.route.loaded import Routers
 from factorllm.sources import open_model
+from factorllm.sources.safetensors import read_tokenizer
 
 PROMPTS = (
     "The capital of France is",
@@ -68,8 +69,7 @@ def gather(
     """
     made = read_provenance(checkpoint)
     read = {"scores": _read_json(scores, "scores"), "speed": _read_json(speed, "models")}
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    tokenizer, student = read_tokenizer(checkpoint, str(checkpoint)), load_student(checkpoint, device=device)
     kinds = _kinds(tokenizer)
     models = [student]
     if against:

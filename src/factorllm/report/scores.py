@@ -12,7 +12,7 @@ from factorllm.evaluate.tasks import TASKS, retention
 def score_table(found: Evaluation) -> Table:
     """A row a task: dense, student, and retention, plain and above chance; then all tasks, and the text."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in ("task", "metric", "questions", "dense", "student", "retention", "above\nchance"):
+    for column in ("task", "metric", "asked", "dense", "student", "retained", "above\nchance"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
     student, dense = found.scores["student"], found.scores.get("dense", {})
     for task, score in student.items():
