@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from page import commit, markdown_table, replace_part
+from common import commit, markdown_table, replace_part
 from rich.console import Console
 
 from factorllm import Recipe

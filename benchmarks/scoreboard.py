@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from page import commit, markdown_table, replace_part
+from common import commit, markdown_table, read_text, replace_part
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -31,7 +31,7 @@ from factorllm.pipeline import compare
 from factorllm.progress import Clock
 from factorllm.report import ModelRow
 from factorllm.settings import Settings
-from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources import CalibrationText, ModelSource, open_model
 from factorllm.sources.text import public_name
 
 ACTIVE_PARTS = {25: 6, 50: 4, 75: 2}
@@ -245,15 +245,7 @@ def main() -> None:
 def open_ground(arguments: argparse.Namespace) -> Ground:
     source = open_model(arguments.model)
     settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens).resolve(source.config)
-    text = read_calibration_text(
-        arguments.text,
-        source.tokenizer(),
-        tokens=settings.tokens,
-        held_out_tokens=settings.held_out_tokens,
-        length=settings.length,
-        seed=settings.seed,
-        load_model=lambda: None,
-    )
+    text = read_text(source, arguments.text, settings)
     return Ground(source, settings, text, arguments.data, arguments.limit)
 
 
