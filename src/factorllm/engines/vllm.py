@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from pathlib import Path
 
 from factorllm.engines.base import Engine, Options, random_tokens
+
+_CACHE_SLACK = 256  # tokens of a sequence beyond its context: vLLM gives memory in blocks
 
 
 class Vllm(Engine):
     def __init__(self, model: str, options: Options):
+        # The engine in this process: its memory is counted, and what it refuses is said, not only that it ended.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
         self._llm = LLM(
@@ -18,6 +24,8 @@ class Vllm(Engine):
             max_model_len=options.context,
             max_num_seqs=options.batch,
             max_logprobs=64,
+            # Else it asks for nearly all memory of the machine, and refuses to start when others use some of it.
+            kv_cache_memory_bytes=cache_bytes(model, options),
             enable_prefix_caching=False,
             enforce_eager=True,
             seed=0,
@@ -51,3 +59,13 @@ class Vllm(Engine):
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=logprobs)
         wrapped = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [answer.outputs[0] for answer in self._llm.generate(wrapped, sampling, use_tqdm=False)]
+
+
+def cache_bytes(model: str | Path, options: Options) -> int:
+    """Bytes of the keys and values of all sequences, in fp32: what vLLM must be given where it may not take all."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
+    return per_token * options.batch * (options.context + _CACHE_SLACK)
