@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -154,7 +154,8 @@ def served(model: str, *options: str) -> Iterator[tuple[openai.OpenAI, Callable[
             _wait_until_ready(client, server, printed)
             yield client, printed
         finally:
-            os.killpg(server.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
