@@ -1,7 +1,9 @@
 """Healing: what learns and what does not, one result however the work is spread or interrupted, one architecture."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,8 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, relative_error, save_dense, some_tokens
+from conftest import CONFIGS, relative_error, save_dense, some_tokens, words
+from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
 from transformers import AutoModelForCausalLM
@@ -181,8 +184,8 @@ def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
 
 
 # What a process of its own is told, and the same settings for this one.
-OPTIONS = ["--batch", "4", "--tokens", "4096", "--learning-rate", "0.002", "--precision", "float32"]
-SAME = HealSettings(tokens=4096, batch=4, learning_rate=0.002, precision="float32")
+OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.002", "--precision", "float32"]
+SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=0.002, precision="float32")
 
 
 def command(student, dense_folder, text_file, out) -> list[str]:
@@ -217,6 +220,21 @@ def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_fil
         heal(student, str(dense_folder), tmp_path / name, text=str(text_file), settings=SAME)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert not changed(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_every_epoch_counts(student, dense_folder, text_file, tmp_path):
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=SAME)
+    assert curve(tmp_path / "out")[-1]["step"] == 2 * (2048 // MADE_WITH.length // 4)
+
+
+def test_a_text_that_is_short_is_said_to_be(dense_folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("\n\n".join(words(40, seed) for seed in range(28)))
+    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(text), settings=MADE_WITH)
+    console = Console(record=True, width=200, file=io.StringIO())
+    settings = QUICK.model_copy(update={"tokens": 3072, "evaluations": 1})
+    heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text), settings=settings, console=console)
+    assert re.search(r"the text is short: healing on [\d,]+ of the 3,072 tokens asked for", console.export_text())
 
 
 @pytest.mark.engine

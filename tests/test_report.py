@@ -143,6 +143,13 @@ def test_unreadable_numbers_are_refused(student, tmp_path, content, says):
         gather(student, None, path, None, "cpu", QUIET)
 
 
+def test_speeds_without_batch_1_are_refused(student, tmp_path):
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps({"models": [{"name": "dense", "ratio_to_dense": {"decode x8": [1, 1, 1]}}]}))
+    with pytest.raises(FactorLLMError, match="no decode speed at batch 1"):
+        gather(student, None, None, path, "cpu", QUIET)
+
+
 def loads(*experts: int) -> torch.Tensor:
     """Picks (n, 1 layer, 4 experts) of tokens that run one expert each."""
     return torch.nn.functional.one_hot(torch.tensor(experts), 4)[:, None].bool()

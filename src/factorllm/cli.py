@@ -74,6 +74,7 @@ def heal(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to train on, as for factorize.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 200_000,
+    epochs: Annotated[int, typer.Option(help="Times that each token is trained on.")] = 1,
     train: Annotated[str, typer.Option(help="What learns: router, experts, ffn, all or lora.")] = "all",
     gates: Annotated[str, typer.Option(help="straight-through keeps gate weights binary; soft frees them.")] = (
         "straight-through"
@@ -95,6 +96,7 @@ def heal(
 
     settings = HealSettings(
         tokens=tokens,
+        epochs=epochs,
         train=train,
         gates=gates,
         learning_rate=learning_rate,

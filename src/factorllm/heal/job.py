@@ -167,30 +167,25 @@ def _pack(
     calibration part, which the student fits already, as much of it as there is.
     """
     length, data = made_with.length, made["data"]
-
-    def read(tokens: int) -> CalibrationText:
-        return read_calibration_text(
-            text,
-            source.tokenizer(),
-            tokens=tokens,
-            held_out_tokens=made_with.held_out_tokens,
-            length=length,
-            seed=made_with.seed,
-            load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
-        )
-
-    wanted, seen = settings.tokens + settings.validation_tokens, data["calibration_tokens"]
-    try:
-        found = read(wanted if text is None else seen + wanted)
-    except FactorLLMError:
-        found = read(wanted)  # another text need not be so long
+    wanted = settings.tokens + settings.validation_tokens
+    seen = 0 if text is None else data["calibration_tokens"]
+    found = read_calibration_text(
+        text,
+        source.tokenizer(),
+        tokens=seen + wanted,
+        at_least=wanted,  # another text need not be so long
+        held_out_tokens=made_with.held_out_tokens,
+        length=length,
+        seed=made_with.seed,
+        load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
+    )
     start = CalibrationText(found.calibration[: seen // length], found.held_out, "").fingerprint
-    first = seen // length if text is not None and start == data["fingerprint"] else 0
+    first = seen // length if start == data["fingerprint"] else 0
     sequences = found.calibration[first : first + max(wanted // length, 1)]
     validation = max(settings.validation_tokens // length, 1)
     if len(sequences) < validation + settings.batch:
         raise FactorLLMError(
-            f"{settings.tokens} tokens make less than one batch of {settings.batch} sequences of {length} tokens; use "
-            "more --tokens or a smaller --batch"
+            f"{len(sequences) * length} tokens make less than one batch of {settings.batch} sequences of {length} "
+            f"tokens beside {validation} to validate on; use more --tokens, more text or a smaller --batch"
         )
     return {"validation": sequences[:validation], "train": sequences[validation:], "held_out": found.held_out}

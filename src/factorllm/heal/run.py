@@ -117,7 +117,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = set_learning(model, settings)
-    steps = len(targets["train"]) // settings.batch
+    steps = settings.epochs * (len(targets["train"]) // settings.batch)
     resume = _last_checkpoint(job.folder / "trainer")
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer = FactorTrainer(

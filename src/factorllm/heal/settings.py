@@ -15,7 +15,9 @@ class HealSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int = Field(default=200_000, ge=1)
-    """Tokens to train on, each once."""
+    """Tokens to train on."""
+    epochs: int = Field(default=1, ge=1)
+    """Times that each token is trained on."""
     train: Train = "all"
     """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
     adapters of attention and FFNs, merged before the checkpoint is written."""

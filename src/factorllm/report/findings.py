@@ -46,14 +46,14 @@ class Findings:
         made: the content of `factorllm.json`.
         specialisation: None for a static prune, which has no experts.
         scores: what `factorllm eval -o` wrote, if given.
-        speed: what `factorllm bench -o` wrote, if given.
+        speed: decode speed at batch 1, x dense, by model, if what `factorllm bench -o` wrote was given.
     """
 
     made: dict
     specialisation: Specialisation | None
     samples: list[Sample]
     scores: dict | None
-    speed: dict | None
+    speed: dict[str, float] | None
 
 
 def gather(
@@ -68,7 +68,7 @@ def gather(
         FactorLLMError: for a checkpoint or file that cannot be read.
     """
     made = read_provenance(checkpoint)
-    read = {"scores": _read_json(scores, "scores"), "speed": _read_json(speed, "models")}
+    read = {"scores": _read_json(scores, "scores"), "speed": _decode_speed(speed)}
     tokenizer, student = read_tokenizer(checkpoint, str(checkpoint)), load_student(checkpoint, device=device)
     kinds = _kinds(tokenizer)
     models = [student]
@@ -101,6 +101,15 @@ def _kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     tokens = {kind: tokenizer(text, return_tensors="pt").input_ids[0] for kind, text in texts.items()}
     shortest = min(map(len, tokens.values()))
     return {kind: row[:shortest] for kind, row in tokens.items()}
+
+
+def _decode_speed(path: Path | None) -> dict[str, float] | None:
+    if (content := _read_json(path, "models")) is None:
+        return None
+    try:
+        return {model["name"]: model["ratio_to_dense"]["decode x1"][0] for model in content["models"]}
+    except KeyError:
+        raise FactorLLMError(f"{path} has no decode speed at batch 1; run factorllm bench with --batch 1") from None
 
 
 def _read_json(path: Path | None, key: str) -> dict | None:

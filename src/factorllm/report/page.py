@@ -59,7 +59,7 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         specialised=SPECIALISED,
         samples=found.samples,
         tasks=_task_rows(found.scores),
-        measured_speed=_decode_speed(found.speed) is not None,
+        measured_speed=found.speed is not None,
     )
     write_text(folder / "index.html", page)
     return folder / "index.html"
@@ -76,7 +76,7 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     made = found.made
     layers, results = made["layers"], made["results"]
     figures = {
-        "quality": (quality_figure(results, _decode_speed(found.speed)), "Perplexity of each model against its speed"),
+        "quality": (quality_figure(results, found.speed), "Perplexity of each model against its speed"),
         "routing": (routing_figure(layers), "Router agreement and energy kept for each layer"),
         "error": (error_figure(layers), "Relative squared error of the residual stream after each layer"),
     }
@@ -86,13 +86,6 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     if "healing" in made:
         figures["healing"] = (healing_figure(made["healing"]["curve"]), "KL to the dense model while healing")
     return figures
-
-
-def _decode_speed(speed: dict | None) -> dict[str, float] | None:
-    """Median decode speed at batch 1, x dense, by model."""
-    if speed is None:
-        return None
-    return {model["name"]: model["ratio_to_dense"]["decode x1"][0] for model in speed["models"]}
 
 
 def _task_rows(scores: dict | None) -> list[dict] | None:

@@ -54,6 +54,7 @@ def read_calibration_text(
     length: int,
     seed: int,
     load_model: Callable[[], PreTrainedModel],
+    at_least: int | None = None,
 ) -> CalibrationText:
     """Pack `tokens` calibration tokens and `held_out_tokens` held-out ones into sequences of `length`.
 
@@ -63,18 +64,20 @@ def read_calibration_text(
     Args:
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
         load_model: called only when text must be sampled.
+        at_least: so many calibration tokens will do where the text has no more; None wants all `tokens`.
 
     Raises:
         FactorLLMError: when the text cannot be read or is too short.
     """
-    calibration, held_out = max(tokens // length, 1), max(held_out_tokens // length, 1)
+    held_out = max(held_out_tokens // length, 1)
+    most, calibration = (max(wanted // length, 1) for wanted in (tokens, at_least or tokens))
     needed = held_out + 1 + calibration
     if text is None:
-        packed = sample_from_model(load_model(), tokenizer, needed, length, seed)
+        packed = sample_from_model(load_model(), tokenizer, held_out + 1 + most, length, seed)
     else:
         documents = list(read_documents(text))
         random.Random(seed).shuffle(documents)
-        packed = pack(documents, tokenizer, needed, length)
+        packed = pack(documents, tokenizer, held_out + 1 + most, length)
     if len(packed) < needed:
         fits = max(len(packed) - held_out - 1, 0) * length
         raise FactorLLMError(
