@@ -207,7 +207,7 @@ def plot(models: dict[str, dict], path: Path) -> None:
             points = [dense, *(models[f"{method}-{percent}"] for percent in ACTIVE_PARTS)]
             active = [point["active_parameters"] / 1e6 for point in points]
             width = 2.5 if method == "ours" else 1
-            axis.plot(active, [value(point) for point in points], marker="o", linewidth=width, label=title.strip("*"))
+            axis.plot(active, [value(point) for point in points], marker="o", linewidth=width, label=title.replace("*", ""))
         axis.set_xlabel("active parameters, M")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
