@@ -206,8 +206,8 @@ def plot(models: dict[str, dict], path: Path) -> None:
         for method, title in METHODS.items():
             points = [dense, *(models[f"{method}-{percent}"] for percent in ACTIVE_PARTS)]
             active = [point["active_parameters"] / 1e6 for point in points]
-            width = 2.5 if method == "ours" else 1
-            axis.plot(active, [value(point) for point in points], marker="o", linewidth=width, label=title.replace("*", ""))
+            line = {"marker": "o", "linewidth": 2.5 if method == "ours" else 1, "label": title.replace("*", "")}
+            axis.plot(active, [value(point) for point in points], **line)
         axis.set_xlabel("active parameters, M")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
