@@ -34,16 +34,16 @@ TINYLLAMA = LlamaConfig(
 )
 
 
-def random_dense(folder: Path, text: str) -> Path:
-    """A random model of TinyLlama's shape with a tokenizer of its size."""
+def random_dense(folder: Path, text: str, config: LlamaConfig = TINYLLAMA) -> Path:
+    """A random model with a tokenizer of its size."""
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(TINYLLAMA, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS["gpt-2"], decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TINYLLAMA.vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(ByteLevel.alphabet())
+        vocab_size=config.vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(ByteLevel.alphabet())
     )
     tokenizer.train_from_iterator(read_documents(text), trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
