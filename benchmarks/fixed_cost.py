@@ -61,7 +61,7 @@ def main() -> None:
             row.append(more_than_dense(seconds, name, options.layers))
     head = ["model"]
     for threads in options.threads:
-        head += [f"ms a step, {threads} threads", "µs a layer more than dense [quartiles]"]
+        head += [f"ms a step, {threads} thread{'s'[: threads > 1]}", "µs a layer more than dense [quartiles]"]
     made = (
         "`python benchmarks/fixed_cost.py --text mixed.jsonl --work runs/fixed --out docs/speed.md` "
         f"at commit {commit()}: {options.layers} layers of {config.hidden_size} x {config.intermediate_size}, q8_0, "
@@ -88,7 +88,7 @@ def more_than_dense(seconds: dict[str, list[float]], name: str, layers: int) -> 
     """Microseconds a layer, of each round against the dense model in the same round."""
     more = [1e6 * (own - dense) / layers for own, dense in zip(seconds[name], seconds["dense"], strict=True)]
     low, _, high = quantiles(more, n=4)
-    return "" if name == "dense" else f"{median(more):.1f} [{low:.1f}-{high:.1f}]"
+    return "" if name == "dense" else f"{median(more):.1f} [{low:.1f} to {high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
         folder = arguments.work / name.replace(",", "").replace(" ", "-")
         if not folder.exists():
             factorize(arguments.model, folder, recipe, text=arguments.text, settings=settings, console=Console())
-        found[name] = [_perplexity_at(folder, top_k, held_out) for top_k in counts]
+        found[name] = [perplexity_at(folder, top_k, held_out) for top_k in counts]
 
     rows = []
     for index, top_k in enumerate(counts):
@@ -67,7 +67,7 @@ def main() -> None:
     replace_part(arguments.out, "top-k", made + markdown_table(["top-k", "active", *found], rows))
 
 
-def _perplexity_at(folder: Path, top_k: int, held_out: torch.Tensor) -> float:
+def perplexity_at(folder: Path, top_k: int, held_out: torch.Tensor) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, num_experts_per_tok=top_k, dtype=torch.float32).eval()
     return perplexity(model, held_out)
 
