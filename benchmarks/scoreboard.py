@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from common import commit, markdown_table, read_text, replace_part
@@ -130,6 +131,7 @@ def add_dense(board: Board) -> None:
     """The dense model, and FLAP and the depth prune, which change it."""
     ground, config = board.ground, board.ground.source.config
     held_out, calibration = ground.text.held_out, ground.text.calibration
+    influence = cache(lambda: block_influence(ground.load(), calibration))  # the same at each sparsity
 
     def add(name: str, model: PreTrainedModel, cost: Cost) -> None:
         board.add(ModelRow(name, perplexity(model, held_out), cost), model)
@@ -143,7 +145,7 @@ def add_dense(board: Board) -> None:
             add(name, model, cost_of(config, shape))
         if (name := f"depth-{percent}") not in board:
             count = layers_to_drop(config, cost_of(config, shape).active_parameters)
-            depth_prune(model := ground.load(), block_influence(model, calibration), count)
+            depth_prune(model := ground.load(), influence(), count)
             add(name, model, shortened_cost(config, count))
 
 

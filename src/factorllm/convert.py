@@ -201,8 +201,8 @@ class LayerConversion:
             energy = neuron_energy(self.sample.read(run, self.device).flatten(0, 1), gain)
             runs = energy[:, split.shared].sum(1)
             if router is not None:
-                experts = torch.stack([energy[:, neurons].sum(1) for neurons in split.experts], 1)
-                runs += (experts * (self._gates(self._sampled(self.inputs, run), router) > 0)).sum(1)
+                picked = self._gates(self._sampled(self.inputs, run), router) > 0
+                runs += (split.expert_sums(energy) * picked).sum(1)
             total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum().item()
         return total / (self.sample.sequences * self.sample.length)
 

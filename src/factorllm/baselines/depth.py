@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from factorllm.baselines.watch import run_watched
 from factorllm.evaluate.cost import Cost, cost_of, dense_shape
 
 
@@ -21,19 +22,16 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         tokens: (sequences, length), int64.
     """
     total = torch.zeros(model.config.num_hidden_layers, device=model.device)
-    streams: list[Tensor] = []
+
+    def watch(index: int):
+        def add(_layer: nn.Module, given: tuple[Tensor], after: Tensor) -> None:
+            total[index] += (1 - cosine_similarity(given[0].float(), after.float(), dim=-1)).sum()
+
+        return add
+
     # Hooks rather than `output_hidden_states`, whose last entry is already normalised.
-    hooks = [
-        layer.register_forward_hook(lambda _m, given, out: streams.append((given[0], out))) for layer in _layers(model)
-    ]
-    try:
-        for rows in tokens.split(1):
-            model.model(rows.to(model.device), use_cache=False)
-            total += torch.stack([(1 - cosine_similarity(a.float(), b.float(), dim=-1)).sum() for a, b in streams])
-            streams.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(model.model.layers)]
+    run_watched(model, tokens, hooks)
     return total / tokens.numel()
 
 
@@ -45,7 +43,7 @@ def depth_prune(model: PreTrainedModel, influence: Tensor, count: int) -> None:
     """
     dropped = set(influence.topk(count, largest=False).indices.tolist())
     kept = [index for index in range(len(influence)) if index not in dropped]
-    layers = _layers(model)
+    layers = model.model.layers
     model.model.layers = nn.ModuleList([layers[index] for index in kept])
     for place, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = place  # its place in the cache
@@ -65,7 +63,3 @@ def shortened_cost(config: PreTrainedConfig, count: int) -> Cost:
     shorter = copy.deepcopy(config)
     shorter.num_hidden_layers = config.num_hidden_layers - count
     return replace(cost_of(shorter, dense_shape(config)), ffn_sparsity=count / config.num_hidden_layers)
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    return model.model.layers

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from factorllm.baselines.watch import run_watched
 from factorllm.errors import FactorLLMError
+from factorllm.ffn import FFN
 
 
 @torch.no_grad()
@@ -26,24 +28,25 @@ def flap_prune(model: PreTrainedModel, tokens: Tensor, width: int) -> None:
     """
     if not hasattr(model.config, "mlp_bias"):
         raise FactorLLMError(f"FLAP leaves a bias in each FFN, which {model.config.model_type} has no place for")
-    ffns = [layer.mlp for layer in model.model.layers]
-    for ffn, (mean, variance) in zip(ffns, _moments(model, ffns, tokens), strict=True):
-        fluctuation = variance * ffn.down_proj.weight.float().square().sum(0)
-        kept = fluctuation.topk(width).indices.sort().values
-        mean = mean.index_fill(0, kept, 0)
-        bias = (ffn.down_proj.weight.float() @ mean).to(ffn.down_proj.weight.dtype)
-        none = bias.new_zeros(width)
-        ffn.gate_proj = _linear(ffn.gate_proj.weight[kept], none)
-        ffn.up_proj = _linear(ffn.up_proj.weight[kept], none.clone())
-        ffn.down_proj = _linear(ffn.down_proj.weight[:, kept], bias)
-        ffn.intermediate_size = width
+    modules = [layer.mlp for layer in model.model.layers]
+    for module, (mean, variance) in zip(modules, _moments(model, modules, tokens), strict=True):
+        ffn = FFN(module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
+        neurons = (variance * ffn.neuron_gain()).topk(width).indices.sort().values
+        kept = ffn.part(neurons)
+        bias = (ffn.down.float() @ mean.index_fill(0, neurons, 0)).to(ffn.down.dtype)
+        module.gate_proj = _linear(kept.gate, bias.new_zeros(width))
+        module.up_proj = _linear(kept.up, bias.new_zeros(width))
+        module.down_proj = _linear(kept.down, bias)
+        module.intermediate_size = width
     model.config.intermediate_size = width
     model.config.mlp_bias = True  # Llama's config then has a bias on all three
 
 
-def _moments(model: PreTrainedModel, ffns: list[nn.Module], tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _moments(model: PreTrainedModel, modules: list[nn.Module], tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Mean and variance of each FFN's intermediate activations over all tokens: (f,) each, fp32."""
-    sums = [torch.zeros(2, ffn.down_proj.in_features, dtype=torch.float64, device=model.device) for ffn in ffns]
+    sums = [
+        torch.zeros(2, module.down_proj.in_features, dtype=torch.float64, device=model.device) for module in modules
+    ]
 
     def watch(total: Tensor):
         def add(_module: nn.Module, given: tuple[Tensor]) -> None:
@@ -52,13 +55,8 @@ def _moments(model: PreTrainedModel, ffns: list[nn.Module], tokens: Tensor) -> l
 
         return add
 
-    hooks = [ffn.down_proj.register_forward_pre_hook(watch(total)) for ffn, total in zip(ffns, sums, strict=True)]
-    try:
-        for rows in tokens.split(1):
-            model.model(rows.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    downs = [module.down_proj for module in modules]
+    run_watched(model, tokens, [down.register_forward_pre_hook(watch(t)) for down, t in zip(downs, sums, strict=True)])
     means = [(total / tokens.numel()).unbind() for total in sums]
     return [(mean.float(), (square - mean.square()).float()) for mean, square in means]
 

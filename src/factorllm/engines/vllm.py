@@ -7,7 +7,10 @@ import os
 import time
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from factorllm.engines.base import Engine, Options, random_tokens
+from factorllm.families import head_dim
 
 _CACHE_SLACK = 256  # tokens of a sequence beyond its context: vLLM gives memory in blocks
 
@@ -63,9 +66,6 @@ class Vllm(Engine):
 
 def cache_bytes(model: str | Path, options: Options) -> int:
     """Bytes of the keys and values of all sequences, in fp32: what vLLM must be given where it may not take all."""
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(model)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 4
     return per_token * options.batch * (options.context + _CACHE_SLACK)

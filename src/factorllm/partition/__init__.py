@@ -52,6 +52,10 @@ class Partition:
         """The neurons that are kept, shared ones first, then expert by expert: (kept,), int64."""
         return torch.cat([self.shared, self.experts.flatten()])
 
+    def expert_sums(self, values: Tensor) -> Tensor:
+        """What the neurons of each expert have together: (n, f) -> (n, N)."""
+        return torch.stack([values[:, neurons].sum(1) for neurons in self.experts.to(values.device)], dim=1)
+
 
 def partition(
     ffn: FFN, hidden: Tensor, shape: Shape, method: str = "energy", generator: torch.Generator | None = None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined
-
 from factorllm.recipe import Recipe
 from factorllm.report.summary import LABELS, mean_agreement
+from factorllm.report.template import read_template
 
 
 def model_card(name: str, made: dict, licence: str | None) -> str:
@@ -16,11 +13,7 @@ def model_card(name: str, made: dict, licence: str | None) -> str:
     Args:
         made: the content of `factorllm.json`.
     """
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    template = environment.from_string(files("factorllm.report").joinpath("card.md.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return read_template("card.md.jinja").render(
         name=name,
         made=made,
         recipe=Recipe(**made["recipe"]),

@@ -19,6 +19,7 @@ from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.route.loaded import Routers
 from factorllm.sources import open_model
+from factorllm.sources.model import one_line
 from factorllm.sources.safetensors import read_tokenizer
 
 PROMPTS = (
@@ -120,5 +121,5 @@ def _read_json(path: Path | None, key: str) -> dict | None:
         if key in content:
             return content
     except (OSError, ValueError) as error:
-        raise FactorLLMError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise FactorLLMError(f"{path} cannot be read: {one_line(error)}") from None
     raise FactorLLMError(f"{path} is not what factorllm eval -o or bench -o writes: it has no {key}")

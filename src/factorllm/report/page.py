@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, Template
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
@@ -24,9 +22,10 @@ from factorllm.report.plots import (
     save_png,
 )
 from factorllm.report.summary import LABELS, mean_agreement
+from factorllm.report.template import read_template
 
 SPECIALISED = 1.5
-"""From this many times the difference within one kind of text on, experts are said to depend on the kind."""
+"""From this many times the difference within one text on, experts are said to depend on the kind."""
 
 
 def write_report(name: str, found: Findings, folder: Path) -> Path:
@@ -41,12 +40,8 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         save_png(figure, folder / f"{figure_name}.png")
         drawn[figure_name] = as_svg(figure, figure_name, description)
         pyplot.close(figure)
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("factorllm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    )
     made = found.made
-    page = template.render(
+    page = read_template("page.html.jinja").render(
         name=name,
         made=made,
         recipe=Recipe(**made["recipe"]),
@@ -63,12 +58,6 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
     )
     write_text(folder / "index.html", page)
     return folder / "index.html"
-
-
-def _template() -> Template:
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = files("factorllm.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
 
 
 def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:

@@ -18,10 +18,9 @@ def expert_scores(ffn: FFN, hidden: Tensor, partition: Partition, top_k: int, pr
             `paper`, `-mean((E_i(x) - F(x)/r)^2)` with r = N/k (FactorLLM, arXiv 2408.11855, equations 4-5), where F
             is the sum of the routed experts.
     """
-    experts = partition.experts.to(hidden.device)
     if prior == "energy":
-        energy = neuron_energy(hidden, ffn.neuron_gain())
-        return torch.stack([energy[:, neurons].sum(1) for neurons in experts], dim=1)
+        return partition.expert_sums(neuron_energy(hidden, ffn.neuron_gain()))
+    experts = partition.experts.to(hidden.device)
     outputs = torch.stack([hidden[:, neurons] @ ffn.down[:, neurons].T for neurons in experts], dim=1).float()
     fair_share = outputs.sum(1, keepdim=True) * (top_k / len(experts))
     return -(outputs - fair_share).square().mean(-1)
