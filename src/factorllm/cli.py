@@ -59,10 +59,12 @@ def factorize(
 ) -> None:
     """Split every FFN of a dense MODEL into experts and write a sparse checkpoint."""
     from factorllm.pipeline import factorize as run
+    from factorllm.report.terminal import show_summary
     from factorllm.settings import Settings
 
     settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, baseline=baseline)
-    _show(run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console))
+    summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console)
+    show_summary(console, summary)
 
 
 @app.command()
@@ -93,6 +95,7 @@ def heal(
     """Fine-tune a STUDENT toward its dense model, by distillation and the Prior-Approximate loss."""
     from factorllm.heal import HealSettings
     from factorllm.heal import heal as run
+    from factorllm.report.terminal import show_healed
 
     settings = HealSettings(
         tokens=tokens,
@@ -112,7 +115,7 @@ def heal(
     out = out or student.with_name(student.name + "-healed")
     healed = run(student, teacher, out, text=text, settings=settings, overwrite=not resume, console=console)
     if healed:
-        _show_healed(healed)
+        show_healed(console, healed)
 
 
 @app.command("eval")
@@ -164,13 +167,15 @@ def inspect(
     layer: Annotated[int | None, typer.Option(help="Layer to show for --prompt. Default: the middle one.")] = None,
 ) -> None:
     """Show what a checkpoint was made from, what it cost, and its layers."""
+    from factorllm.evaluate.routing import route_prompt
     from factorllm.inspection import read_provenance
+    from factorllm.report.terminal import show_provenance, show_routing
 
     made = read_provenance(checkpoint)
     if prompt is None:
-        _show_provenance(checkpoint, made)
+        show_provenance(console, checkpoint, made)
     else:
-        _show_routing(checkpoint, prompt, layer)
+        show_routing(console, route_prompt(checkpoint, prompt, layer))
 
 
 @app.command()
@@ -270,11 +275,14 @@ def demo(
     """Factorise the real SmolLM2-135M on Wikipedia introductions and show before and after."""
     from factorllm.demo import RECIPE, demo_model, demo_text
     from factorllm.pipeline import factorize as run
+    from factorllm.report.terminal import show_summary
     from factorllm.settings import Settings
 
     settings = Settings(tokens=tokens, held_out_tokens=8192, seed=seed, device=device)
-    _show(run(demo_model(), out, RECIPE, text=demo_text(), settings=settings, overwrite=not resume, console=console))
-    found = _write_report(out, against=demo_model())
+    model, text = demo_model(), demo_text()
+    summary = run(model, out, RECIPE, text=text, settings=settings, overwrite=not resume, console=console)
+    show_summary(console, summary)
+    found = _write_report(out, against=model)
     console.print(f"the student goes on: {found.samples[0].prompt} {found.samples[0].student}", highlight=False)
 
 
@@ -297,56 +305,6 @@ def _write_report(
     page = write_report(checkpoint.resolve().name, found, out or checkpoint / "report")
     _say(f"report: {page}")
     return found
-
-
-def _show_provenance(checkpoint: Path, made: dict) -> None:
-    from factorllm.report import layer_table, result_table
-
-    data, recipe = made["data"], made["recipe"]
-    console.print(
-        f"{checkpoint}: {made['base_model']['name']} as {made['host']}, loads in {', '.join(made['engines'])}"
-    )
-    console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
-    console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
-    console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
-    console.print(layer_table(made["layers"]))
-
-
-def _show_routing(checkpoint: Path, prompt: str, layer: int | None) -> None:
-    from factorllm.evaluate.routing import route_prompt
-    from factorllm.report.tokens import coloured_tokens, legend
-
-    routed = route_prompt(checkpoint, prompt, layer)
-    in_colour = console.is_terminal and not console.no_color
-    console.print(coloured_tokens(routed, in_colour), soft_wrap=True)
-    console.print(legend(routed, in_colour), soft_wrap=True)
-
-
-def _show(summary) -> None:
-    from factorllm.report import result_table
-
-    results = {row.name: row.as_dict() for row in summary.rows}
-    console.print(
-        result_table(results, f"perplexity on {summary.held_out_tokens:,} held-out tokens: {summary.text_origin}")
-    )
-    spent = summary.spent
-    console.print(
-        f"{summary.recipe.name} from {summary.calibration_tokens:,} calibration tokens: converted in "
-        f"{spent.conversion_seconds:.0f} s (static prune: {spent.baseline_seconds:.0f} s more), "
-        f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB",
-        soft_wrap=True,
-    )
-    console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
-
-
-def _show_healed(healed) -> None:
-    from factorllm.report import result_table
-
-    title = f"perplexity on {healed.held_out_tokens:,} held-out tokens: {healed.text_origin}"
-    console.print(result_table(healed.results, title))
-    console.print(
-        f"healed on {healed.tokens:,} tokens in {healed.seconds:.0f} s; written: {healed.out}", soft_wrap=True
-    )
 
 
 def main() -> None:

@@ -44,9 +44,8 @@ def flap_prune(model: PreTrainedModel, tokens: Tensor, width: int) -> None:
 
 def _moments(model: PreTrainedModel, modules: list[nn.Module], tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Mean and variance of each FFN's intermediate activations over all tokens: (f,) each, fp32."""
-    sums = [
-        torch.zeros(2, module.down_proj.in_features, dtype=torch.float64, device=model.device) for module in modules
-    ]
+    downs = [module.down_proj for module in modules]
+    sums = [torch.zeros(2, down.in_features, dtype=torch.float64, device=model.device) for down in downs]
 
     def watch(total: Tensor):
         def add(_module: nn.Module, given: tuple[Tensor]) -> None:
@@ -55,7 +54,6 @@ def _moments(model: PreTrainedModel, modules: list[nn.Module], tokens: Tensor) -
 
         return add
 
-    downs = [module.down_proj for module in modules]
     run_watched(model, tokens, [down.register_forward_pre_hook(watch(t)) for down, t in zip(downs, sums, strict=True)])
     means = [(total / tokens.numel()).unbind() for total in sums]
     return [(mean.float(), (square - mean.square()).float()) for mean, square in means]
