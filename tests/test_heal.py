@@ -17,12 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
 from transformers import AutoModelForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.evaluate import perplexity
 from factorllm.heal import HealSettings, heal
 from factorllm.heal.job import open_heal_job
-from factorllm.heal.losses import balance_loss, kd_loss, top_log_probs
+from factorllm.heal.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
 from factorllm.heal.students import set_learning
 from factorllm.route import pa_loss
 from factorllm.route.loaded import Routers, is_router
@@ -86,6 +87,14 @@ def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
     heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
     values = losses(tmp_path / "out", "pa")
     assert values[-1] < 0.8 * values[0]
+
+
+@pytest.mark.parametrize("term", ["label", "hidden"])
+def test_the_optional_terms_fall(term, student, dense_folder, text_file, tmp_path):
+    settings = QUICK.model_copy(update={f"{term}_weight": 3.0, "hidden_layers": 2, "epochs": 2})
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    values = losses(tmp_path / "out", term)
+    assert values[-1] < 0.97 * values[0]
 
 
 def test_the_healed_checkpoint_reloads_to_the_same_logits(student, healed, tmp_path):
@@ -276,6 +285,24 @@ def test_kd_loss_is_the_kl_divergence_when_nothing_is_left_out():
     few, few_probs = top_log_probs(teacher, 4, 2.0)
     assert 0 < kd_loss(student, few, few_probs, 2.0) < kd_loss(student, ids, log_probs, 2.0)
     assert relative_error(kd_loss(teacher, few, few_probs, 2.0) + 1, torch.tensor(1.0)) < 1e-5
+
+
+def test_label_loss_is_what_transformers_computes():
+    logits, tokens = torch.randn(2, 7, 32), torch.randint(32, (2, 7))
+    expected = ForCausalLMLoss(logits, tokens, vocab_size=32)
+    assert label_loss(logits, tokens).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_matched_streams_are_evenly_spaced_and_end_at_the_last():
+    streams = tuple(torch.full((1, 2, 4), float(depth)) for depth in range(7))
+    assert matched_streams(streams, 3)[0, 0, :, 0].tolist() == [2, 4, 6]
+    assert matched_streams(streams, 1)[0, 0, :, 0].tolist() == [6]
+
+
+def test_hidden_loss_is_relative_to_the_length_of_each_stream():
+    teacher = torch.randn(2, 5, 3, 8) * torch.tensor([1.0, 10.0, 100.0])[:, None]
+    assert hidden_loss(teacher, teacher).item() == 0
+    assert hidden_loss(1.5 * teacher, teacher).item() == pytest.approx(0.25)
 
 
 def test_balance_loss_is_one_for_an_even_load_and_n_over_k_for_the_worst():

@@ -1,10 +1,11 @@
-"""The losses of healing: `L = L_KD + a L_PA + b L_balance` (FactorLLM, arXiv 2408.11855; `route.pa_loss` is L_PA)."""
+"""The losses of healing: `L = L_KD + a L_PA + b L_balance + c L_label + d L_hidden` (FactorLLM, arXiv 2408.11855;
+`route.pa_loss` is L_PA)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 _TINY = 1e-6
 
@@ -37,6 +38,43 @@ def kd_loss(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor, temperature:
 
 def _rest(log_probs: Tensor) -> Tensor:
     return (1 - log_probs.exp().sum(-1)).clamp_min(_TINY)
+
+
+def label_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that do follow, mean over positions (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        logits: (sequences, length, vocabulary).
+        tokens: (sequences, length).
+    """
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def matched_streams(hidden_states: tuple[Tensor, ...], count: int) -> Tensor:
+    """The residual stream after `count` layers, evenly spaced; the last is the one that the output head reads.
+
+    Args:
+        hidden_states: the embedding and the stream after each layer, each (sequences, length, d), as transformers
+            gives them.
+
+    Returns:
+        (sequences, length, count, d); of a model with fewer layers, all of them.
+    """
+    depth = len(hidden_states) - 1
+    count = min(count, depth)
+    return torch.stack([hidden_states[round(depth * (i + 1) / count)] for i in range(count)], dim=2)
+
+
+def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`|s - t|^2 / |t|^2` of the residual stream, mean over tokens and layers (after FitNets, arXiv 1412.6550).
+
+    It is relative because streams grow with depth and those of a few tokens are a hundred times as long as others.
+
+    Args:
+        student, teacher: (..., d), as `matched_streams` gives them.
+    """
+    teacher = teacher.float()
+    return ((student.float() - teacher).pow(2).sum(-1) / teacher.pow(2).sum(-1).clamp_min(_TINY)).mean()
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:

@@ -34,6 +34,12 @@ class HealSettings(BaseModel):
     """Weight of the Prior-Approximate loss."""
     balance_weight: float = Field(default=0.001, ge=0)
     """Weight of the loss that evens the experts' load."""
+    label_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy of the text itself, which also fits the student to that kind of text."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the distance to the teacher's residual stream; 0 keeps no streams on disk."""
+    hidden_layers: int = Field(default=6, ge=1)
+    """Layers after which the streams are compared, evenly spaced; each is 2 bytes a channel on disk for a token."""
     batch: int = Field(default=2, ge=1)
     """Sequences in a step, over all processes."""
     micro_batch: int = Field(default=2, ge=1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from factorllm.checkpoint import write_shard
 from factorllm.ffn import FFN
-from factorllm.heal.losses import top_log_probs
+from factorllm.heal.losses import matched_streams, top_log_probs
 from factorllm.partition import Partition
 from factorllm.route import expert_scores, prior_distribution
 
@@ -35,6 +35,7 @@ class Asked:
         temperature: of their probabilities.
         partitions: for each layer, the student's experts; empty for a student without routers.
         top_k, prior: of the student's recipe.
+        streams: layers whose residual stream is kept.
     """
 
     vocabulary: int
@@ -43,13 +44,14 @@ class Asked:
     top_k: int
     prior: str
     bfloat16: bool
+    streams: int
 
 
 class Targets(Dataset):
     """Sequences with the teacher's targets, read from disk one at a time.
 
-    An item has `input_ids` (length,) int64, `top_ids` (length, K) int32, `top_log_probs` (length, K) fp16, and if the
-    student has routers, `priors` (length, layers, N) fp16.
+    An item has `input_ids` (length,) int64, `top_ids` (length, K) int32, `top_log_probs` (length, K) fp16; if the
+    student has routers, `priors` (length, layers, N) fp16; if they are matched, `streams` (length, layers, d) bf16.
     """
 
     def __init__(self, tokens: Tensor, folder: Path, part: str):
@@ -93,12 +95,15 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
     """The teacher's targets for `tokens` (sequences, length), as in an item of `Targets`."""
     autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=asked.bfloat16)
     with _recorded_priors(teacher, asked) as priors, autocast:
-        hidden = teacher.model(tokens.to(teacher.device), use_cache=False).last_hidden_state
-    logits = teacher.lm_head(hidden.float())  # in fp32: logits are large, and bf16 rounds them by several percent
+        output = teacher.model(tokens.to(teacher.device), use_cache=False, output_hidden_states=asked.streams > 0)
+    # In fp32: logits are large, and bf16 rounds them by several percent.
+    logits = teacher.lm_head(output.last_hidden_state.float())
     ids, log_probs = top_log_probs(logits, asked.vocabulary, asked.temperature)
     found = {"top_ids": ids.int().cpu(), "top_log_probs": log_probs.half().cpu()}
     if priors:
         found["priors"] = torch.stack(priors, dim=1).view(*tokens.shape, len(priors), -1).half().cpu()
+    if asked.streams:
+        found["streams"] = matched_streams(output.hidden_states, asked.streams).bfloat16().cpu()
     return found
 
 

@@ -1,4 +1,4 @@
-"""`FactorTrainer`: a transformers `Trainer` whose loss is `L_KD + a L_PA + b L_balance`."""
+"""`FactorTrainer`: a transformers `Trainer` whose loss is that of `losses`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import ModelOutput
 
-from factorllm.heal.losses import balance_loss, kd_loss
+from factorllm.heal.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams
 from factorllm.heal.settings import HealSettings
 from factorllm.route import FLATTEN, pa_loss
 from factorllm.route.loaded import Routers, is_router
@@ -24,7 +25,7 @@ class FactorTrainer(Trainer):
     Args:
         model: the student, with its parameters frozen as wanted (`students.set_learning`).
         settings: how to heal.
-        routers: the student's; without routers the loss is `L_KD` alone.
+        routers: the student's; without routers the loss has no `L_PA` and no `L_balance`.
 
     All else goes to `Trainer`.
     """
@@ -34,22 +35,33 @@ class FactorTrainer(Trainer):
         # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
         self.model_accepts_loss_kwargs = False
         self.settings, self.routers = settings, routers
+        self._weights = {
+            "kd": 1.0,
+            "pa": settings.pa_weight,
+            "balance": settings.balance_weight,
+            "label": settings.label_weight,
+            "hidden": settings.hidden_weight,
+        }
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.routers.start()
-        output = model(input_ids=inputs["input_ids"], use_cache=False)
-        terms = self._losses(output.logits, inputs)
+        streams = self.settings.hidden_weight > 0
+        output = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=streams)
+        terms = self._losses(output, inputs)
         for name, value in terms.items():
             self._terms[name].append(value.detach())
-        loss = terms["kd"]
-        if self.routers.modules:
-            loss = loss + self.settings.pa_weight * terms["pa"] + self.settings.balance_weight * terms["balance"]
+        loss = sum(self._weights[name] * value for name, value in terms.items())
         return (loss, output) if return_outputs else loss
 
-    def _losses(self, logits: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings, routers = self.settings, self.routers
+    def _losses(self, output: ModelOutput, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings, routers, logits = self.settings, self.routers, output.logits
         terms = {"kd": kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], settings.temperature)}
+        if settings.label_weight:
+            terms["label"] = label_loss(logits, inputs["input_ids"])
+        if settings.hidden_weight:
+            streams = matched_streams(output.hidden_states, settings.hidden_layers)
+            terms["hidden"] = hidden_loss(streams, inputs["streams"])
         if routers.modules:
             picked = routers.logits(settings.gates == "soft")
             prior = inputs["priors"].float()
