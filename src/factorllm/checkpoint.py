@@ -32,26 +32,31 @@ class Workspace:
         job: everything that decides the bytes of the result. A run resumes only under an equal job.
         overwrite: replace an `out` that exists, at the very end, and discard an unfinished run of another job. An
             unfinished run of the same job goes on in any case.
+        leads: whether this process writes. Another one that shares the work only reads what the leading one has opened.
 
     Raises:
         FactorLLMError: when `out` exists, another process is at work, or the unfinished run is another job.
     """
 
-    def __init__(self, out: Path, job: dict, overwrite: bool):
-        self.out, self._overwrite = out, overwrite
+    def __init__(self, out: Path, job: dict, overwrite: bool, leads: bool = True):
+        self.out, self._overwrite, self._leads = out, overwrite, leads
         self.folder = workspace_folder(out)
         self._replaced = self.folder / "replaced"
-        if self._replaced.exists() and not out.exists():
-            self._replaced.rename(out)  # killed between the two renames of publish()
-        if not overwrite:
-            refuse_existing(out)
+        if leads:
+            self._open(job)
+        self.journal = self._read_journal()
+
+    def _open(self, job: dict) -> None:
+        if self._replaced.exists() and not self.out.exists():
+            self._replaced.rename(self.out)  # killed between the two renames of publish()
+        if not self._overwrite:
+            refuse_existing(self.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         except OSError as error:
             raise FactorLLMError(f"cannot write to {self.folder}: {error.strerror}; choose another -o") from None
         self._check_job(json.loads(json.dumps(job)))
-        self.journal = self._read_journal()
 
     @property
     def layers_done(self) -> int:
@@ -87,7 +92,8 @@ class Workspace:
 
     def close(self) -> None:
         """Release the lock; the folder stays for a later run."""
-        self._lock.close()
+        if self._leads:
+            self._lock.close()
 
     def _take_lock(self):
         lock = (self.folder / "lock").open("w")

@@ -64,7 +64,8 @@ def factorize(
 
     settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, baseline=baseline)
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console)
-    show_summary(console, summary)
+    if summary:
+        show_summary(console, summary)
 
 
 @app.command()
@@ -85,6 +86,10 @@ def heal(
     temperature: Annotated[float, typer.Option(help="Of teacher and student.")] = 1.0,
     pa_weight: Annotated[float, typer.Option(help="Weight of the Prior-Approximate loss.")] = 0.1,
     balance_weight: Annotated[float, typer.Option(help="Weight of the loss that evens the experts' load.")] = 0.001,
+    label_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy of the text itself.")] = 0.0,
+    hidden_weight: Annotated[
+        float, typer.Option(help="Weight of the distance to the teacher's residual stream.")
+    ] = 0.0,
     batch: Annotated[int, typer.Option(help="Sequences in a step, over all processes.")] = 2,
     micro_batch: Annotated[int, typer.Option(help="Sequences that one process runs at once.")] = 2,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory.")] = False,
@@ -106,6 +111,8 @@ def heal(
         temperature=temperature,
         pa_weight=pa_weight,
         balance_weight=balance_weight,
+        label_weight=label_weight,
+        hidden_weight=hidden_weight,
         batch=batch,
         micro_batch=micro_batch,
         gradient_checkpointing=gradient_checkpointing,

@@ -13,6 +13,7 @@ from factorllm.ffn import FFN, neuron_energy
 from factorllm.hosts import Host, StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
 from factorllm.partition.energy import expert_picks
+from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.restore import GatedHidden, RidgeStatistics, solve_ridge, solve_ridge_at, token_weights
 from factorllm.route import (
@@ -60,12 +61,14 @@ class Workplace:
     """Where and how the work is done.
 
     Attributes:
-        scratch: folder for activations that spill.
+        ranks: the processes that share the work.
+        scratch: this process's folder for activations that spill.
         memory_limit: bytes that one kind of activations may take in memory.
         tick: called with the number of sequences after each batch of each of the `PASSES`.
     """
 
     device: torch.device
+    ranks: Ranks
     scratch: Path
     memory_limit: int
     tick: Callable[[int], None]
@@ -86,7 +89,7 @@ class LayerConversion:
     ):
         self.layer, self.ffn, self.streams = layer, layer.ffn, streams
         self.recipe, self.shape, self.host, self.generator = recipe, shape, host, generator
-        self.workplace, self.device = workplace, workplace.device
+        self.workplace, self.device, self.ranks = workplace, workplace.device, workplace.ranks
         before = streams.before
         self.stride = max(before.sequences * before.length // _ROUTER_TOKENS, 1)
         # The student's stream before the FFN; what the FFN and the router read; all intermediate activations of each
@@ -115,6 +118,7 @@ class LayerConversion:
         restored, strength = kept.down.float(), None
         if self.recipe.restore != "none":
             restored, strength = solve_ridge(folds, restored)
+            restored = self.ranks.same(restored)
         error = self._advance(router, restored)
         for rows in (self.middle, self.inputs, self.sample, self.active):
             rows.remove()
@@ -134,7 +138,7 @@ class LayerConversion:
         before, workplace = self.streams.before, self.workplace
         size = before.sequences * length * width * before.dtype.itemsize
         path = None if size <= workplace.memory_limit else workplace.scratch / f"{name}.rows"
-        return Rows(path, before.sequences, length, width, before.dtype)
+        return Rows(path, before.sequences, length, width, before.dtype, self.ranks)
 
     def _collect(self) -> None:
         for run in self.middle.runs():
@@ -148,9 +152,12 @@ class LayerConversion:
     def _split(self) -> Partition:
         stride = max(self.sample.sequences * self.sample.length // _PARTITION_TOKENS, 1)
         hidden = torch.cat([self.sample.read(run, self.device).flatten(0, 1)[::stride] for run in self.sample.runs()])
+        hidden = self.ranks.gather(hidden)
         if self.recipe.is_prune:
-            return keep_top_energy(self.ffn, hidden, self.shape)
-        return partition(self.ffn, hidden, self.shape, self.recipe.partition, self.generator)
+            split = keep_top_energy(self.ffn, hidden, self.shape)
+        else:
+            split = partition(self.ffn, hidden, self.shape, self.recipe.partition, self.generator)
+        return Partition(self.ranks.same(split.shared), self.ranks.same(split.experts), split.ffn_width)
 
     def _route(self, split: Partition, kept: FFN) -> tuple[Tensor, float]:
         """The router (N, d), and its agreement with the prior."""
@@ -160,13 +167,14 @@ class LayerConversion:
             hidden = self.sample.read(run, self.device).flatten(0, 1)
             scores.append(expert_scores(self.ffn, hidden, split, shape.top_k, recipe.prior))
             inputs.append(self._sampled(self.inputs, run))
-        inputs, scores = torch.cat(inputs), torch.cat(scores)
+        inputs, scores = self.ranks.gather(torch.cat(inputs)), self.ranks.gather(torch.cat(scores))
         fitted = len(inputs) - len(inputs) // _CHECKED_SHARE
         prior = prior_distribution(scores[:fitted], shape.top_k, recipe.prior)
         router = fit_router(recipe.router, inputs[:fitted], prior, self.ffn, split, shape.top_k, self.generator)
         if recipe.router == "refined" and can_refine(shape.experts, shape.top_k):
             router = self._refine(router, inputs[:fitted], split, kept)
             router *= scale_to_prior(inputs[:fitted] @ router.T, prior)
+        router = self.ranks.same(router)
         picked = expert_picks(inputs[fitted:] @ router.T, shape.top_k)
         wanted = expert_picks(scores[fitted:], shape.top_k)
         return router * FLATTEN, ((picked * wanted).sum() / wanted.sum()).item()
@@ -183,6 +191,7 @@ class LayerConversion:
             for x, hidden, target, weights in self._sampled_batches(split):
                 active = GatedHidden(hidden, self._gates(x, router * FLATTEN), self.shape)
                 first.update(active, target, weights)
+            first.share(self.ranks)
             down = solve_ridge_at(first, down, _REFINING_STRENGTH)
         sets = expert_sets(self.shape.experts, self.shape.top_k).to(self.device)
         errors = []
@@ -192,19 +201,20 @@ class LayerConversion:
                 for columns in (self.shape.shared_columns, *self.shape.expert_columns())
             )
             errors.append(set_errors(torch.stack(experts, 1), target - shared, sets) * weights[:, None])
-        return refine_router(router, inputs, torch.cat(errors)[: len(inputs)], sets)
+        errors = self.ranks.gather(torch.cat(errors))
+        return refine_router(router, inputs, errors[: len(inputs)], sets)
 
     def _energy_kept(self, split: Partition, router: Tensor | None) -> float:
         """Share of the contribution energy that the shared part and the picked experts hold."""
-        total, gain = 0.0, self.ffn.neuron_gain()
+        total, gain = torch.zeros((), dtype=torch.float64, device=self.device), self.ffn.neuron_gain()
         for run in self.sample.runs():
             energy = neuron_energy(self.sample.read(run, self.device).flatten(0, 1), gain)
             runs = energy[:, split.shared].sum(1)
             if router is not None:
                 picked = self._gates(self._sampled(self.inputs, run), router) > 0
                 runs += (split.expert_sums(energy) * picked).sum(1)
-            total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum().item()
-        return total / (self.sample.sequences * self.sample.length)
+            total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum()
+        return self.ranks.sum(total).item() / (self.sample.sequences * self.sample.length)
 
     def _sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""
@@ -229,7 +239,9 @@ class LayerConversion:
             if self.recipe.restore != "none":
                 folds[fold].update(active, *self._target(run))
             self._tick(run)
-        return folds, (load / (self.middle.sequences * self.middle.length)).tolist()
+        for fold in folds:
+            fold.share(self.ranks)
+        return folds, (self.ranks.sum(load) / (self.middle.sequences * self.middle.length)).tolist()
 
     def _target(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
         """What the student's FFN should give, and how much each token counts, for each `stride`-th token: (n, d), (n,).
@@ -246,7 +258,7 @@ class LayerConversion:
 
     def _advance(self, router: Tensor | None, down: Tensor) -> float:
         """Write the student's stream after the layer; returns its relative squared error."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for run in self.middle.runs():
             middle = self.middle.read(run, self.device)
             gates = self._gates(self.inputs.read(run, self.device).flatten(0, 1), router)
@@ -254,9 +266,9 @@ class LayerConversion:
             after = middle + active.project(down).view_as(middle).to(middle.dtype)
             self.streams.after.write(run, after)
             teacher = self.streams.teacher_after.read(run, self.device).float()
-            total += ((after - teacher).square().sum(-1) / teacher.square().sum(-1)).sum().item()
+            total += ((after - teacher).square().sum(-1) / teacher.square().sum(-1)).sum()
             self._tick(run)
-        return total / (self.middle.sequences * self.middle.length)
+        return self.ranks.sum(total).item() / (self.middle.sequences * self.middle.length)
 
     def _gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
         """Gate weights, (tokens, N); a static prune has no experts."""

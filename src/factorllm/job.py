@@ -16,6 +16,7 @@ from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, 
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate import cost_of
 from factorllm.hosts import Host, choose_host
+from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
@@ -47,6 +48,7 @@ class Job:
     students: list[Student]
     settings: Settings
     work: Workspace
+    ranks: Ranks
     console: Console
 
     @property
@@ -57,7 +59,7 @@ class Job:
         """Hidden states of `name` before `layer`, on disk."""
         path = self.work.folder_at("streams") / f"{name}.{layer:04d}.rows"
         sequences, length = self.text.calibration.shape
-        return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype)
+        return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype, self.ranks)
 
     @property
     def stream_names(self) -> list[str]:
@@ -74,8 +76,10 @@ def open_job(
     overwrite: bool,
     console: Console | None,
 ) -> Iterator[Job]:
-    """Open and check everything, the cheap checks first; hold the workspace while the block runs."""
-    console = console or Console(quiet=True)
+    """Open and check everything, the cheap checks first; hold the workspace while the block runs.
+
+    Under `accelerate launch` every process gets the same job, and the first one writes.
+    """
     if not overwrite:
         refuse_existing(out)
     source = open_model(model)
@@ -87,6 +91,10 @@ def open_job(
         for name, shape in shapes.items()
     }
     settings = settings.resolve(config)
+    ranks = Ranks(cpu=settings.torch_device.type == "cpu")
+    if ranks.count > 1:
+        settings = settings.model_copy(update={"device": str(ranks.device)})
+    console = console if console and ranks.is_main else Console(quiet=True)
     tokenizer = source.tokenizer()
     console.print(f"reading {source.label}")
     identity = {
@@ -97,14 +105,16 @@ def open_job(
         "versions": versions(),
     }
     with explain_full_disk(out):
-        work = Workspace(out, identity, overwrite)
+        with ranks.main_first():
+            work = Workspace(out, identity, overwrite, leads=ranks.is_main)
         try:
             students = [
                 Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
                 for name, recipe in recipes.items()
             ]
-            calibration = _read_text(work, source, tokenizer, text, settings, console)
-            job = Job(source, calibration, students, settings, work, console)
+            with ranks.main_first():
+                calibration = _read_text(work, source, tokenizer, text, settings, console)
+            job = Job(source, calibration, students, settings, work, ranks, console)
             _check_disk(job)
             yield job
         finally:
@@ -114,7 +124,7 @@ def open_job(
 def _read_text(
     work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
 ) -> CalibrationText:
-    """Tokens are kept in the workspace, so that a resumed run sees the same ones."""
+    """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = work.folder / "tokens.safetensors"
     if path.exists():
         return CalibrationText(**load_file(path), origin=text_origin(text))

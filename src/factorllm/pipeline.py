@@ -51,10 +51,11 @@ def factorize(
     settings: Settings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Summary:
+) -> Summary | None:
     """Turn a dense model into a sparse Mixture of Experts and write it to `out`.
 
-    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes. Under
+    `accelerate launch` the processes share the calibration text; only the main one returns a summary.
 
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
@@ -73,7 +74,7 @@ def factorize(
         recipes["pruned"] = recipe.static_prune()
     with open_job(model, Path(out), recipes, text, settings, overwrite, console) as job:
         _convert_layers(job)
-        return _finish(job, _temper(job))
+        return _finish(job, _temper(job)) if job.ranks.is_main else None
 
 
 @torch.no_grad()
@@ -112,12 +113,14 @@ def _convert_layers(job: Job) -> None:
     settings, device = job.settings, job.settings.torch_device
     loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
     _start_streams(job, loader)
-    _write_outer_shards(job)
+    if job.ranks.is_main:
+        _write_outer_shards(job)
 
     steps = len(job.text.calibration) * (1 + PASSES * len(job.students))
     done = job.work.layers_done
     with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
-        workplace = Workplace(device, job.work.folder_at("scratch"), settings.memory_limit, bar.advance)
+        scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
+        workplace = Workplace(device, job.ranks, scratch, settings.memory_limit, bar.advance)
         for index in range(done, job.layers):
             bar.describe(f"layer {index + 1}/{job.layers}")
             clock = Clock()
@@ -127,7 +130,8 @@ def _convert_layers(job: Job) -> None:
             for student in job.students:
                 ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
                 neurons[student.name] = split.order.tolist()
-                _write_layer(job, student, index, ffn)
+                if job.ranks.is_main:
+                    _write_layer(job, student, index, ffn)
                 seconds[student.name] = clock.lap()
             _commit_layer(job, index, statistics, neurons, seconds)
 
@@ -172,6 +176,9 @@ def _start_streams(job: Job, loader: LayerLoader) -> None:
 def _commit_layer(
     job: Job, index: int, statistics: dict, neurons: dict[str, list[int]], seconds: dict[str, float]
 ) -> None:
+    job.ranks.wait()  # the streams are whole only now
+    if not job.ranks.is_main:
+        return
     digests = {name: job.stream(name, index + 1).digest() for name in job.stream_names}
     entry = {"layer": index, "seconds": seconds, "streams": digests, "statistics": statistics, "neurons": neurons}
     job.work.commit(entry)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from factorllm.ffn import FFN
+from factorllm.ranks import Ranks
 from factorllm.recipe import Shape
 
 _HEAVIEST = 100.0  # times the median power of a token, above which its weight falls no more
@@ -121,6 +122,11 @@ class RidgeStatistics:
             left = slice(0, columns.stop)
             self._lower[columns, left].addmm_(weighted, whole[tokens, left])
             self.cross[columns].addmm_(weighted, target[tokens])
+
+    def share(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        ranks.sum(self._lower)
+        ranks.sum(self.cross)
 
 
 def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, float | None]:

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor, nn
 
 from factorllm.ffn import FFN
+from factorllm.ranks import Ranks
 from factorllm.sources import ModelSource
 
 BATCH_TOKENS = 2048
@@ -23,10 +24,21 @@ class Rows:
 
     Args:
         path: the file, or None to keep the array in memory.
+        ranks: the processes that work on the array, each on its share of the sequences; None for one process.
     """
 
-    def __init__(self, path: Path | None, sequences: int, length: int, width: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        path: Path | None,
+        sequences: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
+    ):
         self.path, self.sequences, self.length, self.width, self.dtype = path, sequences, length, width, dtype
+        self._step = max(BATCH_TOKENS // length, 1)
+        self._share = ranks.share(sequences, self._step) if ranks else slice(0, sequences)
         self._memory = torch.empty(sequences, length, width, dtype=dtype) if path is None else None
         if path is not None and not path.exists():
             path.touch()
@@ -57,16 +69,22 @@ class Rows:
         return torch.frombuffer(buffer, dtype=self.dtype).view(-1, self.length, self.width).to(device)
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Runs of sequences of about `BATCH_TOKENS` tokens that cover start..stop."""
+        """Runs of sequences of about `BATCH_TOKENS` tokens that cover this process's share of start..stop."""
         stop = self.sequences if stop is None else stop
-        step = max(BATCH_TOKENS // self.length, 1)
-        for first in range(start, stop, step):
-            yield slice(first, min(first + step, stop))
+        return self._runs(max(start, self._share.start), min(stop, self._share.stop))
+
+    def all_runs(self) -> Iterator[slice]:
+        """The same for the whole array."""
+        return self._runs(0, self.sequences)
+
+    def _runs(self, start: int, stop: int) -> Iterator[slice]:
+        for first in range(start, stop, self._step):
+            yield slice(first, min(first + self._step, stop))
 
     def digest(self) -> str:
         """xxh3-64 of a file-backed array, in hexadecimal."""
         digest = xxhash.xxh3_64()
-        for run in self.runs():
+        for run in self.all_runs():
             digest.update(memoryview(self.read(run).view(torch.uint8).numpy()))
         return digest.hexdigest()
 

@@ -45,5 +45,5 @@ def sample_logits(stream: Rows, norm: Tensor, eps: float, head: Tensor) -> Tenso
     """
     tokens = max(_LOGITS // len(head), 1)
     stride = -(-stream.sequences * stream.length // tokens)
-    rows = torch.cat([stream.read(run, head.device).flatten(0, 1)[::stride] for run in stream.runs()]).float()
+    rows = torch.cat([stream.read(run, head.device).flatten(0, 1)[::stride] for run in stream.all_runs()]).float()
     return rms_norm(rows, norm.shape, norm.float(), eps) @ head.float().T

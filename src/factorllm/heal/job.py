@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +19,7 @@ from factorllm.heal.settings import HealSettings
 from factorllm.inspection import load_student, read_partitions, read_provenance
 from factorllm.job import versions
 from factorllm.partition import Partition
+from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
@@ -38,7 +38,7 @@ class HealJob:
         text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
         work: the workspace, in the main process; None in the others.
         folder: the workspace's folder.
-        processes: this process among those that heal together.
+        ranks: the processes that heal together.
     """
 
     student: Path
@@ -52,12 +52,12 @@ class HealJob:
     text_origin: str
     work: Workspace | None
     folder: Path
-    processes: PartialState
+    ranks: Ranks
     console: Console
 
     @property
     def device(self) -> torch.device:
-        return self.processes.device
+        return self.ranks.device
 
     @property
     def bfloat16(self) -> bool:
@@ -92,12 +92,12 @@ def open_heal_job(
     _check_teacher(student, made, source)
     partitions = [] if recipe.is_prune else read_partitions(student, recipe.shape(source.config.intermediate_size))
     made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
-    processes = PartialState(cpu=made_with.torch_device.type == "cpu")
-    _check_batch(settings, processes.num_processes)
-    console = console if console and processes.is_main_process else Console(quiet=True)
+    ranks = Ranks(cpu=made_with.torch_device.type == "cpu")
+    _check_batch(settings, ranks.count)
+    console = console if console and ranks.is_main else Console(quiet=True)
     with explain_full_disk(out):
         work = None
-        if processes.is_main_process:
+        if ranks.is_main:
             identity = {
                 "student": digest_of([student / "factorllm.json", *sorted(student.glob("*.safetensors"))]),
                 "teacher": source.fingerprint,
@@ -108,10 +108,10 @@ def open_heal_job(
             work = Workspace(out, identity, overwrite)
         try:
             folder = workspace_folder(out)
-            tokens = _read_text(folder, source, made, text, settings, made_with, processes, console)
+            tokens = _read_text(folder, source, made, text, settings, made_with, ranks, console)
             yield HealJob(
                 student, made, recipe, partitions, source, settings, made_with, tokens, text_origin(text), work,
-                folder, processes, console,
+                folder, ranks, console,
             )  # fmt: skip
         finally:
             if work:
@@ -142,19 +142,19 @@ def _read_text(
     text: str | None,
     settings: HealSettings,
     made_with: Settings,
-    processes: PartialState,
+    ranks: Ranks,
     console: Console,
 ) -> dict[str, Tensor]:
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = folder / "tokens.safetensors"
-    if processes.is_main_process and not path.exists():
+    if ranks.is_main and not path.exists():
         if text is None:
             console.print("no --text given: sampling text from the dense model itself")
         packed = _pack(source, made, text, settings, made_with)
         if (there := packed["train"].numel()) < settings.tokens // made_with.length * made_with.length:
             console.print(f"the text is short: healing on {there:,} of the {settings.tokens:,} tokens asked for")
         write_shard(path, packed)
-    processes.wait_for_everyone()
+    ranks.wait()
     return load_file(path)
 
 

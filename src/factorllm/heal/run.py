@@ -29,7 +29,7 @@ from factorllm.route.loaded import Routers
 _LOGS = 50
 """Points of the loss curve."""
 
-_CURVE = ("loss", "kd", "pa", "balance", "eval_loss")
+_CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss")
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,29 @@ def heal(
 
 def _ask_teacher(job: HealJob) -> dict[str, Targets]:
     """The teacher's targets for the text to train and to validate on; the processes share what is not on disk yet."""
-    folder, processes = job.folder / "targets", job.processes
+    folder, ranks = job.folder / "targets", job.ranks
     folder.mkdir(exist_ok=True)
     targets = {part: Targets(job.text[part], folder, part) for part in ("train", "validation")}
     missing = [(part, number) for part, data in targets.items() for number in data.missing()]
-    processes.wait_for_everyone()  # all must have looked before one writes
+    ranks.wait()  # all must have looked before one writes
     if missing:
         recipe, settings = job.recipe, job.settings
         asked = Asked(
-            settings.vocabulary, settings.temperature, job.partitions, recipe.active, recipe.prior, job.bfloat16
+            vocabulary=settings.vocabulary,
+            temperature=settings.temperature,
+            partitions=job.partitions,
+            top_k=recipe.active,
+            prior=recipe.prior,
+            bfloat16=job.bfloat16,
+            streams=settings.hidden_layers if settings.hidden_weight else 0,
         )
         teacher = job.teacher.load_model(torch.float32, job.device)
-        mine = missing[processes.process_index :: processes.num_processes]
+        mine = missing[ranks.index :: ranks.count]
         sequences = sum(targets[part].size_of(number) for part, number in mine)
         with meter(job.console, "asking the teacher", sequences) as bar:
             for part, number in mine:
                 targets[part].compute(number, teacher, asked, bar.advance)
-    processes.wait_for_everyone()
+    ranks.wait()
     return targets
 
 
@@ -140,7 +146,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
 def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
     settings = job.settings
     every = math.ceil(steps / settings.evaluations)
-    accumulate = settings.batch // (settings.micro_batch * job.processes.num_processes)
+    accumulate = settings.batch // (settings.micro_batch * job.ranks.count)
     return TrainingArguments(
         output_dir=str(job.folder / "trainer"),
         max_steps=steps,
@@ -184,7 +190,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _predict(job: HealJob, trainer: FactorTrainer, steps: int) -> None:
     """Time one part of a batch and say how long training will take."""
     settings = job.settings
-    if job.processes.num_processes > 1 or steps <= 0:
+    if job.ranks.count > 1 or steps <= 0:
         return  # the model is not wrapped yet, so a step here would not be a step there
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(settings.micro_batch)])
     inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
@@ -206,7 +212,7 @@ def _predict(job: HealJob, trainer: FactorTrainer, steps: int) -> None:
 def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     """Write the healed weights by the student's names and in its dtype, and all its other files as they are."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not job.processes.is_main_process:
+    if not job.ranks.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.settings.train == "lora":

@@ -1,0 +1,56 @@
+"""Processes that share a conversion make what one makes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import relative_error
+from safetensors.torch import load_file
+
+from factorllm.inspection import PARTITION_FILE
+
+# Five batches of 2,048 tokens, so that the shares are uneven.
+OPTIONS = ["--recipe", "S2A2E8", "--tokens", str(5 * 2048), "--no-baseline"]
+ONE = ["-m", "factorllm"]
+TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", *ONE]
+
+
+@pytest.fixture(scope="module")
+def made(dense_folder, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, program in (("one", ONE), ("two", TWO)):
+        words = ["factorize", dense_folder, "-o", folder / name, "--text", text_file, *OPTIONS]
+        subprocess.run(
+            [sys.executable, *program, *map(str, words)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    return folder
+
+
+def content(folder, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def test_neurons_are_in_the_same_experts(made):
+    assert content(made / "one", PARTITION_FILE) == content(made / "two", PARTITION_FILE)
+
+
+def test_weights_are_the_same_but_for_rounding(made):
+    for path in sorted((made / "one").glob("model-*.safetensors")):
+        one, two = load_file(path), load_file(made / "two" / path.name)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert relative_error(two[name].float(), tensor.float()) < 1e-2, name
+
+
+def test_statistics_are_those_of_all_the_text(made):
+    one, two = (content(made / name, "factorllm.json") for name in ("one", "two"))
+    for name in ("dense", "student"):
+        assert two["results"][name]["perplexity"] == pytest.approx(one["results"][name]["perplexity"], rel=1e-3)
+    for first, second in zip(one["layers"], two["layers"], strict=True):
+        for name in ("router_agreement", "energy_kept", "stream_error"):
+            assert second[name] == pytest.approx(first[name], rel=1e-2), name
+        assert torch.tensor(second["expert_load"]).allclose(torch.tensor(first["expert_load"]), atol=1e-2)
+    assert one["data"] == two["data"]
