@@ -1,4 +1,4 @@
-"""What the scripts share: reading the text that `factorize` would read, and tables in the pages of docs/."""
+"""What the scripts share: tables in the pages of docs/."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ import subprocess
 from pathlib import Path
 
 from factorllm.checkpoint import write_text
-from factorllm.settings import Settings
-from factorllm.sources import CalibrationText, ModelSource, read_calibration_text
-
-
-def read_text(source: ModelSource, text: str, settings: Settings) -> CalibrationText:
-    """The calibration and held-out tokens that `factorize` takes from a text under these settings."""
-    return read_calibration_text(
-        text,
-        source.tokenizer(),
-        tokens=settings.tokens,
-        held_out_tokens=settings.held_out_tokens,
-        length=settings.length,
-        seed=settings.seed,
-        load_model=lambda: None,
-    )
 
 
 def replace_part(page: Path, mark: str, content: str) -> None:

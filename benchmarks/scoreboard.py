@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from common import commit, markdown_table, read_text, replace_part
+from common import commit, markdown_table, replace_part
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -32,7 +32,7 @@ from factorllm.pipeline import compare
 from factorllm.progress import Clock
 from factorllm.report import ModelRow
 from factorllm.settings import Settings
-from factorllm.sources import CalibrationText, ModelSource, open_model
+from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
 from factorllm.sources.text import public_name
 
 ACTIVE_PARTS = {25: 6, 50: 4, 75: 2}
@@ -247,7 +247,7 @@ def main() -> None:
 def open_ground(arguments: argparse.Namespace) -> Ground:
     source = open_model(arguments.model)
     settings = Settings(tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens).resolve(source.config)
-    text = read_text(source, arguments.text, settings)
+    text = read_calibration_text(arguments.text, source.tokenizer(), settings)
     return Ground(source, settings, text, arguments.data, arguments.limit)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import commit, markdown_table, read_text, replace_part
+from common import commit, markdown_table, replace_part
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from factorllm import factorize, parse_recipe
 from factorllm.demo import demo_model
 from factorllm.evaluate import cost_of, perplexity
 from factorllm.settings import Settings
-from factorllm.sources import open_model
+from factorllm.sources import open_model, read_calibration_text
 from factorllm.sources.text import public_name
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         tokens=arguments.tokens, held_out_tokens=arguments.held_out_tokens, host="glm4_moe", baseline=False
     )
     source = open_model(arguments.model)
-    held_out = read_text(source, arguments.text, settings).held_out
+    held_out = read_calibration_text(arguments.text, source.tokenizer(), settings).held_out
     recipes = {f"{text}, restored": parse_recipe(text) for text in arguments.recipes}
     recipes["not restored"] = parse_recipe(arguments.recipes[0]).model_copy(update={"restore": "none"})
 

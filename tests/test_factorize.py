@@ -64,11 +64,9 @@ def test_the_measured_numbers_are_in_the_output(made):
     assert "tiny-llama" in card
 
 
-def test_the_perplexity_is_that_of_the_written_checkpoint(made, dense_folder, text_file):
+def test_the_perplexity_is_that_of_the_written_checkpoint(made, dense_folder, text_file, small):
     tokenizer = AutoTokenizer.from_pretrained(made.out)
-    text = read_calibration_text(
-        str(text_file), tokenizer, tokens=4096, held_out_tokens=512, length=64, seed=0, load_model=None
-    )
+    text = read_calibration_text(str(text_file), tokenizer, small)
     for folder, name in ((made.out, "student"), (dense_folder, "dense")):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():

@@ -116,15 +116,7 @@ def test_before_and_after_are_measured_on_the_text_that_was_held_out_before(stud
 
 
 def calibration_text(dense_folder, text_file):
-    return read_calibration_text(
-        str(text_file),
-        open_model(str(dense_folder)).tokenizer(),
-        tokens=MADE_WITH.tokens,
-        held_out_tokens=MADE_WITH.held_out_tokens,
-        length=MADE_WITH.length,
-        seed=MADE_WITH.seed,
-        load_model=lambda: None,
-    )
+    return read_calibration_text(str(text_file), open_model(str(dense_folder)).tokenizer(), MADE_WITH)
 
 
 def test_text_to_heal_on_is_neither_calibrated_on_nor_held_out(student, dense_folder, text_file):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CONFIGS, byte_tokenizer, relative_error, save_dense, some_tokens
 
+from factorllm.settings import Settings
 from factorllm.sources import open_model, read_calibration_text
 from factorllm.sources.text import pack, read_documents
 
@@ -45,9 +46,7 @@ def test_no_document_is_both_calibrated_on_and_held_out(tmp_path):
     path = tmp_path / "text.txt"
     write(path, [f"{i:04d}" * 5 for i in range(400)])
     tokenizer = byte_tokenizer()
-    text = read_calibration_text(
-        str(path), tokenizer, tokens=2000, held_out_tokens=400, length=40, seed=0, load_model=None
-    )
+    text = read_calibration_text(str(path), tokenizer, Settings(tokens=2000, held_out_tokens=400, length=40))
     assert text.calibration.shape == (50, 40)
     assert text.held_out.shape == (10, 40)
     seen = [set(tokenizer.decode(part.flatten()).split("</s>")) for part in (text.calibration, text.held_out)]

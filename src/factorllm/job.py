@@ -133,10 +133,7 @@ def _read_text(
     read = read_calibration_text(
         text,
         tokenizer,
-        tokens=settings.tokens,
-        held_out_tokens=settings.held_out_tokens,
-        length=settings.length,
-        seed=settings.seed,
+        settings,
         load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
     )
     write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})

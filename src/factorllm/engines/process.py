@@ -98,6 +98,10 @@ class EngineProcess:
         self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._ask("generate", tokens, count)
 

@@ -164,12 +164,4 @@ def _key(subject: _Subject, task: str, data: Path | None, limit: int | None) -> 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
     """The part of a text that `factorize` with the same settings holds out."""
-    return read_calibration_text(
-        text,
-        tokenizer,
-        tokens=1,
-        held_out_tokens=made_with.held_out_tokens,
-        length=made_with.length,
-        seed=made_with.seed,
-        load_model=lambda: None,
-    ).held_out
+    return read_calibration_text(text, tokenizer, made_with.model_copy(update={"tokens": 1})).held_out

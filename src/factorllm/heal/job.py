@@ -172,11 +172,8 @@ def _pack(
     found = read_calibration_text(
         text,
         source.tokenizer(),
-        tokens=seen + wanted,
+        made_with.model_copy(update={"tokens": seen + wanted}),
         at_least=wanted,  # another text need not be so long
-        held_out_tokens=made_with.held_out_tokens,
-        length=length,
-        seed=made_with.seed,
         load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
     )
     start = CalibrationText(found.calibration[: seen // length], found.held_out, "").fingerprint

@@ -13,6 +13,7 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
+from factorllm.settings import Settings
 from factorllm.sources.digest import digest_of
 
 TEXT_KEYS = ("text", "content", "extract", "article", "document")
@@ -48,29 +49,27 @@ class CalibrationText:
 def read_calibration_text(
     text: str | None,
     tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
     *,
-    tokens: int,
-    held_out_tokens: int,
-    length: int,
-    seed: int,
-    load_model: Callable[[], PreTrainedModel],
+    load_model: Callable[[], PreTrainedModel] | None = None,
     at_least: int | None = None,
 ) -> CalibrationText:
-    """Pack `tokens` calibration tokens and `held_out_tokens` held-out ones into sequences of `length`.
+    """Pack the calibration and the held-out tokens of `settings` into sequences of its length.
 
-    Documents are shuffled by `seed` and joined with the tokenizer's end token. The sequence in which the two parts
+    Documents are shuffled by its seed and joined with the tokenizer's end token. The sequence in which the two parts
     meet is dropped, so that no document is in both.
 
     Args:
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
-        load_model: called only when text must be sampled.
-        at_least: so many calibration tokens will do where the text has no more; None wants all `tokens`.
+        load_model: called when text must be sampled; needed only then.
+        at_least: so many calibration tokens will do where the text has no more; None wants all of them.
 
     Raises:
         FactorLLMError: when the text cannot be read or is too short.
     """
-    held_out = max(held_out_tokens // length, 1)
-    most, calibration = (max(wanted // length, 1) for wanted in (tokens, at_least or tokens))
+    length, seed = settings.length, settings.seed
+    held_out = max(settings.held_out_tokens // length, 1)
+    most, calibration = (max(wanted // length, 1) for wanted in (settings.tokens, at_least or settings.tokens))
     needed = held_out + 1 + calibration
     if text is None:
         packed = sample_from_model(load_model(), tokenizer, held_out + 1 + most, length, seed)
