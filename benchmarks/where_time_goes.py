@@ -28,8 +28,8 @@ FREQUENCY = 1999  # samples of each thread in a second
 
 KINDS = {
     "waiting for the other thread": r"libgomp|futex|schedule",
-    "matrix products": r"vec_dot_q|mul_mat|gemv|gemm|tinyBLAS",
-    "quantising activations": r"quantize_row",
+    "matrix products": r"vec_dot_q|mul_mat|gemv|gemm|tinyBLAS|quantize_row",
+    "dispatch of operations": r"graph_compute_thread|graph_plan|get_tensor_traits",
     "attention": r"flash_attn|vec_dot_f16|softmax|rope|expf|vec_mad|fp32_to_fp16",
 }
 """What a function does, by a pattern of its name and its library; the first that fits."""
