@@ -12,20 +12,23 @@ from safetensors.torch import load_file
 
 from factorllm.inspection import PARTITION_FILE
 
-# Five batches of 2,048 tokens, so that the shares are uneven.
-OPTIONS = ["--recipe", "S2A2E8", "--tokens", str(5 * 2048), "--no-baseline"]
+BATCH = 2048  # tokens
 ONE = ["-m", "factorllm"]
 TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", *ONE]
+
+
+def run(program: list[str], dense_folder, out, text_file, tokens: int) -> subprocess.CompletedProcess:
+    words = [dense_folder, "-o", out, "--text", text_file, "--tokens", tokens, "--recipe", "S2A2E8", "--no-baseline"]
+    command = [sys.executable, *program, "factorize", *map(str, words)]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def made(dense_folder, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name, program in (("one", ONE), ("two", TWO)):
-        words = ["factorize", dense_folder, "-o", folder / name, "--text", text_file, *OPTIONS]
-        subprocess.run(
-            [sys.executable, *program, *map(str, words)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        done = run(program, dense_folder, folder / name, text_file, 5 * BATCH)  # five, so that the shares are uneven
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -54,3 +57,10 @@ def test_statistics_are_those_of_all_the_text(made):
             assert second[name] == pytest.approx(first[name], rel=1e-2), name
         assert torch.tensor(second["expert_load"]).allclose(torch.tensor(first["expert_load"]), atol=1e-2)
     assert one["data"] == two["data"]
+
+
+def test_too_many_processes_for_the_text_are_refused(dense_folder, text_file, tmp_path):
+    done = run(TWO, dense_folder, tmp_path / "out", text_file, BATCH)
+    assert done.returncode != 0
+    assert "2 processes cannot share" in " ".join((done.stdout + done.stderr).split())
+    assert not (tmp_path / "out").exists()

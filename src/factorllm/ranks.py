@@ -10,6 +10,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from factorllm.errors import FactorLLMError
+
 
 class Ranks:
     """This process among those that were launched together.
@@ -38,8 +40,17 @@ class Ranks:
         return self._state.device
 
     def share(self, sequences: int, step: int) -> slice:
-        """The sequences of this process, cut where batches of `step` sequences end."""
+        """The sequences of this process, cut where batches of `step` sequences end.
+
+        Raises:
+            FactorLLMError: when a process would get none.
+        """
         batches = -(-sequences // step)
+        if batches < self.count:
+            raise FactorLLMError(
+                f"{self.count} processes cannot share {sequences} calibration sequences, which are {batches} batches "
+                f"of {step}; use more --tokens or a smaller --num_processes"
+            )
         first, last = (min(batches * number // self.count * step, sequences) for number in (self.index, self.index + 1))
         return slice(first, last)
 
