@@ -128,6 +128,10 @@ def small() -> Settings:
     return Settings(tokens=4096, held_out_tokens=512, length=64)
 
 
+# Without a GPU, --multi_gpu means processes on the CPU that talk through gloo; --cpu would start one process only.
+LAUNCH_TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+
+
 def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, relative_error, save_dense, some_tokens, words
+from conftest import CONFIGS, LAUNCH_TWO, relative_error, save_dense, some_tokens, words
 from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
@@ -195,9 +195,10 @@ def command(student, dense_folder, text_file, out) -> list[str]:
 
 
 def test_two_processes_equal_one(student, dense_folder, text_file, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    both = command(student, dense_folder, text_file, tmp_path / "two")
-    subprocess.run([sys.executable, *launch, *both], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    both = [sys.executable, *LAUNCH_TWO, *command(student, dense_folder, text_file, tmp_path / "two")]
+    done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes share" in done.stdout
     alone = SAME.model_copy(update={"micro_batch": 4})
     heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=alone)
     for name in ("kd", "pa", "eval_loss"):

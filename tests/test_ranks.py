@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import LAUNCH_TWO, relative_error
 from safetensors.torch import load_file
 
 from factorllm.inspection import PARTITION_FILE
 
 BATCH = 2048  # tokens
 ONE = ["-m", "factorllm"]
-TWO = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", *ONE]
+TWO = [*LAUNCH_TWO, *ONE]
 
 
 def run(program: list[str], dense_folder, out, text_file, tokens: int) -> subprocess.CompletedProcess:
@@ -29,6 +29,7 @@ def made(dense_folder, text_file, tmp_path_factory):
     for name, program in (("one", ONE), ("two", TWO)):
         done = run(program, dense_folder, folder / name, text_file, 5 * BATCH)  # five, so that the shares are uneven
         assert done.returncode == 0, done.stderr
+        assert ("2 processes share" in done.stdout) == (name == "two")
     return folder
 
 
@@ -40,12 +41,12 @@ def test_neurons_are_in_the_same_experts(made):
     assert content(made / "one", PARTITION_FILE) == content(made / "two", PARTITION_FILE)
 
 
-def test_weights_are_the_same_but_for_rounding(made):
-    for path in sorted((made / "one").glob("model-*.safetensors")):
-        one, two = load_file(path), load_file(made / "two" / path.name)
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            assert relative_error(two[name].float(), tensor.float()) < 1e-2, name
+def test_the_first_layer_is_the_same_but_for_rounding(made):
+    """Later layers are not: a token that is nearly undecided may go to another expert."""
+    one, two = (load_file(made / name / "model-00002-of-00005.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert relative_error(two[name].float(), tensor.float()) < 5e-3, name
 
 
 def test_statistics_are_those_of_all_the_text(made):

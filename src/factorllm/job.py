@@ -91,10 +91,9 @@ def open_job(
         for name, shape in shapes.items()
     }
     settings = settings.resolve(config)
-    ranks = Ranks(cpu=settings.torch_device.type == "cpu")
-    if ranks.count > 1:
-        settings = settings.model_copy(update={"device": str(ranks.device)})
-    console = console if console and ranks.is_main else Console(quiet=True)
+    ranks = Ranks(settings)
+    settings = settings.model_copy(update={"device": str(ranks.device)})
+    console = ranks.console(console)
     tokenizer = source.tokenizer()
     console.print(f"reading {source.label}")
     identity = {

@@ -1,4 +1,4 @@
-"""The processes that share one conversion under `accelerate launch`: each works on its share of the calibration text,
+"""The processes that share a conversion or a healing under `accelerate launch`: each works on its share of the text,
 and what is fitted is fitted on what all have seen. Without a launcher there is one process, and it has everything."""
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from rich.console import Console
 from torch import Tensor
 
 from factorllm.errors import FactorLLMError
+from factorllm.settings import Settings
 
 
 class Ranks:
     """This process among those that were launched together.
 
     Args:
-        cpu: compute on the CPU although there may be GPUs.
+        settings: with a device, on which one process works alone; of several each has its own of that kind.
     """
 
-    def __init__(self, cpu: bool):
-        self._state = PartialState(cpu=cpu)
+    def __init__(self, settings: Settings):
+        self._state = PartialState(cpu=settings.torch_device.type == "cpu")
+        self.device = settings.torch_device if self.count == 1 else self._state.device
 
     @property
     def count(self) -> int:
@@ -35,9 +38,13 @@ class Ranks:
     def is_main(self) -> bool:
         return self._state.is_main_process
 
-    @property
-    def device(self) -> torch.device:
-        return self._state.device
+    def console(self, wanted: Console | None) -> Console:
+        """Where this process shows progress: one of several speaks, and says that it is not alone."""
+        if wanted is None or not self.is_main:
+            return Console(quiet=True)
+        if self.count > 1:
+            wanted.print(f"{self.count} processes share the work")
+        return wanted
 
     def share(self, sequences: int, step: int) -> slice:
         """The sequences of this process, cut where batches of `step` sequences end.

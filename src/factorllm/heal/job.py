@@ -92,9 +92,9 @@ def open_heal_job(
     _check_teacher(student, made, source)
     partitions = [] if recipe.is_prune else read_partitions(student, recipe.shape(source.config.intermediate_size))
     made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
-    ranks = Ranks(cpu=made_with.torch_device.type == "cpu")
+    ranks = Ranks(made_with)
     _check_batch(settings, ranks.count)
-    console = console if console and ranks.is_main else Console(quiet=True)
+    console = ranks.console(console)
     with explain_full_disk(out):
         work = None
         if ranks.is_main:
