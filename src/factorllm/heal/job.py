@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, workspace_folder, write_shard
+from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_shard
 from factorllm.errors import FactorLLMError
 from factorllm.heal.settings import HealSettings
 from factorllm.inspection import load_student, read_partitions, read_provenance
@@ -36,8 +36,6 @@ class HealJob:
         partitions: each layer's experts; empty for a static prune.
         made_with: the settings that the student was made with, on this machine's device.
         text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
-        work: the workspace, in the main process; None in the others.
-        folder: the workspace's folder.
         ranks: the processes that heal together.
     """
 
@@ -50,8 +48,7 @@ class HealJob:
     made_with: Settings
     text: dict[str, Tensor]
     text_origin: str
-    work: Workspace | None
-    folder: Path
+    work: Workspace
     ranks: Ranks
     console: Console
 
@@ -95,27 +92,25 @@ def open_heal_job(
     ranks = Ranks(made_with)
     _check_batch(settings, ranks.count)
     console = ranks.console(console)
+    identity = {
+        "student": digest_of([student / "factorllm.json", *sorted(student.glob("*.safetensors"))]),
+        "teacher": source.fingerprint,
+        "text": {"name": text, "digest": file_digest(text)},
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
     with explain_full_disk(out):
-        work = None
-        if ranks.is_main:
-            identity = {
-                "student": digest_of([student / "factorllm.json", *sorted(student.glob("*.safetensors"))]),
-                "teacher": source.fingerprint,
-                "text": {"name": text, "digest": file_digest(text)},
-                "settings": settings.model_dump(mode="json"),
-                "versions": versions(),
-            }
-            work = Workspace(out, identity, overwrite)
+        with ranks.main_first():
+            work = Workspace(out, identity, overwrite, leads=ranks.is_main)
         try:
-            folder = workspace_folder(out)
-            tokens = _read_text(folder, source, made, text, settings, made_with, ranks, console)
+            with ranks.main_first():
+                tokens = _read_text(work, source, made, text, settings, made_with, console)
             yield HealJob(
-                student, made, recipe, partitions, source, settings, made_with, tokens, text_origin(text), work,
-                folder, ranks, console,
+                student, made, recipe, partitions, source, settings, made_with, tokens, text_origin(text), work, ranks,
+                console,
             )  # fmt: skip
         finally:
-            if work:
-                work.close()
+            work.close()
 
 
 def _check_teacher(student: Path, made: dict, source: ModelSource) -> None:
@@ -136,25 +131,23 @@ def _check_batch(settings: HealSettings, processes: int) -> None:
 
 
 def _read_text(
-    folder: Path,
+    work: Workspace,
     source: ModelSource,
     made: dict,
     text: str | None,
     settings: HealSettings,
     made_with: Settings,
-    ranks: Ranks,
     console: Console,
 ) -> dict[str, Tensor]:
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
-    path = folder / "tokens.safetensors"
-    if ranks.is_main and not path.exists():
+    path = work.folder / "tokens.safetensors"
+    if not path.exists():
         if text is None:
             console.print("no --text given: sampling text from the dense model itself")
         packed = _pack(source, made, text, settings, made_with)
         if (there := packed["train"].numel()) < settings.tokens // made_with.length * made_with.length:
             console.print(f"the text is short: healing on {there:,} of the {settings.tokens:,} tokens asked for")
         write_shard(path, packed)
-    ranks.wait()
     return load_file(path)
 
 

@@ -78,16 +78,16 @@ def heal(
         start = time.monotonic()
         targets = _ask_teacher(job)
         trainer = _train(job, targets)
-        folder = job.folder / "healed"
+        folder = job.work.folder / "healed"
         _save(job, trainer, folder)
-        if job.work is None:
+        if not job.ranks.is_main:
             return None
         return _finish(job, folder, trainer.state.log_history, time.monotonic() - start)
 
 
 def _ask_teacher(job: HealJob) -> dict[str, Targets]:
     """The teacher's targets for the text to train and to validate on; the processes share what is not on disk yet."""
-    folder, ranks = job.folder / "targets", job.ranks
+    folder, ranks = job.work.folder / "targets", job.ranks
     folder.mkdir(exist_ok=True)
     targets = {part: Targets(job.text[part], folder, part) for part in ("train", "validation")}
     missing = [(part, number) for part, data in targets.items() for number in data.missing()]
@@ -124,7 +124,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = set_learning(model, settings)
     steps = settings.epochs * (len(targets["train"]) // settings.batch)
-    resume = _last_checkpoint(job.folder / "trainer")
+    resume = _last_checkpoint(job.work.folder / "trainer")
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer = FactorTrainer(
         model,
@@ -148,7 +148,7 @@ def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
     every = math.ceil(steps / settings.evaluations)
     accumulate = settings.batch // (settings.micro_batch * job.ranks.count)
     return TrainingArguments(
-        output_dir=str(job.folder / "trainer"),
+        output_dir=str(job.work.folder / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
@@ -240,7 +240,7 @@ def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> 
     }
     write_json(folder / "factorllm.json", made)
     write_text(folder / "README.md", model_card(job.work.out.name, made, job.teacher.licence))
-    runs = job.folder / "trainer" / "runs"
+    runs = job.work.folder / "trainer" / "runs"
     if runs.exists():
         runs.rename(folder / "runs")
     job.work.publish(folder)
