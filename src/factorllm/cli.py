@@ -125,6 +125,25 @@ def heal(
         show_healed(console, healed)
 
 
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .jsonl file to write, for --text.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to sample.")] = 200_000,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, in which documents follow one another.")] = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Overwrite = True,
+) -> None:
+    """Write text that a dense MODEL says by itself, to calibrate and heal on what it knows."""
+    from factorllm.sample import sample as run
+    from factorllm.settings import Settings
+
+    settings = Settings(tokens=tokens, length=length, seed=seed, device=device)
+    path = run(model, out, settings=settings, overwrite=not resume, console=console)
+    _say(f"written: {path}")
+
+
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],

@@ -11,6 +11,13 @@ from transformers import PreTrainedConfig
 from factorllm.errors import FactorLLMError
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast on a device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 class Settings(BaseModel):
     """How a run is done. Unknown keys are refused."""
 

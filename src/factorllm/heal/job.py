@@ -21,7 +21,7 @@ from factorllm.job import versions
 from factorllm.partition import Partition
 from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe
-from factorllm.settings import Settings
+from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
 from factorllm.sources.digest import digest_of
 from factorllm.sources.text import file_digest, text_origin
@@ -61,9 +61,7 @@ class HealJob:
         """Whether matrix products are computed in bfloat16."""
         if self.settings.precision != "auto":
             return self.settings.precision == "bfloat16"
-        if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported()
-        return torch.cpu._is_avx512_bf16_supported()
+        return has_bfloat16(self.device)
 
     def load(self, checkpoint: Path) -> PreTrainedModel:
         """The student, before or after, with fp32 weights."""

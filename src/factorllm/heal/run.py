@@ -22,6 +22,7 @@ from factorllm.heal.settings import HealSettings
 from factorllm.heal.students import set_learning
 from factorllm.heal.targets import Asked, Targets
 from factorllm.heal.trainer import FactorTrainer, ProgressCallback
+from factorllm.memory import reuse_freed_memory
 from factorllm.progress import meter, minutes
 from factorllm.report import model_card
 from factorllm.route.loaded import Routers
@@ -74,6 +75,7 @@ def heal(
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
     """
     settings = settings or HealSettings()
+    reuse_freed_memory()
     with open_heal_job(Path(student), teacher, Path(out), text, settings, overwrite, console) as job:
         start = time.monotonic()
         targets = _ask_teacher(job)

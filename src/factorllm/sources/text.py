@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.errors import FactorLLMError
 from factorllm.settings import Settings
 from factorllm.sources.digest import digest_of
+from factorllm.sources.sampling import sample_from_model
 
 TEXT_KEYS = ("text", "content", "extract", "article", "document")
 """Keys under which a record's text is looked for, in this order."""
-
-_SAMPLE_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -141,31 +140,6 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequences
             break
     whole = min(len(stream) // length, sequences)
     return torch.tensor(stream[: whole * length], dtype=torch.int64).view(whole, length)
-
-
-@torch.inference_mode()
-def sample_from_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int, seed: int
-) -> torch.Tensor:
-    """Sample (sequences, length) tokens from the model at temperature 1, each starting at a random token.
-
-    A sampled end token does not stop a sequence: the next document follows it, as in packed text.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
-    first = ordinary[torch.randint(len(ordinary), (sequences, 1), generator=generator)].to(model.device)
-    batches = []
-    for rows in first.split(_SAMPLE_BATCH):
-        cache, last, drawn = None, rows, [rows]
-        for _ in range(length - 1):
-            output = model(last, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            chances = output.logits[:, -1].float().softmax(-1).cpu()
-            last = torch.multinomial(chances, 1, generator=generator).to(model.device)
-            drawn.append(last)
-        batches.append(torch.cat(drawn, dim=1).cpu())
-    return torch.cat(batches)
 
 
 def _texts(records: Iterable[object], text: str) -> Iterator[str]:

@@ -1,0 +1,66 @@
+"""Text sampled from a model itself: general text of the kind that it was trained on, which is what it is to keep.
+
+Data-free distillation does the same (LLM-QAT, arXiv 2305.17888).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 128
+"""Sequences that are sampled at once."""
+
+_BETWEEN_DOCUMENTS = "<|endoftext|>"  # of most vocabularies; a chat model's own end token begins a conversation
+
+
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    length: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Tensor:
+    """Sample from the model at temperature 1, each sequence as if a document began: (sequences, length), int64.
+
+    A sampled end token does not stop a sequence: the next document follows it, as in packed text.
+
+    Args:
+        advance: called with the number of tokens of each step.
+    """
+    model.set_attn_implementation("eager")  # for one new token a sequence it is the faster one, the more the longer
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(BATCH, sequences - start) for start in range(0, sequences, BATCH)]
+    return torch.cat([_sample(model, start_token(tokenizer), size, length, generator, advance) for size in sizes])
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after which a document begins: the one between documents, else the tokenizer's first or end token."""
+    between = tokenizer.get_vocab().get(_BETWEEN_DOCUMENTS)
+    return next(token for token in (between, tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None)
+
+
+@torch.inference_mode()
+def _sample(
+    model: PreTrainedModel,
+    start: int,
+    sequences: int,
+    length: int,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
+) -> Tensor:
+    cache, last, drawn = DynamicCache(config=model.config), torch.full((sequences, 1), start), []
+    for _ in range(length):
+        logits = model(last.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1]
+        # One random number for each row: `torch.multinomial` draws one for each token of the vocabulary, which takes
+        # as long as the model.
+        mass = logits.float().softmax(-1).cpu().cumsum(-1)
+        point = torch.rand(sequences, 1, generator=generator) * mass[:, -1:]
+        last = torch.searchsorted(mass, point).clamp_max(mass.shape[-1] - 1)
+        drawn.append(last)
+        advance(sequences)
+    return torch.cat(drawn, dim=1)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+from factorllm import sample as module
+from factorllm.errors import FactorLLMError
+from factorllm.sample import sample
+from factorllm.settings import Settings
+from factorllm.sources import open_model
+from factorllm.sources.sampling import BATCH, sample_from_model, start_token
+from factorllm.sources.text import read_documents
+
+SETTINGS = Settings(tokens=2 * BATCH * 32, length=32)
+
+
+def test_tokens_are_drawn_as_the_model_says(dense_folder):
+    source = open_model(str(dense_folder))
+    model, tokenizer = source.load_model(torch.float32, torch.device("cpu")), source.tokenizer()
+    drawn = sample_from_model(model, tokenizer, 8192, 2, seed=3)
+    logits = model(torch.tensor([[start_token(tokenizer)]])).logits[0, 0]
+    wanted = 8192 * logits.double().softmax(-1)
+    found = torch.bincount(drawn[:, 0], minlength=len(wanted))
+    assert ((found - wanted).abs() < 5 * wanted.sqrt() + 5).all()
+    assert wanted.max() > 2 * wanted.min()  # so a uniform draw would not pass
+
+
+def test_a_document_begins_after_the_token_between_documents():
+    tokenizer = byte_tokenizer()
+    assert start_token(tokenizer) in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    tokenizer.add_tokens("<|endoftext|>")
+    assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):
+    whole = sample(str(dense_folder), tmp_path / "whole.jsonl", settings=SETTINGS)
+    assert len(list(read_documents(str(whole)))) >= 2 * BATCH
+
+    def interrupted(*args, **options):
+        rows = sample_from_model(*args, **options)
+        monkeypatch.setattr(module, "sample_from_model", stop)
+        return rows
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample_from_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sample(str(dense_folder), tmp_path / "again.jsonl", settings=SETTINGS)
+    monkeypatch.setattr(module, "sample_from_model", sample_from_model)
+    assert not (tmp_path / "again.jsonl").exists()
+    again = sample(str(dense_folder), tmp_path / "again.jsonl", settings=SETTINGS)
+    assert again.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "whole.jsonl"]
+
+
+def test_refusals(dense_folder, tmp_path):
+    with pytest.raises(FactorLLMError, match=r"no \.jsonl file"):
+        sample(str(dense_folder), tmp_path / "text.txt", settings=SETTINGS)
+    (tmp_path / "text.jsonl").write_text("mine")
+    with pytest.raises(FactorLLMError, match="exists already"):
+        sample(str(dense_folder), tmp_path / "text.jsonl", settings=SETTINGS)
+    assert (tmp_path / "text.jsonl").read_text() == "mine"
