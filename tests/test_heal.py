@@ -89,6 +89,26 @@ def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
     assert values[-1] < 0.8 * values[0]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("top", [4, 64])
+def test_the_gradient_of_the_kd_loss_is_that_of_its_formula(temperature, top):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(3, 100, 200, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    ids, log_probs = top_log_probs(teacher, top, temperature)
+
+    scaled = (student / temperature).log_softmax(-1).gather(-1, ids)
+    known, wanted = scaled.exp(), log_probs.double().exp()
+    rest, wanted_rest = 1 - known.sum(-1), 1 - wanted.sum(-1)
+    terms = (wanted * (wanted.log() - scaled)).sum(-1) + wanted_rest * (wanted_rest / rest).log()
+    divergence = terms.mean() * temperature**2
+
+    found = kd_loss(student, ids, log_probs, temperature)
+    assert found.item() == pytest.approx(divergence.item(), rel=1e-5)
+    by_formula, by_autograd = (torch.autograd.grad(value, student)[0] for value in (found, divergence))
+    assert relative_error(by_formula, by_autograd) < 1e-5
+
+
 @pytest.mark.parametrize("term", ["label", "hidden"])
 def test_the_optional_terms_fall(term, student, dense_folder, text_file, tmp_path):
     settings = QUICK.model_copy(update={f"{term}_weight": 3.0, "hidden_layers": 2, "epochs": 2})

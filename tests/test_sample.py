@@ -33,7 +33,7 @@ def test_a_document_begins_after_the_token_between_documents():
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):
     whole = sample(str(dense_folder), tmp_path / "whole.jsonl", settings=SETTINGS)
-    assert len(list(read_documents(str(whole)))) >= 2 * BATCH
+    assert len(list(read_documents(str(whole)))) > BATCH
 
     def interrupted(*args, **options):
         rows = sample_from_model(*args, **options)

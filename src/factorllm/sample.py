@@ -1,4 +1,4 @@
-"""`sample()`: text drawn from a dense model, written to a file that `--text` reads, alone or together with other text."""
+"""`sample()`: text drawn from a dense model, in a file that `--text` reads, alone or together with other text."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ import itertools
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from factorllm.engines.base import Engine, Options, random_tokens
+from factorllm.evaluate.generate import next_logits
 
 
 class Transformers(Engine):
@@ -23,10 +24,11 @@ class Transformers(Engine):
         self._seeds = itertools.count()
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        step, cache = self._step(torch.tensor([tokens]), None)
+        cache = self._cache()
+        step = self._step(torch.tensor([tokens]), cache)
         made = [step]
         for _ in range(count - 1):
-            step, cache = self._step(step, cache)
+            step = self._step(step, cache)
             made.append(step)
         return torch.cat(made, 1)[0].tolist()
 
@@ -40,23 +42,25 @@ class Transformers(Engine):
         prompt = self._prompt(1, length)
         self._use_threads(self._prefill_threads)
         start = self._now()
-        self._step(prompt, None)
+        self._step(prompt, self._cache())
         return self._now() - start
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        step, cache = self._step(self._prompt(batch, context), None)
+        cache = self._cache()
+        step = self._step(self._prompt(batch, context), cache)
         self._use_threads(self._decode_threads)
         start = self._now()
         for _ in range(steps):
-            step, cache = self._step(step, cache)
+            step = self._step(step, cache)
         return (self._now() - start) / steps
 
     @torch.no_grad()
-    def _step(self, tokens: torch.Tensor, cache) -> tuple[torch.Tensor, object]:
-        """The likeliest next token of each sequence, (batch, 1), and the cache."""
-        tokens = tokens.to(self._model.device)
-        output = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+    def _step(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """The likeliest next token of each sequence, (batch, 1)."""
+        return next_logits(self._model, tokens, cache).argmax(-1, keepdim=True)
+
+    def _cache(self) -> Cache:
+        return DynamicCache(config=self._model.config)
 
     def _prompt(self, batch: int, length: int) -> torch.Tensor:
         vocabulary = self._model.config.vocab_size

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+_CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What transformers calls the argument; the name was changed among the versions that we work with."""
+
+
+def next_logits(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
+    """Logits (sequences, vocabulary) after what the cache holds and `tokens` (sequences, n), which it holds then."""
+    return model(tokens.to(model.device), use_cache=True, logits_to_keep=1, **{_CACHE: cache}).logits[:, -1]
 
 
 @torch.inference_mode()

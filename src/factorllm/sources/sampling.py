@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.evaluate.generate import next_logits
+
 BATCH = 128
 """Sequences that are sampled at once."""
 
@@ -55,7 +57,7 @@ def _sample(
 ) -> Tensor:
     cache, last, drawn = DynamicCache(config=model.config), torch.full((sequences, 1), start), []
     for _ in range(length):
-        logits = model(last.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = next_logits(model, last, cache)
         # One random number for each row: `torch.multinomial` draws one for each token of the vocabulary, which takes
         # as long as the model.
         mass = logits.float().softmax(-1).cpu().cumsum(-1)
