@@ -13,9 +13,9 @@ _ROWS = 128  # of logits that are held in fp32 at once
 
 def top_log_probs(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The teacher's most likely tokens: ids (..., count) int64, and their log-probabilities (..., count) fp32."""
-    log_probs = (logits.float() / temperature).log_softmax(-1)
-    values, ids = log_probs.topk(min(count, logits.shape[-1]), dim=-1)
-    return ids, values
+    scaled = logits.float() / temperature
+    values, ids = scaled.topk(min(count, logits.shape[-1]), dim=-1)
+    return ids, values - scaled.logsumexp(-1, keepdim=True)
 
 
 def kd_loss(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor, temperature: float = 1.0) -> Tensor:

@@ -23,6 +23,7 @@ SHARD = 32
 """Sequences in a file."""
 
 _BATCH = 2
+_HEAD_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
     autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=asked.bfloat16)
     with _recorded_priors(teacher, asked) as priors, autocast:
         output = teacher.model(tokens.to(teacher.device), use_cache=False, output_hidden_states=asked.streams > 0)
-    # In fp32: logits are large, and bf16 rounds them by several percent.
-    logits = teacher.lm_head(output.last_hidden_state.float())
-    ids, log_probs = top_log_probs(logits, asked.vocabulary, asked.temperature)
+    # In fp32: logits are large, and bf16 rounds them by several percent. And a few at a time: memory is fetched anew for
+    # all of them at once, which takes longer than their product.
+    states = output.last_hidden_state.float().flatten(0, 1).split(_HEAD_ROWS)
+    tops = [top_log_probs(teacher.lm_head(rows), asked.vocabulary, asked.temperature) for rows in states]
+    ids, log_probs = (torch.cat(part).view(*tokens.shape, -1) for part in zip(*tops, strict=True))
     found = {"top_ids": ids.int().cpu(), "top_log_probs": log_probs.half().cpu()}
     if priors:
         found["priors"] = torch.stack(priors, dim=1).view(*tokens.shape, len(priors), -1).half().cpu()
