@@ -16,15 +16,18 @@ from conftest import CONFIGS, LAUNCH_TWO, relative_error, save_dense, some_token
 from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.evaluate import perplexity
 from factorllm.heal import HealSettings, heal
+from factorllm.heal.experts import use_autocast
 from factorllm.heal.job import open_heal_job
 from factorllm.heal.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
 from factorllm.heal.students import set_learning
+from factorllm.inspection import load_student
 from factorllm.route import pa_loss
 from factorllm.route.loaded import Routers, is_router
 from factorllm.settings import Settings
@@ -87,6 +90,29 @@ def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
     heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
     values = losses(tmp_path / "out", "pa")
     assert values[-1] < 0.8 * values[0]
+
+
+def test_autocast_reaches_the_experts(student):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "grouped_mm" in str(func):
+                dtypes.add(args[1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    model, dtypes, gradients = load_student(student), set(), []
+    use_autocast(model)
+    tokens = some_tokens(model.config)
+    for enabled in (False, True):
+        with Products(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(tokens, labels=tokens).loss.backward()
+        assert dtypes == {torch.bfloat16 if enabled else torch.float32}
+        dtypes.clear()
+        experts = [p.grad.flatten() for name, p in model.named_parameters() if ".experts." in name]
+        assert len(experts) == 2 * model.config.num_hidden_layers
+        gradients.append(torch.cat(experts))
+        model.zero_grad()
+    assert gradients[1].dtype == torch.float32
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

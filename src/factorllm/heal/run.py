@@ -17,6 +17,7 @@ from transformers.integrations import is_tensorboard_available
 
 from factorllm.checkpoint import write_json, write_text
 from factorllm.evaluate import perplexity
+from factorllm.heal.experts import use_autocast
 from factorllm.heal.job import HealJob, open_heal_job
 from factorllm.heal.settings import HealSettings
 from factorllm.heal.students import set_learning
@@ -120,6 +121,8 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     torch.manual_seed(job.made_with.seed)
     model = job.load(job.student)
     routers = Routers(model)
+    if routers.modules:
+        use_autocast(model)
     if settings.gates == "soft":
         routers.unflatten()
     if settings.gradient_checkpointing:

@@ -97,7 +97,7 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
     autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=asked.bfloat16)
     with _recorded_priors(teacher, asked) as priors, autocast:
         output = teacher.model(tokens.to(teacher.device), use_cache=False, output_hidden_states=asked.streams > 0)
-    # In fp32: logits are large, and bf16 rounds them by several percent. And a few at a time: memory is fetched anew for
+    # In fp32: logits are large, and bf16 rounds them by several percent. A few at a time: memory is fetched anew for
     # all of them at once, which takes longer than their product.
     states = output.last_hidden_state.float().flatten(0, 1).split(_HEAD_ROWS)
     tops = [top_log_probs(teacher.lm_head(rows), asked.vocabulary, asked.temperature) for rows in states]
