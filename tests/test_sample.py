@@ -31,6 +31,13 @@ def test_a_document_begins_after_the_token_between_documents():
     assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
+def test_a_tokenizer_without_such_a_token_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(FactorLLMError, match="no token to begin a document with"):
+        start_token(tokenizer)
+
+
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):
     whole = sample(str(dense_folder), tmp_path / "whole.jsonl", settings=SETTINGS)
     assert len(list(read_documents(str(whole)))) > BATCH

@@ -15,7 +15,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.job import versions
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
-from factorllm.sources import open_model
+from factorllm.sources import ModelSource, open_model
 from factorllm.sources.sampling import BATCH, sample_from_model
 
 _SHORTEST = 16
@@ -61,7 +61,7 @@ def sample(
     return out
 
 
-def _sample_missing(source, settings: Settings, work: Workspace, console: Console) -> None:
+def _sample_missing(source: ModelSource, settings: Settings, work: Workspace, console: Console) -> None:
     """Each batch has its own seed and its own file, so that a killed run goes on after the last one."""
     sequences = -(-settings.tokens // settings.length)
     sizes = [min(BATCH, sequences - start) for start in range(0, sequences, BATCH)]
@@ -83,8 +83,8 @@ def split_documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> It
     """The texts between the special tokens of a sampled sequence, without the shortest."""
     special = set(tokenizer.all_special_ids)
     document: list[int] = []
-    for token in [*tokens, next(iter(special))]:
-        if token not in special:
+    for token in [*tokens, None]:
+        if token is not None and token not in special:
             document.append(token)
             continue
         if len(document) >= _SHORTEST:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.errors import FactorLLMError
 from factorllm.evaluate.generate import next_logits
 
 BATCH = 128
@@ -41,9 +42,18 @@ def sample_from_model(
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token after which a document begins: the one between documents, else the tokenizer's first or end token."""
+    """The token after which a document begins: the one between documents, else the tokenizer's first or end token.
+
+    Raises:
+        FactorLLMError: when it has none of them.
+    """
     between = tokenizer.get_vocab().get(_BETWEEN_DOCUMENTS)
-    return next(token for token in (between, tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None)
+    for token in (between, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise FactorLLMError(
+        "the tokenizer has no token to begin a document with; set bos_token or eos_token in its config"
+    )
 
 
 @torch.inference_mode()
