@@ -16,7 +16,7 @@ from factorllm.job import versions
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import ModelSource, open_model
-from factorllm.sources.sampling import BATCH, sample_from_model
+from factorllm.sources.sampling import batch_sizes, sample_from_model
 
 _SHORTEST = 16
 """Tokens of the shortest document that is kept: what the end of a sequence cuts off is not one."""
@@ -64,7 +64,7 @@ def sample(
 def _sample_missing(source: ModelSource, settings: Settings, work: Workspace, console: Console) -> None:
     """Each batch has its own seed and its own file, so that a killed run goes on after the last one."""
     sequences = -(-settings.tokens // settings.length)
-    sizes = [min(BATCH, sequences - start) for start in range(0, sequences, BATCH)]
+    sizes = batch_sizes(sequences)
     paths = [work.folder / f"batch-{number:05d}.jsonl" for number in range(len(sizes))]
     done = sum(size for size, path in zip(sizes, paths, strict=True) if path.exists())
     device, tokenizer = settings.torch_device, source.tokenizer()
@@ -75,11 +75,11 @@ def _sample_missing(source: ModelSource, settings: Settings, work: Workspace, co
                 continue
             seed = settings.seed * 1_000_003 + number
             rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance)
-            documents = (text for row in rows.tolist() for text in split_documents(row, tokenizer))
+            documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
             write_text(path, "".join(json.dumps({"source": "sampled", "text": text}) + "\n" for text in documents))
 
 
-def split_documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The texts between the special tokens of a sampled sequence, without the shortest."""
     special = set(tokenizer.all_special_ids)
     document: list[int] = []

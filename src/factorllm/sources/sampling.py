@@ -37,8 +37,13 @@ def sample_from_model(
     """
     model.set_attn_implementation("eager")  # for one new token a sequence it is the faster one, the more the longer
     generator = torch.Generator().manual_seed(seed)
-    sizes = [min(BATCH, sequences - start) for start in range(0, sequences, BATCH)]
-    return torch.cat([_sample(model, start_token(tokenizer), size, length, generator, advance) for size in sizes])
+    start = start_token(tokenizer)
+    return torch.cat([_sample(model, start, size, length, generator, advance) for size in batch_sizes(sequences)])
+
+
+def batch_sizes(sequences: int) -> list[int]:
+    """Sequences in each batch that so many are sampled in."""
+    return [min(BATCH, sequences - done) for done in range(0, sequences, BATCH)]
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -69,7 +74,7 @@ def _sample(
     for _ in range(length):
         logits = next_logits(model, last, cache)
         # One random number for each row: `torch.multinomial` draws one for each token of the vocabulary, which takes
-        # as long as the model.
+        # two thirds as long as the model.
         mass = logits.float().softmax(-1).cpu().cumsum(-1)
         point = torch.rand(sequences, 1, generator=generator) * mass[:, -1:]
         last = torch.searchsorted(mass, point).clamp_max(mass.shape[-1] - 1)
