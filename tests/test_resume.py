@@ -17,7 +17,7 @@ from factorllm import FactorLLMError, factorize
 from factorllm.settings import Settings
 
 LAYERS = 8
-SETTINGS = Settings(tokens=12_288, held_out_tokens=512, length=64)
+SETTINGS = Settings(tokens=12_288, held_out_tokens=512, length=64, tune=1)
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,10 @@ def factorize(
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16: dtype of the written weights.")
     ] = "auto",
+    tune: Annotated[
+        int,
+        typer.Option(help="Passes over the text that tune each layer by gradient; 0 leaves closed forms only."),
+    ] = 0,
     baseline: Annotated[
         bool, typer.Option(help="Also make and measure the static prune with the same active parameters.")
     ] = True,
@@ -62,7 +66,7 @@ def factorize(
     from factorllm.report.terminal import show_summary
     from factorllm.settings import Settings
 
-    settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, baseline=baseline)
+    settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, tune=tune, baseline=baseline)
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console)
     if summary:
         show_summary(console, summary)

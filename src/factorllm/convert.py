@@ -28,17 +28,22 @@ from factorllm.route import (
     set_errors,
 )
 from factorllm.stream import DenseLayer, Rows
+from factorllm.tune import BATCH, Batch, tune
 
 FOLDS = 3
 """Parts of the calibration text for the cross-validation in `restore.solve_ridge`."""
 
-PASSES = 3
-"""Times that a conversion goes over the calibration tokens: collect, accumulate, advance."""
-
 _PARTITION_TOKENS = 8192
 _ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
 _REFINING_STRENGTH = 0.1  # of the ridge that restores the student on whose errors a router is refined
+_TUNING_START = 0.03  # strength of the ridge that tuning starts from
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
+
+
+def passes(tune: int) -> int:
+    """Times that a conversion goes over the calibration tokens: collect, accumulate, advance; and to tune, once before
+    the passes that tune."""
+    return 3 + (1 + tune if tune else 0)
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,15 @@ class Workplace:
         ranks: the processes that share the work.
         scratch: this process's folder for activations that spill.
         memory_limit: bytes that one kind of activations may take in memory.
-        tick: called with the number of sequences after each batch of each of the `PASSES`.
+        tune: passes over the tokens that fit the kept neurons by gradient.
+        tick: called with the number of sequences after each batch of each of the `passes`.
     """
 
     device: torch.device
     ranks: Ranks
     scratch: Path
     memory_limit: int
+    tune: int
     tick: Callable[[int], None]
 
 
@@ -114,6 +121,8 @@ class LayerConversion:
         kept = self.ffn.part(split.order.to(self.device))
         router, agreement = (None, None) if self.recipe.is_prune else self._route(split, kept)
         energy_kept = self._energy_kept(split, router)
+        if self.workplace.tune:
+            kept = self._tune(kept, router)
         folds, load = self._accumulate(kept, router)
         restored, strength = kept.down.float(), None
         if self.recipe.restore != "none":
@@ -204,6 +213,38 @@ class LayerConversion:
         errors = self.ranks.gather(torch.cat(errors))
         return refine_router(router, inputs, errors[: len(inputs)], sets)
 
+    def _tune(self, kept: FFN, router: Tensor | None) -> FFN:
+        """The kept neurons, fitted to the dense FFN's output; first in closed form, then by gradient."""
+        output = self._scratch("output", self.middle.length, self.middle.width)
+        start = RidgeStatistics(self.shape.kept_width, self.middle.width, self.device)
+        for run in self.inputs.runs():
+            inputs = self.inputs.read(run, self.device).flatten(0, 1)
+            dense = self._dense_output(inputs)
+            output.write(run, dense)
+            active = GatedHidden.compute(kept, inputs, self._gates(inputs, router), self.shape)
+            start.update(active, dense, self._weights(run))
+            self._tick(run)
+        start.share(self.ranks)
+        down = solve_ridge_at(start, kept.down.float(), _TUNING_START)
+        runs = list(self.inputs.runs())
+        steps = self.workplace.tune * sum(-(-(run.stop - run.start) * self.inputs.length // BATCH) for run in runs)
+        tuned = tune(FFN(kept.gate, kept.up, down), self.shape, self._tuning_batches(runs, output, router), steps)
+        output.remove()
+        # Each process has tuned on its own share of the tokens, from the same start.
+        gate, up, down = (self.ranks.mean(matrix) for matrix in (tuned.gate, tuned.up, tuned.down))
+        return FFN(gate.to(kept.gate.dtype), up.to(kept.up.dtype), down)
+
+    def _tuning_batches(self, runs: list[slice], output: Rows, router: Tensor | None) -> Iterator[Batch]:
+        """The tokens of all runs, shuffled within the runs and the runs among themselves, in each pass anew."""
+        for _ in range(self.workplace.tune):
+            for number in torch.randperm(len(runs), generator=self.generator).tolist():
+                run = runs[number]
+                inputs, target = (rows.read(run, self.device).flatten(0, 1).float() for rows in (self.inputs, output))
+                rows = inputs, self._gates(inputs, router), target, self._weights(run)
+                for picked in torch.randperm(len(inputs), generator=self.generator).to(self.device).split(BATCH):
+                    yield tuple(row[picked] for row in rows)
+                self._tick(run)
+
     def _energy_kept(self, split: Partition, router: Tensor | None) -> float:
         """Share of the contribution energy that the shared part and the picked experts hold."""
         total, gain = torch.zeros((), dtype=torch.float64, device=self.device), self.ffn.neuron_gain()
@@ -254,7 +295,15 @@ class LayerConversion:
             middle = self.middle.read(run, self.device)[:, ::stride].flatten(0, 1).float()
             return teacher - middle, token_weights(teacher)
         inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
-        return (self.ffn.hidden(inputs) @ self.ffn.down.T).float(), token_weights(teacher)
+        return self._dense_output(inputs), token_weights(teacher)
+
+    def _weights(self, run: slice) -> Tensor:
+        """How much each token of `run` counts: (n,)."""
+        return token_weights(self.streams.teacher_after.read(run, self.device).flatten(0, 1))
+
+    def _dense_output(self, inputs: Tensor) -> Tensor:
+        """What the dense FFN gives: (n, d) -> (n, d), fp32."""
+        return (self.ffn.hidden(inputs) @ self.ffn.down.T).float()
 
     def _advance(self, router: Tensor | None, down: Tensor) -> float:
         """Write the student's stream after the layer; returns its relative squared error."""

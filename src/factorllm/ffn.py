@@ -32,7 +32,7 @@ class FFN:
 
     def hidden(self, x: Tensor) -> Tensor:
         """Intermediate activations h(x): (n, d) -> (n, f)."""
-        return silu(x @ self.gate.T).mul_(x @ self.up.T)
+        return silu(x @ self.gate.T) * (x @ self.up.T)
 
     def neuron_gain(self) -> Tensor:
         """Squared norm of each column of `down`: (f,), fp32."""

@@ -18,7 +18,7 @@ from factorllm.checkpoint import (
     write_shard,
     write_text,
 )
-from factorllm.convert import PASSES, LayerConversion, Streams, Workplace
+from factorllm.convert import LayerConversion, Streams, Workplace, passes
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate import cost_of, perplexity
 from factorllm.evaluate.cost import dense_shape
@@ -116,11 +116,11 @@ def _convert_layers(job: Job) -> None:
     if job.ranks.is_main:
         _write_outer_shards(job)
 
-    steps = len(job.text.calibration) * (1 + PASSES * len(job.students))
+    steps = len(job.text.calibration) * (1 + passes(settings.tune) * len(job.students))
     done = job.work.layers_done
     with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
         scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
-        workplace = Workplace(device, job.ranks, scratch, settings.memory_limit, bar.advance)
+        workplace = Workplace(device, job.ranks, scratch, settings.memory_limit, settings.tune, bar.advance)
         for index in range(done, job.layers):
             bar.describe(f"layer {index + 1}/{job.layers}")
             clock = Clock()

@@ -75,6 +75,10 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, in place."""
+        return self.sum(tensor).div_(self.count)
+
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all processes one after the other, which need not be equally many: (n, ...)."""
         if self.count == 1:

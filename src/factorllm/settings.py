@@ -39,6 +39,8 @@ class Settings(BaseModel):
     """Dtype of the written weights; `auto` keeps the dense model's."""
     baseline: bool = True
     """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
+    tune: int = Field(default=0, ge=0)
+    """Passes over the calibration tokens that fit each layer's kept neurons by gradient, before the restore."""
     memory_limit: int = Field(default=2 << 30, ge=0)
     """Bytes that one kind of a layer's activations may take in memory before it spills to disk."""
 
