@@ -17,9 +17,9 @@ ONE = ["-m", "factorllm"]
 TWO = [*LAUNCH_TWO, *ONE]
 
 
-def run(program: list[str], dense_folder, out, text_file, tokens: int) -> subprocess.CompletedProcess:
+def run(program: list[str], dense_folder, out, text_file, tokens: int, *options: str) -> subprocess.CompletedProcess:
     words = [dense_folder, "-o", out, "--text", text_file, "--tokens", tokens, "--recipe", "S2A2E8", "--no-baseline"]
-    command = [sys.executable, *program, "factorize", *map(str, words)]
+    command = [sys.executable, *program, "factorize", *map(str, words), *options]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
@@ -58,6 +58,16 @@ def test_statistics_are_those_of_all_the_text(made):
             assert second[name] == pytest.approx(first[name], rel=1e-2), name
         assert torch.tensor(second["expert_load"]).allclose(torch.tensor(first["expert_load"]), atol=1e-2)
     assert one["data"] == two["data"]
+
+
+def test_processes_tune_together(made, dense_folder, text_file, tmp_path):
+    """Each on its share, with the mean of both at the end."""
+    for name, program in (("one", ONE), ("two", TWO)):
+        done = run(program, dense_folder, tmp_path / name, text_file, 5 * BATCH, "--tune", "2")
+        assert done.returncode == 0, done.stderr
+    errors = {folder: content(folder, "factorllm.json")["layers"][0]["stream_error"] for folder in tmp_path.iterdir()}
+    untuned = content(made / "one", "factorllm.json")["layers"][0]["stream_error"]
+    assert max(errors.values()) < untuned
 
 
 def test_too_many_processes_for_the_text_are_refused(dense_folder, text_file, tmp_path):
