@@ -175,7 +175,7 @@ class LayerConversion:
         for run in self.sample.runs():
             hidden = self.sample.read(run, self.device).flatten(0, 1)
             scores.append(expert_scores(self.ffn, hidden, split, shape.top_k, recipe.prior))
-            inputs.append(self._sampled(self.inputs, run))
+            inputs.append(self._tokens(self.inputs, run, self.stride))
         inputs, scores = self.ranks.gather(torch.cat(inputs)), self.ranks.gather(torch.cat(scores))
         fitted = len(inputs) - len(inputs) // _CHECKED_SHARE
         prior = prior_distribution(scores[:fitted], shape.top_k, recipe.prior)
@@ -219,10 +219,10 @@ class LayerConversion:
         start = RidgeStatistics(self.shape.kept_width, self.middle.width, self.device)
         for run in self.inputs.runs():
             inputs = self.inputs.read(run, self.device).flatten(0, 1)
-            dense = self._dense_output(inputs)
+            dense, weights = self._dense_output(run)
             output.write(run, dense)
             active = GatedHidden.compute(kept, inputs, self._gates(inputs, router), self.shape)
-            start.update(active, dense, self._weights(run))
+            start.update(active, dense, weights)
             self._tick(run)
         start.share(self.ranks)
         down = solve_ridge_at(start, kept.down.float(), _TUNING_START)
@@ -239,10 +239,12 @@ class LayerConversion:
         for _ in range(self.workplace.tune):
             for number in torch.randperm(len(runs), generator=self.generator).tolist():
                 run = runs[number]
-                inputs, target = (rows.read(run, self.device).flatten(0, 1).float() for rows in (self.inputs, output))
-                rows = inputs, self._gates(inputs, router), target, self._weights(run)
+                inputs, target, teacher = (
+                    self._tokens(rows, run) for rows in (self.inputs, output, self.streams.teacher_after)
+                )
+                batch = inputs, self._gates(inputs, router), target, token_weights(teacher)
                 for picked in torch.randperm(len(inputs), generator=self.generator).to(self.device).split(BATCH):
-                    yield tuple(row[picked] for row in rows)
+                    yield tuple(values[picked] for values in batch)
                 self._tick(run)
 
     def _energy_kept(self, split: Partition, router: Tensor | None) -> float:
@@ -252,7 +254,7 @@ class LayerConversion:
             energy = neuron_energy(self.sample.read(run, self.device).flatten(0, 1), gain)
             runs = energy[:, split.shared].sum(1)
             if router is not None:
-                picked = self._gates(self._sampled(self.inputs, run), router) > 0
+                picked = self._gates(self._tokens(self.inputs, run, self.stride), router) > 0
                 runs += (split.expert_sums(energy) * picked).sum(1)
             total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum()
         return self.ranks.sum(total).item() / (self.sample.sequences * self.sample.length)
@@ -262,11 +264,11 @@ class LayerConversion:
         order = split.order.to(self.device)
         for run in self.sample.runs():
             hidden = self.sample.read(run, self.device).flatten(0, 1)[:, order].float()
-            yield self._sampled(self.inputs, run), hidden, *self._target(run, self.stride)
+            yield self._tokens(self.inputs, run, self.stride), hidden, *self._target(run, self.stride)
 
-    def _sampled(self, rows: Rows, run: slice) -> Tensor:
-        """The sampled tokens of `run`: (n, width), fp32."""
-        return rows.read(run, self.device)[:, :: self.stride].flatten(0, 1).float()
+    def _tokens(self, rows: Rows, run: slice, stride: int = 1) -> Tensor:
+        """Each `stride`-th token of `run`: (n, width), fp32."""
+        return rows.read(run, self.device)[:, ::stride].flatten(0, 1).float()
 
     def _accumulate(self, kept: FFN, router: Tensor | None) -> tuple[list[RidgeStatistics], list[float]]:
         """Run the student's neurons; ridge statistics of each fold, and each expert's share of the tokens."""
@@ -290,20 +292,16 @@ class LayerConversion:
         It is what brings the student's stream back to the teacher's, which also repairs the errors of the layers
         before; or, if the recipe does not say so, the dense FFN's output.
         """
-        teacher = self.streams.teacher_after.read(run, self.device)[:, ::stride].flatten(0, 1).float()
-        if self.recipe.restore == "stream":
-            middle = self.middle.read(run, self.device)[:, ::stride].flatten(0, 1).float()
-            return teacher - middle, token_weights(teacher)
+        if self.recipe.restore != "stream":
+            return self._dense_output(run, stride)
+        teacher = self._tokens(self.streams.teacher_after, run, stride)
+        return teacher - self._tokens(self.middle, run, stride), token_weights(teacher)
+
+    def _dense_output(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
+        """What the dense FFN gives, and how much each token counts, as `_target`."""
         inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
-        return self._dense_output(inputs), token_weights(teacher)
-
-    def _weights(self, run: slice) -> Tensor:
-        """How much each token of `run` counts: (n,)."""
-        return token_weights(self.streams.teacher_after.read(run, self.device).flatten(0, 1))
-
-    def _dense_output(self, inputs: Tensor) -> Tensor:
-        """What the dense FFN gives: (n, d) -> (n, d), fp32."""
-        return (self.ffn.hidden(inputs) @ self.ffn.down.T).float()
+        teacher = self._tokens(self.streams.teacher_after, run, stride)
+        return (self.ffn.hidden(inputs) @ self.ffn.down.T).float(), token_weights(teacher)
 
     def _advance(self, router: Tensor | None, down: Tensor) -> float:
         """Write the student's stream after the layer; returns its relative squared error."""
