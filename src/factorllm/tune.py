@@ -38,7 +38,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
     """
     matrices = [matrix.float().clone().requires_grad_(True) for matrix in (ffn.gate, ffn.up, ffn.down)]
     groups = [{"params": [matrix], "lr": _RATE * _root_mean_square(matrix)} for matrix in matrices]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARM_UP, steps), steps)
     device = ffn.gate.device
     for x, gates, target, weights in batches:
