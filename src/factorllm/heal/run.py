@@ -105,6 +105,7 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
             prior=recipe.prior,
             bfloat16=job.bfloat16,
             streams=settings.hidden_layers if settings.hidden_weight else 0,
+            batch=settings.micro_batch,
         )
         teacher = job.teacher.load_model(torch.float32, job.device)
         mine = missing[ranks.index :: ranks.count]
@@ -122,7 +123,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
     model = job.load(job.student)
     routers = Routers(model)
     if routers.modules:
-        use_autocast(model)
+        use_autocast(model, job.device)
     if settings.gates == "soft":
         routers.unflatten()
     if settings.gradient_checkpointing:

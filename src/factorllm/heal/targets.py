@@ -22,7 +22,6 @@ from factorllm.route import expert_scores, prior_distribution
 SHARD = 32
 """Sequences in a file."""
 
-_BATCH = 2
 _HEAD_ROWS = 128
 
 
@@ -37,6 +36,7 @@ class Asked:
         partitions: for each layer, the student's experts; empty for a student without routers.
         top_k, prior: of the student's recipe.
         streams: layers whose residual stream is kept.
+        batch: sequences that the teacher runs at once.
     """
 
     vocabulary: int
@@ -46,6 +46,7 @@ class Asked:
     prior: str
     bfloat16: bool
     streams: int
+    batch: int
 
 
 class Targets(Dataset):
@@ -85,7 +86,7 @@ class Targets(Dataset):
             advance: called with the number of sequences after each batch.
         """
         batches = []
-        for tokens in self.tokens[number * SHARD : (number + 1) * SHARD].split(_BATCH):
+        for tokens in self.tokens[number * SHARD : (number + 1) * SHARD].split(asked.batch):
             batches.append(ask(teacher, tokens, asked))
             advance(len(tokens))
         write_shard(self.shard(number), {name: torch.cat([b[name] for b in batches]) for name in batches[0]})
