@@ -115,7 +115,7 @@ def test_autocast_reaches_the_experts(student, device):
         gradients.append(torch.cat(experts))
         model.zero_grad()
     assert gradients[1].dtype == torch.float32
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.97  # rounding tips a few tokens to other experts
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

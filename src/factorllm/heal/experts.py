@@ -47,7 +47,7 @@ def _masked(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     weights = top_k_weights.new_zeros(tokens, count).scatter(1, top_k_index, top_k_weights)
     gate_up = linear(hidden_states, experts.gate_up_proj.flatten(0, 1)).view(tokens, count, 2, double // 2)
     gate, up = gate_up.unbind(2)
-    active = (experts.act_fn(gate) * up * weights[:, :, None].to(up.dtype)).flatten(1)
+    active = (experts.act_fn(gate) * up * weights[:, :, None]).flatten(1)
     return linear(active, experts.down_proj.transpose(0, 1).flatten(1)).to(hidden_states.dtype)
 
 
