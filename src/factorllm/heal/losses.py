@@ -51,10 +51,11 @@ class _KD(torch.autograd.Function):
         losses = []
         for start in range(0, len(logits), _ROWS):
             rows = slice(start, start + _ROWS)
-            loss, slope = _divergence(logits[rows].float() / temperature, ids[rows], teacher[rows])
+            scaled = logits[rows].to(torch.float32, copy=True).div_(temperature)
+            loss, slope = _divergence(scaled, ids[rows], teacher[rows])
             losses.append(loss)
             if gradient is not None:
-                gradient[rows] = slope / temperature
+                gradient[rows] = slope.div_(temperature)
         ctx.save_for_backward(gradient)
         return torch.cat(losses)
 
