@@ -96,6 +96,9 @@ def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
 def test_autocast_reaches_the_experts(student, device):
     model, dtypes, gradients = load_student(student), set(), []
     use_autocast(model, torch.device(device))  # no tensor need be there
+    routed = {}  # both passes route as the first one: rounding would tip a token to another expert
+    for router in Routers(model).modules:
+        router.register_forward_hook(lambda m, _, out: routed.setdefault(m, tuple(part.detach() for part in out)))
     sizes = {parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name}
 
     class Products(TorchDispatchMode):
@@ -115,7 +118,7 @@ def test_autocast_reaches_the_experts(student, device):
         gradients.append(torch.cat(experts))
         model.zero_grad()
     assert gradients[1].dtype == torch.float32
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.97  # rounding tips a few tokens to other experts
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
