@@ -1,4 +1,5 @@
-"""Write a mixed text to calibrate and heal on: Wikipedia introductions, novels, manuals and dictionaries.
+"""Write a mixed text to calibrate and heal on: Wikipedia introductions, novels, manuals, dictionaries and, with
+`--sampled`, text that the dense model said by itself, in the place of half of the manuals and dictionaries.
 
     apt-get download dict-foldoc dict-gcide python3.11-doc perl-doc r-cran-janeaustenr
     for package in *.deb; do dpkg -x $package debian; done
@@ -83,18 +84,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debian", type=Path, required=True, help="folder that the packages were unpacked into")
     parser.add_argument("--characters", type=int, default=2_400_000)
+    parser.add_argument("--sampled", type=Path, help="file that `factorllm sample` wrote")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     chooser, share = random.Random(0), arguments.characters // 10
+    small = share / 2 if arguments.sampled else share
     dictionaries = arguments.debian / "usr/share/dictd"
     sources = {
         "wikipedia": (read_documents(demo_text()), 3 * share),
         "novels": (pages(novels(arguments.debian / AUSTEN)), 3 * share),
-        "foldoc": (pages(dictionary(dictionaries / "foldoc.dict.dz")), share),
-        "gcide": (pages(dictionary(dictionaries / "gcide.dict.dz")), share),
-        "python": (pages(manuals(arguments.debian, "*.rst.txt")), share),
-        "perl": (pages(manuals(arguments.debian, "*.pod")), share),
+        "foldoc": (pages(dictionary(dictionaries / "foldoc.dict.dz")), small),
+        "gcide": (pages(dictionary(dictionaries / "gcide.dict.dz")), small),
+        "python": (pages(manuals(arguments.debian, "*.rst.txt")), small),
+        "perl": (pages(manuals(arguments.debian, "*.pod")), small),
     }
+    if arguments.sampled:
+        sources["sampled"] = (read_documents(str(arguments.sampled)), 2 * share)
     with arguments.out.open("w", encoding="utf-8") as file:
         for name, (documents, characters) in sources.items():
             for text in choose(documents, characters, chooser):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import string
 
 import pytest
 import torch
@@ -94,6 +95,26 @@ def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, manager, dens
         for it in (theirs, local_task(task, tmp_path))
     ]
     assert found[0] == found[1]
+
+
+def test_the_harness_scores_as_lm_evals_own_model_does(dense_folder):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from factorllm.evaluate.harness import Harness
+
+    contexts = ["A", "The moon is", "Which of these is a metal?\nAnswer:", "x" * 70, *string.digits]
+    continuations = [*string.printable, " a", " iron", " a long answer with many words", "y" * 40]
+    pairs = [(context, continuation) for context in contexts for continuation in continuations]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    theirs, ours = (
+        kind(pretrained=model, tokenizer=byte_tokenizer(), max_length=64).loglikelihood(requests, disable_tqdm=True)
+        for kind in (HFLM, Harness)
+    )
+    assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], rel=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert any(greedy for _, greedy in ours)
 
 
 def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):

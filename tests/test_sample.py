@@ -13,12 +13,13 @@ from factorllm.sources.text import read_documents
 SETTINGS = Settings(tokens=2 * BATCH * 32, length=32)
 
 
-def test_tokens_are_drawn_as_the_model_says(dense_folder):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_are_drawn_as_the_model_says(dense_folder, temperature):
     source = open_model(str(dense_folder))
     model, tokenizer = source.load_model(torch.float32, torch.device("cpu")), source.tokenizer()
-    drawn = sample_from_model(model, tokenizer, 8192, 2, seed=3)
+    drawn = sample_from_model(model, tokenizer, 8192, 2, seed=3, temperature=temperature)
     logits = model(torch.tensor([[start_token(tokenizer)]])).logits[0, 0]
-    wanted = 8192 * logits.double().softmax(-1)
+    wanted = 8192 * (logits.double() / temperature).softmax(-1)
     found = torch.bincount(drawn[:, 0], minlength=len(wanted))
     assert ((found - wanted).abs() < 5 * wanted.sqrt() + 5).all()
     assert wanted.max() > 2 * wanted.min()  # so a uniform draw would not pass
@@ -64,6 +65,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, t
 def test_refusals(dense_folder, tmp_path):
     with pytest.raises(FactorLLMError, match=r"no \.jsonl file"):
         sample(str(dense_folder), tmp_path / "text.txt", settings=SETTINGS)
+    with pytest.raises(FactorLLMError, match="temperature of 0"):
+        sample(str(dense_folder), tmp_path / "text.jsonl", temperature=0, settings=SETTINGS)
     (tmp_path / "text.jsonl").write_text("mine")
     with pytest.raises(FactorLLMError, match="exists already"):
         sample(str(dense_folder), tmp_path / "text.jsonl", settings=SETTINGS)

@@ -135,6 +135,7 @@ def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="The .jsonl file to write, for --text.")],
     tokens: Annotated[int, typer.Option(help="Tokens to sample.")] = 200_000,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, in which documents follow one another.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Below 1: surer of itself and more fluent.")] = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Overwrite = True,
@@ -144,7 +145,7 @@ def sample(
     from factorllm.settings import Settings
 
     settings = Settings(tokens=tokens, length=length, seed=seed, device=device)
-    path = run(model, out, settings=settings, overwrite=not resume, console=console)
+    path = run(model, out, temperature=temperature, settings=settings, overwrite=not resume, console=console)
     _say(f"written: {path}")
 
 

@@ -26,6 +26,7 @@ def sample(
     model: str,
     out: str | Path,
     *,
+    temperature: float = 1.0,
     settings: Settings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -37,6 +38,7 @@ def sample(
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         out: a .jsonl file; its records have the keys `source` and `text`.
+        temperature: what the logits are divided by; below 1 the text is surer of itself, and more fluent.
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
@@ -44,15 +46,22 @@ def sample(
     out, console = Path(out), console or Console(quiet=True)
     if out.suffix != ".jsonl":
         raise FactorLLMError(f"{out} is no .jsonl file, so --text could not read it; choose such a name")
+    if temperature <= 0:
+        raise FactorLLMError(f"a temperature of {temperature} draws nothing; use 1, or less for more fluent text")
     if not overwrite:
         refuse_existing(out)
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
-    identity = {"model": source.fingerprint, "settings": settings.model_dump(mode="json"), "versions": versions()}
+    identity = {
+        "model": source.fingerprint,
+        "temperature": temperature,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
     with explain_full_disk(out):
         work = Workspace(out, identity, overwrite)
         try:
-            _sample_missing(source, settings, work, console)
+            _sample_missing(source, temperature, settings, work, console)
             batches = sorted(work.folder.glob("batch-*.jsonl"))
             write_text(work.folder / out.name, "".join(path.read_text(encoding="utf-8") for path in batches))
             work.publish(work.folder / out.name)
@@ -61,7 +70,9 @@ def sample(
     return out
 
 
-def _sample_missing(source: ModelSource, settings: Settings, work: Workspace, console: Console) -> None:
+def _sample_missing(
+    source: ModelSource, temperature: float, settings: Settings, work: Workspace, console: Console
+) -> None:
     """Each batch has its own seed and its own file, so that a killed run goes on after the last one."""
     sequences = -(-settings.tokens // settings.length)
     sizes = batch_sizes(sequences)
@@ -74,7 +85,7 @@ def _sample_missing(source: ModelSource, settings: Settings, work: Workspace, co
             if path.exists():
                 continue
             seed = settings.seed * 1_000_003 + number
-            rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance)
+            rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance, temperature)
             documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
             write_text(path, "".join(json.dumps({"source": "sampled", "text": text}) + "\n" for text in documents))
 

@@ -18,7 +18,7 @@ from factorllm.settings import has_bfloat16
 BATCH = 512
 """Tokens of a step."""
 
-_RATE = 5e-3  # peak learning rate, in units of the root mean square of each matrix
+_RATE = 2e-2  # peak learning rate, in units of the root mean square of each matrix
 _WARM_UP = 20
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

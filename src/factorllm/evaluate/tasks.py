@@ -30,7 +30,7 @@ class Task:
     answers: str = "{{choices}}"
 
 
-_BATCH = 8  # requests at once
+_BATCH = 8  # prompts that are continued at once
 _QUESTION = "{{query.strip()}}\nAnswer:"
 
 TASKS: dict[str, Task] = {
@@ -76,10 +76,11 @@ def run_task(
     """
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from factorllm.evaluate.harness import Harness
     except ImportError:
         raise FactorLLMError("tasks need lm-eval, which is not installed: pip install 'factorllm[eval]'") from None
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
     manager = _task_manager(data is None)
     asked = local_task(task, data) if data else task
     try:

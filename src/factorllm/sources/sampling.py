@@ -27,18 +27,21 @@ def sample_from_model(
     length: int,
     seed: int,
     advance: Callable[[int], None] = lambda steps: None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Sample from the model at temperature 1, each sequence as if a document began: (sequences, length), int64.
+    """Sample from the model, each sequence as if a document began: (sequences, length), int64.
 
     A sampled end token does not stop a sequence: the next document follows it, as in packed text.
 
     Args:
+        temperature: what the logits are divided by.
         advance: called with the number of tokens of each step.
     """
     model.set_attn_implementation("eager")  # for one new token a sequence it is the faster one, the more the longer
     generator = torch.Generator().manual_seed(seed)
     start = start_token(tokenizer)
-    return torch.cat([_sample(model, start, size, length, generator, advance) for size in batch_sizes(sequences)])
+    sizes = batch_sizes(sequences)
+    return torch.cat([_sample(model, start, size, length, generator, advance, temperature) for size in sizes])
 
 
 def batch_sizes(sequences: int) -> list[int]:
@@ -69,13 +72,14 @@ def _sample(
     length: int,
     generator: torch.Generator,
     advance: Callable[[int], None],
+    temperature: float,
 ) -> Tensor:
     cache, last, drawn = DynamicCache(config=model.config), torch.full((sequences, 1), start), []
     for _ in range(length):
         logits = next_logits(model, last, cache)
         # One random number for each row: `torch.multinomial` draws one for each token of the vocabulary, which takes
         # two thirds as long as the model.
-        mass = logits.float().softmax(-1).cpu().cumsum(-1)
+        mass = (logits.float() / temperature).softmax(-1).cpu().cumsum(-1)
         point = torch.rand(sequences, 1, generator=generator) * mass[:, -1:]
         last = torch.searchsorted(mass, point).clamp_max(mass.shape[-1] - 1)
         drawn.append(last)

@@ -1,0 +1,64 @@
+"""lm-evaluation-harness's model, asked for less: head and softmax only where a continuation is scored."""
+
+from __future__ import annotations
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+_BATCH_TOKENS = 2048
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""What lm-eval asks: context and continuation as text, and the tokens of each."""
+
+
+class Harness(HFLM):
+    """`HFLM` with the same scores. Where a vocabulary is large and a model small, most of its time goes into logits of
+    tokens that no one asks for, and into contexts that are asked with each of their continuations."""
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each request the log-probability of its continuation, and whether it is what greedy decoding gives."""
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        sharing: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            kept = (context + continuation)[-(self.max_length + 1) :]
+            sharing.setdefault(tuple(kept[:-1]), []).append(number)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for batch in _batches(sorted(sharing, key=len, reverse=True)):
+                owners = [(row, number) for row, tokens in enumerate(batch) for number in sharing[tokens]]
+                spans = [len(requests[number][2]) for _, number in owners]
+                first = min(len(batch[row]) - span for (row, _), span in zip(owners, spans, strict=True))
+                scores = self._log_probabilities(batch, first)
+                for (row, number), span in zip(owners, spans, strict=True):
+                    end = len(batch[row]) - first
+                    answers[number] = _answer(scores[row, end - span : end], requests[number][2])
+                bar.update(len(owners))
+        return answers
+
+    def _log_probabilities(self, batch: list[tuple[int, ...]], first: int) -> Tensor:
+        """Of the tokens after each position from `first` on: (sequences, longest - first, vocabulary), fp32."""
+        longest = len(batch[0])
+        # Padding comes after what is scored, so it needs no mask.
+        inputs = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in batch], device=self.device)
+        with torch.inference_mode():
+            return self.model(inputs, logits_to_keep=longest - first).logits.float().log_softmax(-1)
+
+
+def _batches(inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Inputs, the longest first, in batches of about `_BATCH_TOKENS` tokens."""
+    batches, at = [], 0
+    while at < len(inputs):
+        size = max(_BATCH_TOKENS // max(len(inputs[at]), 1), 1)
+        batches.append(inputs[at : at + size])
+        at += size
+    return batches
+
+
+def _answer(scores: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """(tokens, vocabulary) -> the sum of the continuation's log-probabilities, and whether each is the largest."""
+    tokens = torch.tensor(continuation, device=scores.device)
+    total = scores.gather(1, tokens[:, None]).sum().item()
+    return total, bool((scores.argmax(1) == tokens).all())
