@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 _BATCH_TOKENS = 2048
@@ -28,30 +29,31 @@ class Harness(HFLM):
             sharing.setdefault(tuple(kept[:-1]), []).append(number)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for batch in _batches(sorted(sharing, key=len, reverse=True)):
-                owners = [(row, number) for row, tokens in enumerate(batch) for number in sharing[tokens]]
-                spans = [len(requests[number][2]) for _, number in owners]
-                first = min(len(batch[row]) - span for (row, _), span in zip(owners, spans, strict=True))
+                asked = [
+                    (row, len(tokens) - len(requests[number][2]), number)
+                    for row, tokens in enumerate(batch)
+                    for number in sharing[tokens]
+                ]
+                first = min(start for _, start, _ in asked)
                 scores = self._log_probabilities(batch, first)
-                for (row, number), span in zip(owners, spans, strict=True):
-                    end = len(batch[row]) - first
-                    answers[number] = _answer(scores[row, end - span : end], requests[number][2])
-                bar.update(len(owners))
+                for row, start, number in asked:
+                    answers[number] = _answer(scores[row, start - first : len(batch[row]) - first], requests[number][2])
+                bar.update(len(asked))
         return answers
 
     def _log_probabilities(self, batch: list[tuple[int, ...]], first: int) -> Tensor:
         """Of the tokens after each position from `first` on: (sequences, longest - first, vocabulary), fp32."""
-        longest = len(batch[0])
         # Padding comes after what is scored, so it needs no mask.
-        inputs = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in batch], device=self.device)
+        inputs = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True).to(self.device)
         with torch.inference_mode():
-            return self.model(inputs, logits_to_keep=longest - first).logits.float().log_softmax(-1)
+            return self.model(inputs, logits_to_keep=len(batch[0]) - first).logits.float().log_softmax(-1)
 
 
 def _batches(inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     """Inputs, the longest first, in batches of about `_BATCH_TOKENS` tokens."""
     batches, at = [], 0
     while at < len(inputs):
-        size = max(_BATCH_TOKENS // max(len(inputs[at]), 1), 1)
+        size = max(_BATCH_TOKENS // len(inputs[at]), 1)
         batches.append(inputs[at : at + size])
         at += size
     return batches
