@@ -7,18 +7,18 @@ from factorllm.errors import FactorLLMError
 from factorllm.sample import sample
 from factorllm.settings import Settings
 from factorllm.sources import open_model
-from factorllm.sources.sampling import BATCH, sample_from_model, start_token
+from factorllm.sources.sampling import BATCH, chat_opening, sample_from_model, start_token
 from factorllm.sources.text import read_documents
 
 SETTINGS = Settings(tokens=2 * BATCH * 32, length=32)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_are_drawn_as_the_model_says(dense_folder, temperature):
+@pytest.mark.parametrize(("temperature", "opening"), [(1.0, None), (0.5, None), (1.0, [7, 42, 99])])
+def test_tokens_are_drawn_as_the_model_says(dense_folder, temperature, opening):
     source = open_model(str(dense_folder))
     model, tokenizer = source.load_model(torch.float32, torch.device("cpu")), source.tokenizer()
-    drawn = sample_from_model(model, tokenizer, 8192, 2, seed=3, temperature=temperature)
-    logits = model(torch.tensor([[start_token(tokenizer)]])).logits[0, 0]
+    drawn = sample_from_model(model, tokenizer, 8192, 2, seed=3, temperature=temperature, opening=opening)
+    logits = model(torch.tensor([opening or [start_token(tokenizer)]])).logits[0, -1]
     wanted = 8192 * (logits.double() / temperature).softmax(-1)
     found = torch.bincount(drawn[:, 0], minlength=len(wanted))
     assert ((found - wanted).abs() < 5 * wanted.sqrt() + 5).all()
@@ -37,6 +37,25 @@ def test_a_tokenizer_without_such_a_token_is_refused():
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(FactorLLMError, match="no token to begin a document with"):
         start_token(tokenizer)
+
+
+def test_conversations_begin_as_the_chat_template_says(dense_folder, tmp_path):
+    path = sample(str(dense_folder), tmp_path / "chat.jsonl", chat=True, settings=SETTINGS)
+    documents = list(read_documents(str(path)))
+    assert len(documents) == SETTINGS.tokens // SETTINGS.length
+    assert all(document.startswith("<s>user: ") for document in documents)
+    assert len(set(documents)) == len(documents)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(None, "no chat template"), ("{{ messages[0]['content'] }}", "nothing before"), ("hello", "nothing before")],
+)
+def test_a_tokenizer_without_a_beginning_of_conversations_is_refused(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(FactorLLMError, match=message):
+        chat_opening(tokenizer)
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):

@@ -136,6 +136,9 @@ def sample(
     tokens: Annotated[int, typer.Option(help="Tokens to sample.")] = 200_000,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, in which documents follow one another.")] = 256,
     temperature: Annotated[float, typer.Option(help="Below 1: surer of itself and more fluent.")] = 1.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Conversations in the model's chat template, questions and answers.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Overwrite = True,
@@ -145,7 +148,7 @@ def sample(
     from factorllm.settings import Settings
 
     settings = Settings(tokens=tokens, length=length, seed=seed, device=device)
-    path = run(model, out, temperature=temperature, settings=settings, overwrite=not resume, console=console)
+    path = run(model, out, temperature=temperature, chat=chat, settings=settings, overwrite=not resume, console=console)
     _say(f"written: {path}")
 
 

@@ -16,7 +16,7 @@ from factorllm.job import versions
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import ModelSource, open_model
-from factorllm.sources.sampling import batch_sizes, sample_from_model
+from factorllm.sources.sampling import batch_sizes, chat_opening, sample_from_model
 
 _SHORTEST = 16
 """Tokens of the shortest document that is kept: what the end of a sequence cuts off is not one."""
@@ -27,6 +27,7 @@ def sample(
     out: str | Path,
     *,
     temperature: float = 1.0,
+    chat: bool = False,
     settings: Settings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -39,6 +40,7 @@ def sample(
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         out: a .jsonl file; its records have the keys `source` and `text`.
         temperature: what the logits are divided by; below 1 the text is surer of itself, and more fluent.
+        chat: let the model say conversations, in its chat template, of one sequence each.
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
@@ -55,13 +57,14 @@ def sample(
     identity = {
         "model": source.fingerprint,
         "temperature": temperature,
+        "chat": chat,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
     with explain_full_disk(out):
         work = Workspace(out, identity, overwrite)
         try:
-            _sample_missing(source, temperature, settings, work, console)
+            _sample_missing(source, temperature, chat, settings, work, console)
             batches = sorted(work.folder.glob("batch-*.jsonl"))
             write_text(work.folder / out.name, "".join(path.read_text(encoding="utf-8") for path in batches))
             work.publish(work.folder / out.name)
@@ -71,7 +74,7 @@ def sample(
 
 
 def _sample_missing(
-    source: ModelSource, temperature: float, settings: Settings, work: Workspace, console: Console
+    source: ModelSource, temperature: float, chat: bool, settings: Settings, work: Workspace, console: Console
 ) -> None:
     """Each batch has its own seed and its own file, so that a killed run goes on after the last one."""
     sequences = -(-settings.tokens // settings.length)
@@ -79,14 +82,18 @@ def _sample_missing(
     paths = [work.folder / f"batch-{number:05d}.jsonl" for number in range(len(sizes))]
     done = sum(size for size, path in zip(sizes, paths, strict=True) if path.exists())
     device, tokenizer = settings.torch_device, source.tokenizer()
+    opening = chat_opening(tokenizer) if chat else []
     model = source.load_model(torch.bfloat16 if has_bfloat16(device) else torch.float32, device)
     with meter(console, "sampling", sequences * settings.length, done * settings.length) as bar:
         for number, (size, path) in enumerate(zip(sizes, paths, strict=True)):
             if path.exists():
                 continue
             seed = settings.seed * 1_000_003 + number
-            rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance, temperature)
-            documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
+            rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance, temperature, opening)
+            if chat:
+                documents = tokenizer.batch_decode([opening + row for row in rows.tolist()])
+            else:
+                documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
             write_text(path, "".join(json.dumps({"source": "sampled", "text": text}) + "\n" for text in documents))
 
 

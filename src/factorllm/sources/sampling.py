@@ -28,6 +28,7 @@ def sample_from_model(
     seed: int,
     advance: Callable[[int], None] = lambda steps: None,
     temperature: float = 1.0,
+    opening: list[int] | None = None,
 ) -> Tensor:
     """Sample from the model, each sequence as if a document began: (sequences, length), int64.
 
@@ -36,10 +37,11 @@ def sample_from_model(
     Args:
         temperature: what the logits are divided by.
         advance: called with the number of tokens of each step.
+        opening: what each sequence goes on from, and does not hold; the start of a document unless given.
     """
     model.set_attn_implementation("eager")  # for one new token a sequence it is the faster one, the more the longer
     generator = torch.Generator().manual_seed(seed)
-    start = start_token(tokenizer)
+    start = torch.tensor(opening or [start_token(tokenizer)])
     sizes = batch_sizes(sequences)
     return torch.cat([_sample(model, start, size, length, generator, advance, temperature) for size in sizes])
 
@@ -64,17 +66,38 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens up to where a user begins to speak, by the tokenizer's chat template.
+
+    A chat model goes on with a question of its own and its answer (Magpie, arXiv 2406.08464).
+
+    Raises:
+        FactorLLMError: when it has no chat template, or one that does not hold what users say.
+    """
+    if not tokenizer.chat_template:
+        raise FactorLLMError(
+            "the tokenizer has no chat template, so the model does not know how a conversation begins; leave --chat out"
+        )
+    said = "FactorLLM"
+    conversation = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
+    before, found, _ = conversation.partition(said)
+    opening = tokenizer(before, add_special_tokens=False).input_ids
+    if not found or not opening:
+        raise FactorLLMError("the chat template puts nothing before what a user says; leave --chat out")
+    return opening
+
+
 @torch.inference_mode()
 def _sample(
     model: PreTrainedModel,
-    start: int,
+    start: Tensor,
     sequences: int,
     length: int,
     generator: torch.Generator,
     advance: Callable[[int], None],
     temperature: float,
 ) -> Tensor:
-    cache, last, drawn = DynamicCache(config=model.config), torch.full((sequences, 1), start), []
+    cache, last, drawn = DynamicCache(config=model.config), start.expand(sequences, -1), []
     for _ in range(length):
         logits = next_logits(model, last, cache)
         # One random number for each row: `torch.multinomial` draws one for each token of the vocabulary, which takes
