@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_text
 from factorllm.errors import FactorLLMError
 from factorllm.job import versions
+from factorllm.memory import reuse_freed_memory
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import ModelSource, open_model
@@ -52,6 +53,7 @@ def sample(
         raise FactorLLMError(f"a temperature of {temperature} draws nothing; use 1, or less for more fluent text")
     if not overwrite:
         refuse_existing(out)
+    reuse_freed_memory()
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
     identity = {
