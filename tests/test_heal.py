@@ -28,6 +28,7 @@ from factorllm.heal.job import open_heal_job
 from factorllm.heal.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
 from factorllm.heal.students import set_learning
 from factorllm.inspection import load_student
+from factorllm.recipe import parse_recipe
 from factorllm.route import pa_loss
 from factorllm.route.loaded import Routers, is_router
 from factorllm.settings import Settings
@@ -318,6 +319,12 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
     refused("is damaged", student=older)
     (older / "factorllm.partition.json").unlink()
     refused("has no factorllm.partition.json", student=older)
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])
+def test_the_learning_rate_suits_the_student_unless_it_is_given(recipe, rate):
+    assert HealSettings().settled(parse_recipe(recipe)).learning_rate == rate
+    assert HealSettings(learning_rate=7e-5).settled(parse_recipe(recipe)).learning_rate == 7e-5
 
 
 def test_kd_loss_is_the_kl_divergence_when_nothing_is_left_out():

@@ -83,6 +83,7 @@ def open_heal_job(
         refuse_existing(out)
     made = read_provenance(student)
     recipe = Recipe(**made["recipe"])
+    settings = settings.settled(recipe)
     source = open_model(teacher)
     _check_teacher(student, made, source)
     partitions = [] if recipe.is_prune else read_partitions(student, recipe.shape(source.config.intermediate_size))

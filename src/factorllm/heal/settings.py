@@ -6,7 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from factorllm.recipe import Recipe
+
 Train = Literal["router", "experts", "ffn", "all", "lora"]
+
+_RATE = 1e-4
+_LIGHT_RATE = 3e-5  # best at 25 % FFN sparsity, where 1e-4 soon makes a student worse (docs/experiments.md)
+_LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 
 
 class HealSettings(BaseModel):
@@ -24,8 +30,8 @@ class HealSettings(BaseModel):
     gates: Literal["straight-through", "soft"] = "straight-through"
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
     soft ones of the host."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. None: what suits the student, `settled`."""
     temperature: float = Field(default=1.0, gt=0)
     """Of teacher and student in the KL divergence."""
     vocabulary: int = Field(default=64, ge=1)
@@ -59,3 +65,12 @@ class HealSettings(BaseModel):
     it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
+
+    def settled(self, recipe: Recipe) -> HealSettings:
+        """The same, with a learning rate: a smaller one where little of the FFN is off, and so little is to repair. A
+        static prune bears the larger one always: all of it sees every token, so its gradients are less noisy."""
+        if self.learning_rate is not None:
+            return self
+        off = 1 - (recipe.shared + recipe.active) / recipe.parts
+        light = off < _LIGHT and not recipe.is_prune
+        return self.model_copy(update={"learning_rate": _LIGHT_RATE if light else _RATE})
