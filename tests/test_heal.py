@@ -323,8 +323,9 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])
 def test_the_learning_rate_suits_the_student_unless_it_is_given(recipe, rate):
-    assert HealSettings().settled(parse_recipe(recipe)).learning_rate == rate
-    assert HealSettings(learning_rate=7e-5).settled(parse_recipe(recipe)).learning_rate == 7e-5
+    shape = parse_recipe(recipe).shape(64)
+    assert HealSettings().settled(shape).learning_rate == rate
+    assert HealSettings(learning_rate=7e-5).settled(shape).learning_rate == 7e-5
 
 
 def test_kd_loss_is_the_kl_divergence_when_nothing_is_left_out():

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from factorllm.recipe import Recipe
+from factorllm.recipe import Shape
 
 Train = Literal["router", "experts", "ffn", "all", "lora"]
 
@@ -66,11 +66,10 @@ class HealSettings(BaseModel):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
 
-    def settled(self, recipe: Recipe) -> HealSettings:
+    def settled(self, shape: Shape) -> HealSettings:
         """The same, with a learning rate: a smaller one where little of the FFN is off, and so little is to repair. A
         static prune bears the larger one always: all of it sees every token, so its gradients are less noisy."""
         if self.learning_rate is not None:
             return self
-        off = 1 - (recipe.shared + recipe.active) / recipe.parts
-        light = off < _LIGHT and not recipe.is_prune
+        light = shape.experts > 0 and shape.sparsity < _LIGHT
         return self.model_copy(update={"learning_rate": _LIGHT_RATE if light else _RATE})
