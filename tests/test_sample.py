@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import byte_tokenizer
@@ -56,6 +58,17 @@ def test_a_tokenizer_without_a_beginning_of_conversations_is_refused(template, m
     tokenizer.chat_template = template
     with pytest.raises(FactorLLMError, match=message):
         chat_opening(tokenizer)
+
+
+def test_refused_conversations_leave_nothing_behind(dense_folder, tmp_path):
+    dumb = shutil.copytree(dense_folder, tmp_path / "dumb")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    (dumb / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(dumb)
+    with pytest.raises(FactorLLMError, match="no chat template"):
+        sample(str(dumb), tmp_path / "chat.jsonl", chat=True, settings=SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["dumb"]
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_text
 from factorllm.errors import FactorLLMError
 from factorllm.job import versions
-from factorllm.memory import reuse_freed_memory
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import ModelSource, open_model
@@ -53,9 +52,10 @@ def sample(
         raise FactorLLMError(f"a temperature of {temperature} draws nothing; use 1, or less for more fluent text")
     if not overwrite:
         refuse_existing(out)
-    reuse_freed_memory()
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
+    tokenizer = source.tokenizer()
+    opening = chat_opening(tokenizer) if chat else None
     identity = {
         "model": source.fingerprint,
         "temperature": temperature,
@@ -66,7 +66,7 @@ def sample(
     with explain_full_disk(out):
         work = Workspace(out, identity, overwrite)
         try:
-            _sample_missing(source, temperature, chat, settings, work, console)
+            _sample_missing(source, tokenizer, opening, temperature, settings, work, console)
             batches = sorted(work.folder.glob("batch-*.jsonl"))
             write_text(work.folder / out.name, "".join(path.read_text(encoding="utf-8") for path in batches))
             work.publish(work.folder / out.name)
@@ -76,15 +76,20 @@ def sample(
 
 
 def _sample_missing(
-    source: ModelSource, temperature: float, chat: bool, settings: Settings, work: Workspace, console: Console
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    opening: list[int] | None,
+    temperature: float,
+    settings: Settings,
+    work: Workspace,
+    console: Console,
 ) -> None:
     """Each batch has its own seed and its own file, so that a killed run goes on after the last one."""
     sequences = -(-settings.tokens // settings.length)
     sizes = batch_sizes(sequences)
     paths = [work.folder / f"batch-{number:05d}.jsonl" for number in range(len(sizes))]
     done = sum(size for size, path in zip(sizes, paths, strict=True) if path.exists())
-    device, tokenizer = settings.torch_device, source.tokenizer()
-    opening = chat_opening(tokenizer) if chat else []
+    device = settings.torch_device
     model = source.load_model(torch.bfloat16 if has_bfloat16(device) else torch.float32, device)
     with meter(console, "sampling", sequences * settings.length, done * settings.length) as bar:
         for number, (size, path) in enumerate(zip(sizes, paths, strict=True)):
@@ -92,10 +97,10 @@ def _sample_missing(
                 continue
             seed = settings.seed * 1_000_003 + number
             rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance, temperature, opening)
-            if chat:
-                documents = tokenizer.batch_decode([opening + row for row in rows.tolist()])
-            else:
+            if opening is None:
                 documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
+            else:
+                documents = tokenizer.batch_decode([opening + row for row in rows.tolist()])
             write_text(path, "".join(json.dumps({"source": "sampled", "text": text}) + "\n" for text in documents))
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate.generate import next_logits
+from factorllm.memory import reuse_freed_memory
 
 BATCH = 128
 """Sequences that are sampled at once."""
@@ -39,9 +40,10 @@ def sample_from_model(
         advance: called with the number of tokens of each step.
         opening: what each sequence goes on from, and does not hold; the start of a document unless given.
     """
+    reuse_freed_memory()  # each step leaves a cache behind
     model.set_attn_implementation("eager")  # for one new token a sequence it is the faster one, the more the longer
     generator = torch.Generator().manual_seed(seed)
-    start = torch.tensor(opening or [start_token(tokenizer)])
+    start = torch.tensor([start_token(tokenizer)] if opening is None else opening)
     sizes = batch_sizes(sequences)
     return torch.cat([_sample(model, start, size, length, generator, advance, temperature) for size in sizes])
 
