@@ -31,7 +31,9 @@ def test_dense_cost(name, tmp_path):
     assert cost.flops_per_token * tokens.numel() == counted_flops(model, tokens)
 
 
-@pytest.mark.parametrize(("recipe", "sparsity"), [("S2A2E8", 0.5), ("1R4E1K", 0.75), ("S4A0E8", 0.5)])
+@pytest.mark.parametrize(
+    ("recipe", "sparsity"), [("S2A2E8", 0.5), ("1R4E1K", 0.75), ("S4A0E8", 0.5), ("S0A2E4N3", 0.5), ("S1A1E4N4", 0.5)]
+)
 def test_student_cost(recipe, sparsity, tmp_path, dense_folder, text_file, small):
     factorize(str(dense_folder), tmp_path / "out", recipe, text=str(text_file), settings=small)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")

@@ -85,6 +85,10 @@ def median_differences(folder: Path, models: tuple[str, str]) -> list[float]:
 HOSTED = [
     *((name, "mixtral", "S0A2E4") for name in ("gqa-tied", "mha", "llama3-rope", "mistral")),
     *((name, "granitemoeshared", "S2A2E8") for name in ("gqa-tied", "gqa-untied", "llama3-rope")),
+    ("gqa-tied", "mixtral", "S0A2E4N3"),
+    ("gqa-tied", "granitemoeshared", "S1A2E4N2"),
+    ("qwen2", "qwen2_moe", "S1A2E4N2"),
+    ("qwen3", "glm4_moe", "S2A1E4N3"),
     *((name, "qwen2_moe", recipe) for name in ("gqa-tied", "qwen2") for recipe in ("S0A2E4", "S2A2E8")),
     ("qwen3", "qwen3_moe", "S0A2E4"),
     *((name, "glm4_moe", "S2A2E8") for name in ("gqa-tied", "qwen2", "qwen3")),
@@ -215,6 +219,12 @@ def test_a_fixed_top_k_is_not_changed(tmp_path, text_file, small):
     out = factorized(CONFIGS["mha"], tmp_path, text_file, small)
     with pytest.raises(FactorLLMError, match="--host glm4_moe"):
         export_gguf(str(out), tmp_path / "out.gguf", top_k=3)
+
+
+def test_the_top_k_of_overlapping_experts_is_not_changed(tmp_path, text_file, small):
+    out = factorized(CONFIGS["mha"], tmp_path, text_file, small, recipe="S2A1E4N3", host="glm4_moe")
+    with pytest.raises(FactorLLMError, match="its experts overlap"):
+        export_gguf(str(out), tmp_path / "out.gguf", top_k=2)
 
 
 def test_a_file_that_exists_is_kept(tmp_path):

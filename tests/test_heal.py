@@ -237,6 +237,16 @@ def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
         heal(tmp_path / "prune", str(dense_folder), tmp_path / "no", text=str(text_file), settings=settings)
 
 
+def test_overlapping_experts_heal_too(dense_folder, text_file, tmp_path):
+    """With one expert a token its gate weight is 1, so the Prior-Approximate loss is what teaches the router."""
+    factorize(str(dense_folder), tmp_path / "student", "S0A2E4N3", text=str(text_file), settings=MADE_WITH)
+    settings = QUICK.model_copy(update={"learning_rate": 2e-4})
+    heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert validation[-1] < validation[0]
+    assert any(is_router(name) for name in changed(tmp_path / "student", tmp_path / "out"))
+
+
 # What a process of its own is told, and the same settings for this one.
 OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.002", "--precision", "float32"]
 SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=0.002, precision="float32")

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
 from factorllm.hosts import choose_host
+from factorllm.inspection import read_partitions
 
 HOSTS_OF = {
     **dict.fromkeys(CONFIGS, ("mixtral", "granitemoeshared", "qwen2_moe", "glm4_moe")),
@@ -84,6 +85,22 @@ def test_the_experts_of_a_sparse_student_sum_to_the_dense_ffn(tmp_path, text_fil
     tokens = some_tokens(student.config)
     with torch.no_grad():
         assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize(("recipe", "host"), [("S0A2E4N3", "mixtral"), ("S1A1E4N4", "granitemoeshared")])
+def test_overlapping_experts_hold_the_dense_neurons_unchanged(recipe, host, tmp_path, text_file, small):
+    recipe = parse_recipe(recipe).model_copy(update={"restore": "none"})
+    dense, student = build(CONFIGS["gqa-tied"], recipe, tmp_path, text_file, small)
+    assert student.config.model_type == host
+    shape = recipe.shape(dense.config.intermediate_size)
+    splits = read_partitions(tmp_path / "out", shape)
+    for split, before, after in zip(splits, dense.model.layers, student.model.layers, strict=True):
+        experts = (after.mlp if host == "mixtral" else after.block_sparse_moe).experts
+        for number, neurons in enumerate(split.experts):
+            gate, up = experts.gate_up_proj[number].chunk(2)
+            assert torch.equal(gate, before.mlp.gate_proj.weight[neurons])
+            assert torch.equal(up, before.mlp.up_proj.weight[neurons])
+            assert torch.equal(experts.down_proj[number], before.mlp.down_proj.weight[:, neurons])
 
 
 @pytest.mark.parametrize("host", ["qwen2_moe", "glm4_moe"])

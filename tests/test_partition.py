@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from factorllm.ffn import FFN, neuron_energy
-from factorllm.partition import METHODS, keep_top_energy, partition, partition_from_labels
+from factorllm.partition import METHODS, keep_top_energy, partition, partition_from_labels, partition_from_order
 from factorllm.partition.balanced import balanced_assignment
 from factorllm.partition.energy import expert_picks
 from factorllm.recipe import Shape
@@ -88,7 +88,7 @@ def test_neurons_that_fire_together_stay_together(method, least):
 def captured(ffn: FFN, hidden: torch.Tensor, split, top_k: int) -> float:
     energy = neuron_energy(hidden, ffn.neuron_gain())
     scores = torch.stack([energy[:, neurons].sum(1) for neurons in split.experts], dim=1)
-    return ((scores * expert_picks(scores, top_k)).sum() / scores.sum()).item()
+    return ((scores * expert_picks(scores, top_k)).sum() / energy.sum()).item()
 
 
 def test_energy_captures_more_than_the_paper_split():
@@ -96,6 +96,45 @@ def test_energy_captures_more_than_the_paper_split():
     shape = Shape(96, 0, 6, 16, 2)
     by_method = {m: captured(ffn, hidden, partition(ffn, hidden, shape, m), 2) for m in ("energy", "random")}
     assert by_method["energy"] > 1.1 * by_method["random"]
+
+
+@st.composite
+def overlapping_shapes(draw) -> Shape:
+    width, experts, shared = draw(st.integers(1, 9)), draw(st.integers(2, 6)), draw(st.integers(0, 12))
+    ffn_width = draw(st.integers(shared + width, shared + experts * width - 1))
+    return Shape(ffn_width, shared, experts, width, 1)
+
+
+@given(shape=overlapping_shapes(), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_overlapping_experts_repeat_no_neuron_that_runs(shape, seed):
+    ffn, hidden = random_ffn(shape.ffn_width, 5, seed)
+    first, second = (partition(ffn, hidden, shape, generator=torch.Generator().manual_seed(seed)) for _ in range(2))
+    assert torch.equal(first.order, second.order)
+    assert first.experts.shape == (shape.experts, shape.expert_width)
+    for expert in first.experts:
+        assert len(torch.cat([first.shared, expert]).unique()) == shape.active_width
+    assert torch.equal(partition_from_order(first.order, shape).order, first.order)
+
+
+def test_overlapping_experts_capture_more_than_disjoint_ones():
+    ffn, hidden = random_ffn(96, 16, 1)
+    disjoint = partition(ffn, hidden, Shape(96, 0, 2, 48, 1))
+    overlapping = partition(ffn, hidden, Shape(96, 0, 4, 48, 1))
+    assert captured(ffn, hidden, overlapping, 1) > 1.1 * captured(ffn, hidden, disjoint, 1)
+
+
+@pytest.mark.parametrize(
+    ("order", "says"),
+    [
+        ([0, 1, 3, 3, 0, 2], "twice"),
+        ([0, 1, 2, 3, 0, 4], "not of the dense FFN"),
+        ([0, 1, 2, 3, 0], "5 neurons, not 6"),
+    ],
+)
+def test_what_is_no_partition_is_refused(order, says):
+    with pytest.raises(ValueError, match=says):
+        partition_from_order(torch.tensor(order), Shape(4, 0, 3, 2, 1))
 
 
 def test_static_prune_keeps_the_neurons_of_highest_energy():

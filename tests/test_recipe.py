@@ -12,6 +12,17 @@ def test_cmoe_and_paper_notation():
     assert recipe.shape(1536).sparsity == paper.shape(1536).sparsity == 0.5
 
 
+def test_overlapping_experts_are_as_wide_as_the_active_parts_and_one_runs():
+    recipe = parse_recipe("S1A3E8N4")
+    shape = recipe.shape(1536)
+    assert recipe.name == "S1A3E8N4"
+    assert (shape.shared_width, shape.experts, shape.expert_width, shape.top_k) == (192, 4, 576, 1)
+    assert (shape.active_width, shape.kept_width, shape.sparsity) == (768, 192 + 4 * 576, 0.5)
+    assert recipe.static_prune() == parse_recipe("S2A2E8").static_prune()
+    assert shape.overlaps
+    assert not parse_recipe("S2A2E8").shape(1536).overlaps
+
+
 def test_shape_counts_every_neuron():
     shape = parse_recipe("S2A2E8").shape(1536)
     assert (shape.shared_width, shape.experts, shape.expert_width, shape.top_k) == (384, 6, 192, 2)
@@ -39,6 +50,9 @@ def test_yaml(tmp_path):
         ("S9A0E8", "more than there are"),
         ("S0A0E8", "no part of the FFN would run"),
         ("2R4E2K", "use 1R"),
+        ("S0A4E8N2", "need not overlap; use at least 3, or leave the N out"),
+        ("S4A0E8N2", "make at least one part active"),
+        ("S0A4E8N1", "greater than or equal to 2"),
         ("1R4E5K", "use at most 4"),
         ("half", "is not understood"),
         ("missing.yaml", "no recipe file"),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from factorllm.errors import FactorLLMError
 
-_CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)", re.IGNORECASE)
+_CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
 
 PartitionName = Literal["energy", "activation", "coactivation", "kmeans", "contiguous", "random"]
@@ -53,8 +53,13 @@ class Shape:
 
     @property
     def kept_width(self) -> int:
-        """FFN neurons in the checkpoint: all of them, but for a static prune."""
+        """FFN neurons in the checkpoint: all of them; fewer in a static prune, more where experts overlap."""
         return self.shared_width + self.experts * self.expert_width
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether experts share neurons, each with a copy of its own."""
+        return self.kept_width > self.ffn_width
 
     @property
     def active_width(self) -> int:
@@ -81,7 +86,8 @@ class Recipe(BaseModel):
     """What to build from each FFN. Unknown keys are refused.
 
     The FFN is cut into `parts` equal parts: `shared` of them always run, the other `parts - shared` are routed
-    experts of which `active` run for a token.
+    experts of which `active` run for a token. With `overlapping`, a token runs one of so many routed experts, each as
+    wide as `active` parts, and a neuron may be in several of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +98,8 @@ class Recipe(BaseModel):
     """Routed experts that run for a token: top-k. 0 keeps only the shared part: a static prune."""
     parts: int = Field(ge=1)
     """Equal parts that the FFN is cut into."""
+    overlapping: int | None = Field(default=None, ge=2)
+    """Routed experts that may share neurons. They take more memory than the dense FFN, and run no more of it."""
     partition: PartitionName = "energy"
     """How neurons are grouped into experts."""
     router: RouterName = "refined"
@@ -106,19 +114,38 @@ class Recipe(BaseModel):
     def _possible(self) -> Recipe:
         if self.shared > self.parts:
             raise ValueError(f"{self.shared} shared of {self.parts} parts is more than there are")
-        if self.active > self.experts:
+        routed = self.parts - self.shared
+        if self.active > routed:
             raise ValueError(
-                f"{self.active} active experts, but only {self.experts} of the {self.parts} parts are routed "
-                f"({self.shared} are shared); use at most {self.experts}"
+                f"{self.active} active experts, but only {routed} of the {self.parts} parts are routed "
+                f"({self.shared} are shared); use at most {routed}"
             )
         if self.shared + self.active == 0:
             raise ValueError("no part of the FFN would run; make at least one part shared or active")
+        if self.overlapping:
+            self._check_overlapping(self.overlapping, routed)
         return self
+
+    def _check_overlapping(self, experts: int, routed: int) -> None:
+        if self.is_prune:
+            raise ValueError("a static prune has no experts that could overlap; make at least one part active")
+        if experts * self.active <= routed:
+            raise ValueError(
+                f"{experts} experts of {self.active} of {routed} routed parts need not overlap; use at least "
+                f"{routed // self.active + 1}, or leave the N out"
+            )
+        if self.partition != "energy":
+            raise ValueError(f"experts of partition {self.partition} share no neurons; only those of energy overlap")
 
     @property
     def experts(self) -> int:
         """Routed experts, N."""
-        return self.parts - self.shared
+        return self.overlapping or self.parts - self.shared
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts that run for a token, k."""
+        return 1 if self.overlapping else self.active
 
     @property
     def is_prune(self) -> bool:
@@ -127,7 +154,7 @@ class Recipe(BaseModel):
 
     @property
     def name(self) -> str:
-        return f"S{self.shared}A{self.active}E{self.parts}"
+        return f"S{self.shared}A{self.active}E{self.parts}" + (f"N{self.overlapping}" if self.overlapping else "")
 
     def static_prune(self) -> Recipe:
         """The static prune with the same active parameters: the baseline of every table."""
@@ -147,12 +174,14 @@ class Recipe(BaseModel):
             )
         width = ffn_width // self.parts
         experts = 0 if self.is_prune else self.experts
-        return Shape(ffn_width, self.shared * width, experts, width, self.active)
+        expert_width = width * self.active if self.overlapping else width
+        return Shape(ffn_width, self.shared * width, experts, expert_width, self.top_k)
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read a recipe: `S2A2E8` (CMoE's notation), `1R4E2K` (the paper's), the path of a YAML file, or a published method
-    of `LITERATURE`, alone or with another shape: `cmoe`, `cmoe:S3A3E8`.
+    """Read a recipe: `S2A2E8` (CMoE's notation), `S0A4E8N3` (the same with 3 experts that overlap), `1R4E2K` (the
+    paper's), the path of a YAML file, or a published method of `LITERATURE`, alone or with another shape: `cmoe`,
+    `cmoe:S3A3E8`.
 
     Raises:
         FactorLLMError: when the text is none of these, or says something that cannot be built.
@@ -163,8 +192,8 @@ def parse_recipe(text: str) -> Recipe:
         return parse_recipe(shape or usual).model_copy(update=fields)
     try:
         if match := _CMOE.fullmatch(text):
-            shared, active, parts = map(int, match.groups())
-            return Recipe(shared=shared, active=active, parts=parts)
+            shared, active, parts, overlapping = (number and int(number) for number in match.groups())
+            return Recipe(shared=shared, active=active, parts=parts, overlapping=overlapping)
         if match := _PAPER.fullmatch(text):
             routers, experts, top_k = map(int, match.groups())
             if routers != 1:
@@ -175,7 +204,8 @@ def parse_recipe(text: str) -> Recipe:
     except ValidationError as error:
         raise FactorLLMError(f"recipe {text}: {_first_problem(error)}") from None
     raise FactorLLMError(
-        f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), 1R4E2K (1 router, 4 experts, "
+        f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), S0A4E8N3 (one of "
+        f"3 overlapping experts of 4 of 8 parts), 1R4E2K (1 router, 4 experts, "
         f"top-2), the path of a .yaml file, or {', '.join(LITERATURE)}"
     )
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from factorllm.errors import FactorLLMError
 from factorllm.families import FAMILIES
 from factorllm.hosts import HOSTS, Host
+from factorllm.inspection import read_provenance
+from factorllm.recipe import Recipe
 from factorllm.sources import open_model
 from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer
 
@@ -25,6 +27,7 @@ class Checkpoint:
         host: the architecture that it is in.
         names: transformers names of its tensors.
         read: a tensor by its name.
+        overlaps: whether its experts share neurons.
     """
 
     name: str
@@ -34,13 +37,20 @@ class Checkpoint:
     read: Callable[[str], torch.Tensor]
     tokenizer: PreTrainedTokenizerBase
     licence: str | None
+    overlaps: bool = False
 
     def with_top_k(self, top_k: int) -> Checkpoint:
         """The same weights, with another number of experts that run for a token.
 
         Raises:
-            FactorLLMError: when the host's gate weights would not stay the same, or there are not so many experts.
+            FactorLLMError: when the host's gate weights would not stay the same, or there are not so many experts, or
+                experts overlap.
         """
+        if self.overlaps:
+            raise FactorLLMError(
+                "top-k is fixed at 1: its experts overlap, and neurons of two would count twice; factorize with a "
+                "recipe such as S2A2E8 and --host glm4_moe for a top-k that can be chosen later"
+            )
         if self.host.gates is None or not self.host.gates.top_k_is_free:
             raise FactorLLMError(
                 f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; factorize with --host "
@@ -73,8 +83,15 @@ def open_checkpoint(model: str) -> Checkpoint:
                 tensors.read,
                 read_tokenizer(folder, model),
                 licence_of_card(folder / "README.md"),
+                _overlaps(folder),
             )
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
     return Checkpoint(name, source.config, HOSTS["dense"], names, source.tensor, source.tokenizer(), source.licence)
+
+
+def _overlaps(folder: Path) -> bool:
+    """Whether a student's experts share neurons; a model of another origin is taken not to have any that do."""
+    made_by_us = (folder / "factorllm.json").is_file()
+    return made_by_us and Recipe(**read_provenance(folder)["recipe"]).overlapping is not None

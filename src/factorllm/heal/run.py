@@ -101,7 +101,7 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
             vocabulary=settings.vocabulary,
             temperature=settings.temperature,
             partitions=job.partitions,
-            top_k=recipe.active,
+            top_k=recipe.top_k,
             prior=recipe.prior,
             bfloat16=job.bfloat16,
             streams=settings.hidden_layers if settings.hidden_weight else 0,

@@ -1,7 +1,8 @@
 """Neurons -> experts. One file a method; all give exactly equal experts and lose or repeat no neuron.
 
 A method is a function of the FFN, a sample of its intermediate activations (n, f) and the `Shape`; it returns one
-label a neuron, (f,): 0..N-1 for the routed experts, N for the shared one.
+label a neuron, (f,): 0..N-1 for the routed experts, N for the shared one. Experts that overlap have no such labels, and
+a function of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from factorllm.partition.coactivation import by_coactivation
 from factorllm.partition.contiguous import contiguous
 from factorllm.partition.energy import by_energy, top_energy
 from factorllm.partition.kmeans import by_weights
+from factorllm.partition.overlapping import overlapping
 from factorllm.partition.random import at_random
 from factorllm.recipe import Shape
 
@@ -40,7 +42,8 @@ class Partition:
     Attributes:
         shared: (shared_width,), int64, ascending.
         experts: (N, expert_width), int64, each row ascending.
-        ffn_width: neurons of the dense FFN. A static prune owns fewer; every other partition owns all, once.
+        ffn_width: neurons of the dense FFN. A static prune owns fewer; experts that overlap may own one several times
+            or not at all; every other partition owns all, once.
     """
 
     shared: Tensor
@@ -69,6 +72,8 @@ def partition(
         ValueError: when a method breaks its promise of an exact partition.
     """
     generator = generator or torch.Generator().manual_seed(0)
+    if shape.overlaps:
+        return Partition(*overlapping(ffn, hidden, shape, generator), shape.ffn_width)
     labels = METHODS[method](ffn, hidden, shape, generator).cpu()
     return partition_from_labels(labels, shape)
 
@@ -95,7 +100,14 @@ def partition_from_order(order: Tensor, shape: Shape) -> Partition:
     Raises:
         ValueError: when it is none of this shape.
     """
-    if not torch.equal(order.sort().values, torch.arange(shape.ffn_width)):
-        raise ValueError("not every neuron is there once")
-    experts = order[shape.shared_width :].view(shape.experts, shape.expert_width)
-    return Partition(order[: shape.shared_width], experts, shape.ffn_width)
+    if len(order) != shape.kept_width:
+        raise ValueError(f"{len(order)} neurons, not {shape.kept_width}")
+    shared, experts = order[: shape.shared_width], order[shape.shared_width :].view(shape.experts, shape.expert_width)
+    # Neurons that run together must be different ones; if experts do not overlap, all together.
+    together = [torch.cat([shared, expert]) for expert in experts] if shape.overlaps else [order]
+    for neurons in together:
+        if not torch.equal(neurons.unique(), neurons.sort().values):
+            raise ValueError("a neuron is there twice")
+    if order.min() < 0 or order.max() >= shape.ffn_width:
+        raise ValueError("a neuron is not of the dense FFN")
+    return Partition(shared, experts, shape.ffn_width)

@@ -1,0 +1,52 @@
+"""Ours: experts that may share neurons, for students that run one expert a token.
+
+As in `energy`, the objective is the share of the FFN's contribution energy that runs, climbed in turns, each exact:
+given the experts, a token's best one is the largest; given the tokens of an expert, its best neurons are those of most
+energy over them. Nothing binds the experts to each other, so no assignment is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factorllm.ffn import FFN, neuron_energy
+from factorllm.partition.balanced import others
+from factorllm.recipe import Shape
+
+_ROUNDS = 20
+_RESTARTS = 4
+
+
+def overlapping(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The best of some random starts.
+
+    Args:
+        hidden: (n, f) intermediate activations of a sample of calibration tokens.
+
+    Returns:
+        The shared neurons, (shared_width,), and those of each expert, (N, expert_width), int64, ascending, on the CPU.
+    """
+    energy = neuron_energy(hidden, ffn.neuron_gain())
+    # Every token counts the same: the residual stream is normalised before it is read again.
+    energy /= energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    shared = energy.sum(0).topk(shape.shared_width).indices.sort().values.cpu()
+    routed = others(shared, shape.ffn_width)
+    starts = (_climb(energy[:, routed], shape, generator) for _ in range(_RESTARTS))
+    experts, _ = max(starts, key=lambda start: start[1])
+    return shared, routed[experts.cpu()].sort(1).values
+
+
+def _climb(energy: Tensor, shape: Shape, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Experts (N, expert_width), from random groups of tokens, and the energy that they hold."""
+    tokens = len(energy)
+    owner = torch.randint(shape.experts, (tokens,), generator=generator).to(energy.device)
+    for _ in range(_ROUNDS):
+        gain = energy.new_zeros(shape.experts, energy.shape[1]).index_add_(0, owner, energy)
+        experts = gain.topk(shape.expert_width, dim=1).indices
+        held = energy @ torch.zeros_like(gain).scatter_(1, experts, 1).T
+        best, picked = held.max(1)
+        if torch.equal(picked, owner):
+            break
+        owner = picked
+    return experts, best.sum().item()
