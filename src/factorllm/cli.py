@@ -43,7 +43,7 @@ Overwrite = Annotated[
 def factorize(
     model: Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="S2A2E8, 1R4E2K, or a .yaml file.")] = "S2A2E8",
+    recipe: Annotated[str, typer.Option(help="S2A2E8, S0A4E8N3, 1R4E2K, cmoe, or a .yaml file.")] = "S2A2E8",
     text: Text = None,
     tokens: Tokens = 100_000,
     host: Annotated[str, typer.Option(help="Architecture to write, or auto.")] = "auto",
