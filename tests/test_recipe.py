@@ -53,6 +53,7 @@ def test_yaml(tmp_path):
         ("S0A4E8N2", "need not overlap; use at least 3, or leave the N out"),
         ("S4A0E8N2", "make at least one part active"),
         ("S0A4E8N1", "greater than or equal to 2"),
+        ("cmoe:S0A4E8N3", "experts of partition activation share no neurons"),
         ("1R4E5K", "use at most 4"),
         ("half", "is not understood"),
         ("missing.yaml", "no recipe file"),

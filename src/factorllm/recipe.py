@@ -187,10 +187,10 @@ def parse_recipe(text: str) -> Recipe:
         FactorLLMError: when the text is none of these, or says something that cannot be built.
     """
     method, _, shape = text.partition(":")
-    if method in LITERATURE:
-        usual, fields = LITERATURE[method]
-        return parse_recipe(shape or usual).model_copy(update=fields)
     try:
+        if method in LITERATURE:
+            usual, fields = LITERATURE[method]
+            return Recipe(**parse_recipe(shape or usual).model_dump() | fields)
         if match := _CMOE.fullmatch(text):
             shared, active, parts, overlapping = (number and int(number) for number in match.groups())
             return Recipe(shared=shared, active=active, parts=parts, overlapping=overlapping)

@@ -63,7 +63,7 @@ class Partition:
 def partition(
     ffn: FFN, hidden: Tensor, shape: Shape, method: str = "energy", generator: torch.Generator | None = None
 ) -> Partition:
-    """Split the FFN's neurons into a shared set and equal experts by the named method.
+    """Split the FFN's neurons into a shared set and equal experts by the named method; experts that overlap have one.
 
     Args:
         hidden: (n, f) intermediate activations of a sample of calibration tokens.

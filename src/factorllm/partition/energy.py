@@ -26,9 +26,7 @@ _SMALLEST_GAIN = 2e-4  # of the captured share, below which another round is not
 
 
 def by_energy(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    energy = neuron_energy(hidden, ffn.neuron_gain())
-    # Every token counts the same: the residual stream is normalised before it is read again.
-    energy /= energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    energy = energy_shares(ffn, hidden)
     labels = _kmeans_start(energy, shape, generator)
     total, best = energy.sum(0), -1.0
     for _ in range(_ROUNDS):
@@ -40,6 +38,16 @@ def by_energy(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator
             break
         best = captured
     return labels
+
+
+def energy_shares(ffn: FFN, hidden: Tensor) -> Tensor:
+    """Each neuron's share of a token's contribution energy: (n, f).
+
+    With shares every token counts the same: the residual stream is normalised before it is read again.
+    """
+    energy = neuron_energy(hidden, ffn.neuron_gain())
+    energy /= energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    return energy
 
 
 def expert_picks(scores: Tensor, top_k: int) -> Tensor:

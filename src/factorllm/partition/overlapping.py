@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from factorllm.ffn import FFN, neuron_energy
+from factorllm.ffn import FFN
 from factorllm.partition.balanced import others
+from factorllm.partition.energy import energy_shares
 from factorllm.recipe import Shape
 
 _ROUNDS = 20
@@ -27,12 +28,11 @@ def overlapping(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generat
     Returns:
         The shared neurons, (shared_width,), and those of each expert, (N, expert_width), int64, ascending, on the CPU.
     """
-    energy = neuron_energy(hidden, ffn.neuron_gain())
-    # Every token counts the same: the residual stream is normalised before it is read again.
-    energy /= energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    energy = energy_shares(ffn, hidden)
     shared = energy.sum(0).topk(shape.shared_width).indices.sort().values.cpu()
     routed = others(shared, shape.ffn_width)
-    starts = (_climb(energy[:, routed], shape, generator) for _ in range(_RESTARTS))
+    energy = energy[:, routed]
+    starts = (_climb(energy, shape, generator) for _ in range(_RESTARTS))
     experts, _ = max(starts, key=lambda start: start[1])
     return shared, routed[experts.cpu()].sort(1).values
 
