@@ -14,7 +14,6 @@ from factorllm.errors import FactorLLMError
 from factorllm.families import FAMILIES
 from factorllm.hosts import HOSTS, Host
 from factorllm.inspection import read_provenance
-from factorllm.recipe import Recipe
 from factorllm.sources import open_model
 from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer
 
@@ -94,4 +93,4 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _overlaps(folder: Path) -> bool:
     """Whether a student's experts share neurons; a model of another origin is taken not to have any that do."""
     made_by_us = (folder / "factorllm.json").is_file()
-    return made_by_us and Recipe(**read_provenance(folder)["recipe"]).overlapping is not None
+    return made_by_us and read_provenance(folder)["recipe"].get("overlapping") is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorllm.ffn import FFN
 from factorllm.partition.balanced import others
-from factorllm.partition.energy import energy_shares
+from factorllm.partition.energy import energy_shares, expert_picks
 from factorllm.recipe import Shape
 
 _ROUNDS = 20
@@ -33,20 +33,19 @@ def overlapping(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generat
     routed = others(shared, shape.ffn_width)
     energy = energy[:, routed]
     starts = (_climb(energy, shape, generator) for _ in range(_RESTARTS))
-    experts, _ = max(starts, key=lambda start: start[1])
-    return shared, routed[experts.cpu()].sort(1).values
+    members, _ = max(starts, key=lambda start: start[1])
+    return shared, routed[members.cpu().nonzero()[:, 1]].view(shape.experts, shape.expert_width)
 
 
 def _climb(energy: Tensor, shape: Shape, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Experts (N, expert_width), from random groups of tokens, and the energy that they hold."""
+    """Each expert's neurons as a 0/1 mask (N, routed neurons), from random groups of tokens, and what they hold."""
     tokens = len(energy)
     owner = torch.randint(shape.experts, (tokens,), generator=generator).to(energy.device)
     for _ in range(_ROUNDS):
         gain = energy.new_zeros(shape.experts, energy.shape[1]).index_add_(0, owner, energy)
-        experts = gain.topk(shape.expert_width, dim=1).indices
-        held = energy @ torch.zeros_like(gain).scatter_(1, experts, 1).T
-        best, picked = held.max(1)
+        members = expert_picks(gain, shape.expert_width)
+        best, picked = (energy @ members.T).max(1)
         if torch.equal(picked, owner):
             break
         owner = picked
-    return experts, best.sum().item()
+    return members, best.sum().item()
