@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, LAUNCH_TWO, relative_error, save_dense, some_tokens, words
+from conftest import CONFIGS, LAUNCH_TWO, relative_error, save_dense, some_tokens
 from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
@@ -184,6 +183,23 @@ def test_text_to_heal_on_is_neither_calibrated_on_nor_held_out(student, dense_fo
     assert not rows["train"] & rows["validation"]
 
 
+def test_where_new_text_ends_healing_takes_the_calibration_text(student, dense_folder, text_file, tmp_path):
+    console = Console(record=True, width=200, file=io.StringIO())
+    every_token = read_calibration_text(
+        str(text_file),
+        open_model(str(dense_folder)).tokenizer(),
+        MADE_WITH.model_copy(update={"tokens": 10**9}),
+        at_least=1,
+    ).calibration
+    settings = QUICK.model_copy(update={"tokens": every_token.numel() - QUICK.validation_tokens})
+    with open_heal_job(student, str(dense_folder), tmp_path / "out", str(text_file), settings, False, console) as job:
+        train, validation = job.text["train"], job.text["validation"]
+    calibrated = calibration_text(dense_folder, text_file).calibration
+    assert torch.equal(train[-len(calibrated) :], calibrated)
+    assert torch.equal(torch.cat([calibrated, validation, train[: -len(calibrated)]]), every_token)
+    assert "4,096 of the tokens to heal on are of the text that the student was calibrated" in console.export_text()
+
+
 @pytest.mark.parametrize("gates", ["straight-through", "soft"])
 def test_the_router_has_a_gradient_from_every_term(student, gates):
     settings = HealSettings(gates=gates, precision="float32")
@@ -290,16 +306,6 @@ def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_fil
 def test_every_epoch_counts(student, dense_folder, text_file, tmp_path):
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=SAME)
     assert curve(tmp_path / "out")[-1]["step"] == 2 * (2048 // MADE_WITH.length // 4)
-
-
-def test_a_text_that_is_short_is_said_to_be(dense_folder, tmp_path):
-    text = tmp_path / "short.txt"
-    text.write_text("\n\n".join(words(40, seed) for seed in range(28)))
-    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(text), settings=MADE_WITH)
-    console = Console(record=True, width=200, file=io.StringIO())
-    settings = QUICK.model_copy(update={"tokens": 3072, "evaluations": 1})
-    heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text), settings=settings, console=console)
-    assert re.search(r"the text is short: healing on [\d,]+ of the 3,072 tokens asked for", console.export_text())
 
 
 @pytest.mark.engine

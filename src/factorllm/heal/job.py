@@ -144,20 +144,18 @@ def _read_text(
     if not path.exists():
         if text is None:
             console.print("no --text given: sampling text from the dense model itself")
-        packed = _pack(source, made, text, settings, made_with)
-        if (there := packed["train"].numel()) < settings.tokens // made_with.length * made_with.length:
-            console.print(f"the text is short: healing on {there:,} of the {settings.tokens:,} tokens asked for")
+        packed = _pack(source, made, text, settings, made_with, console)
         write_shard(path, packed)
     return load_file(path)
 
 
 def _pack(
-    source: ModelSource, made: dict, text: str | None, settings: HealSettings, made_with: Settings
+    source: ModelSource, made: dict, text: str | None, settings: HealSettings, made_with: Settings, console: Console
 ) -> dict[str, Tensor]:
     """Sequences to train on, to validate on, and held out.
 
-    On the text that the student was made from, the held-out part is the same and training takes what comes after the
-    calibration part, which the student fits already, as much of it as there is.
+    On the text that the student was made from, the held-out part is the same, and the calibration part, which the
+    student fits already, is trained on only where nothing else is left; it is never validated on.
     """
     length, data = made_with.length, made["data"]
     wanted = settings.tokens + settings.validation_tokens
@@ -166,16 +164,20 @@ def _pack(
         text,
         source.tokenizer(),
         made_with.model_copy(update={"tokens": seen + wanted}),
-        at_least=wanted,  # another text need not be so long
+        at_least=wanted,
         load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
     )
     start = CalibrationText(found.calibration[: seen // length], found.held_out, "").fingerprint
     first = seen // length if start == data["fingerprint"] else 0
-    sequences = found.calibration[first : first + max(wanted // length, 1)]
-    validation = max(settings.validation_tokens // length, 1)
-    if len(sequences) < validation + settings.batch:
+    calibrated, fresh = found.calibration[:first], found.calibration[first:]
+    validation, count = max(settings.validation_tokens // length, 1), max(wanted // length, 1)
+    if len(fresh) < validation or count < validation + settings.batch:
         raise FactorLLMError(
-            f"{len(sequences) * length} tokens make less than one batch of {settings.batch} sequences of {length} "
-            f"tokens beside {validation} to validate on; use more --tokens, more text or a smaller --batch"
+            f"{len(fresh) * length} tokens that the student was not calibrated on, {count * length} in all, are not "
+            f"{validation} sequences of {length} to validate on and a batch of {settings.batch} to train on; use more "
+            "--tokens, more text or a smaller --batch"
         )
+    if (again := count - len(fresh)) > 0:
+        console.print(f"{again * length:,} of the tokens to heal on are of the text that the student was calibrated on")
+    sequences = torch.cat([fresh, calibrated])[:count]
     return {"validation": sequences[:validation], "train": sequences[validation:], "held_out": found.held_out}

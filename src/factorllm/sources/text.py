@@ -77,11 +77,11 @@ def read_calibration_text(
         random.Random(seed).shuffle(documents)
         packed = pack(documents, tokenizer, held_out + 1 + most, length)
     if len(packed) < needed:
-        fits = max(len(packed) - held_out - 1, 0) * length
+        missing = needed - len(packed)
         raise FactorLLMError(
-            f"the text is too short: it makes {len(packed)} sequences of {length} tokens, but {calibration} for "
-            f"calibration and {held_out + 1} held out are needed; give more text"
-            + (f", or --tokens {fits}" if fits else "")
+            f"the text is too short: it makes {len(packed)} sequences of {length} tokens, but {calibration} to "
+            f"learn from and {held_out + 1} held out are needed; give more text"
+            + (f", or take at least {missing * length} off --tokens" if missing < calibration else "")
         )
     return CalibrationText(packed[held_out + 1 :], packed[:held_out], text_origin(text))
 
