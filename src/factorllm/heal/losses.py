@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 _TINY = 1e-6
 _ROWS = 128  # of logits that are held in fp32 at once
@@ -91,13 +91,15 @@ def _rest(log_probs: Tensor) -> Tensor:
 
 
 def label_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the tokens that do follow, mean over positions (Hinton et al., arXiv 1503.02531, section 2).
+    """Cross-entropy of the tokens that do follow, mean over positions (Hinton et al., arXiv 1503.02531, section 2): the
+    divergence from a teacher who is sure of them.
 
     Args:
         logits: (sequences, length, vocabulary).
         tokens: (sequences, length).
     """
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    following = tokens[:, 1:, None]
+    return kd_loss(logits[:, :-1], following, torch.zeros_like(following, dtype=torch.float32))
 
 
 def matched_streams(hidden_states: tuple[Tensor, ...], count: int) -> Tensor:
