@@ -144,8 +144,7 @@ def _read_text(
     if not path.exists():
         if text is None:
             console.print("no --text given: sampling text from the dense model itself")
-        packed = _pack(source, made, text, settings, made_with, console)
-        write_shard(path, packed)
+        write_shard(path, _pack(source, made, text, settings, made_with, console))
     return load_file(path)
 
 
