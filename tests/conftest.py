@@ -130,6 +130,8 @@ def small() -> Settings:
 
 # Without a GPU, --multi_gpu means processes on the CPU that talk through gloo; --cpu would start one process only.
 LAUNCH_TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+SHARD_OVER_TWO = [*LAUNCH_TWO[:2], "--config_file", str(Path(__file__).parents[1] / "configs/fsdp2.yaml")]
+SHARD_OVER_TWO += ["--num_processes", "2", "--mixed_precision", "bf16", str(Path(__file__).parent / "cpus_as_gpus.py")]
 
 
 def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, LAUNCH_TWO, relative_error, save_dense, some_tokens
+from conftest import CONFIGS, LAUNCH_TWO, SHARD_OVER_TWO, relative_error, save_dense, some_tokens
 from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
@@ -270,11 +270,12 @@ SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=0.002, precisi
 
 def command(student, dense_folder, text_file, out) -> list[str]:
     words = ["heal", student, "--teacher", dense_folder, "--text", text_file, "-o", out, *OPTIONS]
-    return ["-m", "factorllm", *map(str, words)]
+    return [str(word) for word in words]
 
 
-def test_two_processes_equal_one(student, dense_folder, text_file, tmp_path):
-    both = [sys.executable, *LAUNCH_TWO, *command(student, dense_folder, text_file, tmp_path / "two")]
+@pytest.mark.parametrize("launch", [[*LAUNCH_TWO, "-m", "factorllm"], SHARD_OVER_TWO], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(launch, student, dense_folder, text_file, tmp_path):
+    both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two")]
     done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 processes share" in done.stdout
@@ -282,10 +283,15 @@ def test_two_processes_equal_one(student, dense_folder, text_file, tmp_path):
     heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=alone)
     for name in ("kd", "pa", "eval_loss"):
         assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-4)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert max(relative_error(two[name].float(), one[name].float()) for name in one) < 1e-2
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
-    process = subprocess.Popen([sys.executable, *command(student, dense_folder, text_file, tmp_path / "killed")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "factorllm", *command(student, dense_folder, text_file, tmp_path / "killed")]
+    )
     trainer = tmp_path / "killed.partial" / "trainer"
     while not list(trainer.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None, "the run ended before it could be killed"

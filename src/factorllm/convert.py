@@ -37,6 +37,7 @@ _PARTITION_TOKENS = 8192
 _ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
 _REFINING_STRENGTH = 0.1  # of the ridge that restores the student on whose errors a router is refined
 _TUNING_START = 0.03  # strength of the ridge that tuning starts from
+_TUNING_START_TOKENS = 65_536  # that it is fitted on: all would cost a long run half as much time as the tuning
 _CHECKED_SHARE = 8  # one in so many of the router's tokens is kept to measure its agreement with the prior
 
 
@@ -217,16 +218,18 @@ class LayerConversion:
         """The kept neurons, fitted to the dense FFN's output; first in closed form, then by gradient."""
         output = self._scratch("output", self.middle.length, self.middle.width)
         start = RidgeStatistics(self.shape.kept_width, self.middle.width, self.device)
-        for run in self.inputs.runs():
-            inputs = self.inputs.read(run, self.device).flatten(0, 1)
+        runs = list(self.inputs.runs())
+        stride = max(self.inputs.sequences * self.inputs.length // _TUNING_START_TOKENS, 1)
+        for number, run in enumerate(runs):
             dense, weights = self._dense_output(run)
             output.write(run, dense)
-            active = GatedHidden.compute(kept, inputs, self._gates(inputs, router), self.shape)
-            start.update(active, dense, weights)
+            if number % stride == 0:
+                inputs = self.inputs.read(run, self.device).flatten(0, 1)
+                active = GatedHidden.compute(kept, inputs, self._gates(inputs, router), self.shape)
+                start.update(active, dense, weights)
             self._tick(run)
         start.share(self.ranks)
         down = solve_ridge_at(start, kept.down.float(), _TUNING_START)
-        runs = list(self.inputs.runs())
         steps = self.workplace.tune * sum(-(-(run.stop - run.start) * self.inputs.length // BATCH) for run in runs)
         tuned = tune(FFN(kept.gate, kept.up, down), self.shape, self._tuning_batches(runs, output, router), steps)
         output.remove()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import is_tensorboard_available, unset_hf_deepspeed_config
 
 from factorllm.checkpoint import write_json, write_text
 from factorllm.evaluate import perplexity
@@ -83,6 +83,7 @@ def heal(
         trainer = _train(job, targets)
         folder = job.work.folder / "healed"
         _save(job, trainer, folder)
+        unset_hf_deepspeed_config()  # else ZeRO would spread over the processes what only the main one loads now
         if not job.ranks.is_main:
             return None
         return _finish(job, folder, trainer.state.log_history, time.monotonic() - start)
@@ -136,6 +137,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         model,
         settings,
         routers,
+        job.bfloat16,
         args=_arguments(job, steps, done),
         train_dataset=targets["train"],
         eval_dataset=targets["validation"],
@@ -153,7 +155,7 @@ def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
     settings = job.settings
     every = math.ceil(steps / settings.evaluations)
     accumulate = settings.batch // (settings.micro_batch * job.ranks.count)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.work.folder / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=settings.micro_batch,
@@ -173,7 +175,6 @@ def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        bf16=job.bfloat16,
         use_cpu=job.device.type == "cpu",
         seed=job.made_with.seed,
         remove_unused_columns=False,
@@ -181,6 +182,8 @@ def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
         disable_tqdm=True,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
     )
+    arguments.mixed_precision = "no"  # whatever the launcher says: `--precision` decides, and the trainer does it
+    return arguments
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -224,7 +227,9 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     if job.settings.train == "lora":
         model = model.merge_and_unload()
         state = model.state_dict()
-    stored = {name: tensor.to(job.made_with.stored_dtype) for name, tensor in state.items()}
+    # FSDP gives tied weights a tensor each.
+    tied = model.all_tied_weights_keys
+    stored = {name: tensor.to(job.made_with.stored_dtype) for name, tensor in state.items() if name not in tied}
     model.save_pretrained(folder, state_dict=stored)
     for path in job.student.iterdir():
         if path.is_file() and ".safetensors" not in path.name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,16 @@ class FactorTrainer(Trainer):
         model: the student, with its parameters frozen as wanted (`students.set_learning`).
         settings: how to heal.
         routers: the student's; without routers the loss has no `L_PA` and no `L_balance`.
+        bfloat16: whether matrix products are computed in bfloat16.
 
     All else goes to `Trainer`.
     """
 
-    def __init__(self, model: nn.Module, settings: HealSettings, routers: Routers, **options):
+    def __init__(self, model: nn.Module, settings: HealSettings, routers: Routers, bfloat16: bool, **options):
         super().__init__(model=model, **options)
         # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
         self.model_accepts_loss_kwargs = False
-        self.settings, self.routers = settings, routers
+        self.settings, self.routers, self._bfloat16 = settings, routers, bfloat16
         self._weights = {
             "kd": 1.0,
             "pa": settings.pa_weight,
@@ -43,6 +45,11 @@ class FactorTrainer(Trainer):
             "hidden": settings.hidden_weight,
         }
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """Autocast, where `Trainer` would leave it to accelerate: under FSDP and DeepSpeed that casts the weights
+        themselves, and tokens would be routed in bfloat16."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.routers.start()
