@@ -82,8 +82,8 @@ def heal(
         targets = _ask_teacher(job)
         trainer = _train(job, targets)
         folder = job.work.folder / "healed"
+        unset_hf_deepspeed_config()  # else ZeRO would spread over the processes what only the main one loads from here
         _save(job, trainer, folder)
-        unset_hf_deepspeed_config()  # else ZeRO would spread over the processes what only the main one loads now
         if not job.ranks.is_main:
             return None
         return _finish(job, folder, trainer.state.log_history, time.monotonic() - start)
@@ -225,7 +225,9 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.settings.train == "lora":
-        model = model.merge_and_unload()
+        whole = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
+        whole.load_state_dict(state)
+        model = whole.merge_and_unload()
         state = model.state_dict()
     # FSDP gives tied weights a tensor each.
     tied = model.all_tied_weights_keys
