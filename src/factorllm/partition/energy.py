@@ -60,9 +60,14 @@ def top_energy(ffn: FFN, hidden: Tensor, count: int) -> Tensor:
     return neuron_energy(hidden, ffn.neuron_gain()).mean(0).topk(count).indices.cpu()
 
 
+def set_shared_apart(energy: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The neurons of most energy, for the shared part, and all others: int64, ascending, on the CPU."""
+    shared = energy.sum(0).topk(shape.shared_width).indices.sort().values.cpu()
+    return shared, others(shared, shape.ffn_width)
+
+
 def _kmeans_start(energy: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared = energy.mean(0).topk(shape.shared_width).indices.cpu()
-    routed = others(shared, shape.ffn_width)
+    shared, routed = set_shared_apart(energy, shape)
     profile = normalize(energy[:, routed].sqrt(), dim=0)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((profile.T @ profile).cpu(), start, shape.experts)

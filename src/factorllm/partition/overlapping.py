@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from factorllm.ffn import FFN
-from factorllm.partition.balanced import others
-from factorllm.partition.energy import energy_shares, expert_picks
+from factorllm.partition.energy import energy_shares, expert_picks, set_shared_apart
 from factorllm.recipe import Shape
 
 _ROUNDS = 20
@@ -29,8 +28,7 @@ def overlapping(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generat
         The shared neurons, (shared_width,), and those of each expert, (N, expert_width), int64, ascending, on the CPU.
     """
     energy = energy_shares(ffn, hidden)
-    shared = energy.sum(0).topk(shape.shared_width).indices.sort().values.cpu()
-    routed = others(shared, shape.ffn_width)
+    shared, routed = set_shared_apart(energy, shape)
     energy = energy[:, routed]
     starts = (_climb(energy, shape, generator) for _ in range(_RESTARTS))
     members, _ = max(starts, key=lambda start: start[1])
