@@ -1,5 +1,6 @@
 """The gradient fit of a layer's kept neurons to its dense FFN."""
 
+import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
@@ -45,7 +46,10 @@ def test_tokens_of_no_weight_teach_nothing():
     assert torch.equal(tuned.gate, dense.gate)
 
 
-def test_a_tuned_model_is_nearer_to_the_dense_one(dense_folder, text_file, small, tmp_path):
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_tuned_model_is_nearer_to_the_dense_one(share, dense_folder, text_file, small, tmp_path, monkeypatch):
+    """Also when its start in closed form is fitted on a share of the tokens only, as that of a long run is."""
+    monkeypatch.setattr("factorllm.convert._TUNING_START_TOKENS", small.tokens // share)
     made = {
         passes: factorize(
             str(dense_folder),
