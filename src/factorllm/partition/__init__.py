@@ -15,9 +15,10 @@ from torch import Tensor
 
 from factorllm.ffn import FFN
 from factorllm.partition.activation import by_activation
+from factorllm.partition.balanced import shared_and_routed
 from factorllm.partition.coactivation import by_coactivation
 from factorllm.partition.contiguous import contiguous
-from factorllm.partition.energy import by_energy, top_energy
+from factorllm.partition.energy import by_energy, mean_energy
 from factorllm.partition.kmeans import by_weights
 from factorllm.partition.overlapping import overlapping
 from factorllm.partition.random import at_random
@@ -80,7 +81,7 @@ def partition(
 
 def keep_top_energy(ffn: FFN, hidden: Tensor, shape: Shape) -> Partition:
     """A static prune: the neurons of highest mean contribution energy, and no experts."""
-    kept = top_energy(ffn, hidden, shape.shared_width).sort().values
+    kept, _ = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
     return Partition(kept, kept.new_empty(0, shape.expert_width), shape.ffn_width)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from factorllm.ffn import FFN
-from factorllm.partition.balanced import balanced_assignment, balanced_kmeans, label_around_shared, others
+from factorllm.partition.balanced import balanced_assignment, balanced_kmeans, label_around_shared, shared_and_routed
 from factorllm.recipe import Shape
 
 _FIRING_SHARE = 0.1  # of the neurons, the largest |h| of a token, count as firing for it
@@ -14,8 +14,7 @@ _FIRING_SHARE = 0.1  # of the neurons, the largest |h| of a token, count as firi
 def by_activation(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     fires = activated(hidden).float()
     rate = fires.mean(0).cpu()
-    shared = rate.topk(shape.shared_width).indices
-    routed = others(shared, ffn.width)
+    shared, routed = shared_and_routed(rate, shape.shared_width)
     profile = normalize(fires[:, routed], dim=0)
     gram = (profile.T @ profile).cpu()
     # CMoE starts from the routed neurons that fire most, one a cluster.

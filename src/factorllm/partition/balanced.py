@@ -67,6 +67,12 @@ def label_around_shared(shared: Tensor, routed_labels: Tensor, ffn_width: int, e
     return labels
 
 
+def shared_and_routed(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` neurons of highest score, (f,), for the shared part, and all others: int64, ascending, on the CPU."""
+    shared = scores.topk(count).indices.sort().values.cpu()
+    return shared, others(shared, len(scores))
+
+
 def others(shared: Tensor, ffn_width: int) -> Tensor:
     """The neurons that are not shared, ascending: (f - shared,), int64."""
     routed = torch.ones(ffn_width, dtype=torch.bool)

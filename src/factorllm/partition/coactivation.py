@@ -12,16 +12,15 @@ from torch.nn.functional import one_hot
 
 from factorllm.ffn import FFN
 from factorllm.partition.activation import activated
-from factorllm.partition.balanced import balanced_assignment, label_around_shared, others
-from factorllm.partition.energy import top_energy
+from factorllm.partition.balanced import balanced_assignment, label_around_shared, shared_and_routed
+from factorllm.partition.energy import mean_energy
 from factorllm.recipe import Shape
 
 _NEIGHBOURS = 32  # strongest edges kept for each neuron: METIS is made for sparse graphs
 
 
 def by_coactivation(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared = top_energy(ffn, hidden, shape.shared_width)
-    routed = others(shared, ffn.width)
+    shared, routed = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
     fires = activated(hidden)[:, routed].float()
     together = (fires.T @ fires).fill_diagonal_(0).cpu()
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))

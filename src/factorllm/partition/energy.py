@@ -16,8 +16,8 @@ from factorllm.partition.balanced import (
     balanced_assignment,
     balanced_kmeans,
     label_around_shared,
-    others,
     random_labels,
+    shared_and_routed,
 )
 from factorllm.recipe import Shape
 
@@ -55,19 +55,13 @@ def expert_picks(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1).indices, 1)
 
 
-def top_energy(ffn: FFN, hidden: Tensor, count: int) -> Tensor:
-    """The `count` neurons of highest mean contribution energy: (count,), int64, on the CPU."""
-    return neuron_energy(hidden, ffn.neuron_gain()).mean(0).topk(count).indices.cpu()
-
-
-def set_shared_apart(energy: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """The neurons of most energy, for the shared part, and all others: int64, ascending, on the CPU."""
-    shared = energy.sum(0).topk(shape.shared_width).indices.sort().values.cpu()
-    return shared, others(shared, shape.ffn_width)
+def mean_energy(ffn: FFN, hidden: Tensor) -> Tensor:
+    """Each neuron's contribution energy, mean over tokens: (f,)."""
+    return neuron_energy(hidden, ffn.neuron_gain()).mean(0)
 
 
 def _kmeans_start(energy: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared, routed = set_shared_apart(energy, shape)
+    shared, routed = shared_and_routed(energy.sum(0), shape.shared_width)
     profile = normalize(energy[:, routed].sqrt(), dim=0)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((profile.T @ profile).cpu(), start, shape.experts)

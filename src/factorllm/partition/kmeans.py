@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from factorllm.ffn import FFN
-from factorllm.partition.balanced import balanced_kmeans, label_around_shared, others, random_labels
-from factorllm.partition.energy import top_energy
+from factorllm.partition.balanced import balanced_kmeans, label_around_shared, random_labels, shared_and_routed
+from factorllm.partition.energy import mean_energy
 from factorllm.recipe import Shape
 
 
 def by_weights(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared = top_energy(ffn, hidden, shape.shared_width)
-    routed = others(shared, ffn.width)
+    shared, routed = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
     rows = normalize(ffn.gate[routed].float(), dim=1)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((rows @ rows.T).cpu(), start, shape.experts)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from factorllm.ffn import FFN
-from factorllm.partition.energy import energy_shares, expert_picks, set_shared_apart
+from factorllm.partition.balanced import shared_and_routed
+from factorllm.partition.energy import energy_shares, expert_picks
 from factorllm.recipe import Shape
 
 _ROUNDS = 20
@@ -28,7 +29,7 @@ def overlapping(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generat
         The shared neurons, (shared_width,), and those of each expert, (N, expert_width), int64, ascending, on the CPU.
     """
     energy = energy_shares(ffn, hidden)
-    shared, routed = set_shared_apart(energy, shape)
+    shared, routed = shared_and_routed(energy.sum(0), shape.shared_width)
     energy = energy[:, routed]
     starts = (_climb(energy, shape, generator) for _ in range(_RESTARTS))
     members, _ = max(starts, key=lambda start: start[1])
