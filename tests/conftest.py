@@ -129,9 +129,11 @@ def small() -> Settings:
 
 
 # Without a GPU, --multi_gpu means processes on the CPU that talk through gloo; --cpu would start one process only.
-LAUNCH_TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-SHARD_OVER_TWO = [*LAUNCH_TWO[:2], "--config_file", str(Path(__file__).parents[1] / "configs/fsdp2.yaml")]
-SHARD_OVER_TWO += ["--num_processes", "2", "--mixed_precision", "bf16", str(Path(__file__).parent / "cpus_as_gpus.py")]
+_LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+LAUNCH_TWO = [*_LAUNCH, "--multi_gpu", "--num_machines", "1"]
+_TESTS = Path(__file__).parent
+_FSDP = ["--config_file", str(_TESTS.parent / "configs/fsdp2.yaml"), "--mixed_precision", "bf16"]
+SHARD_OVER_TWO = [*_LAUNCH, *_FSDP, str(_TESTS / "cpus_as_gpus.py")]  # --precision must win over bf16
 
 
 def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:

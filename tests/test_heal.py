@@ -273,17 +273,23 @@ def command(student, dense_folder, text_file, out) -> list[str]:
     return [str(word) for word in words]
 
 
+@pytest.fixture(scope="module")
+def healed_alone(student, dense_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "healed"
+    settings = SAME.model_copy(update={"micro_batch": 4})
+    heal(student, str(dense_folder), out, text=str(text_file), settings=settings)
+    return out
+
+
 @pytest.mark.parametrize("launch", [[*LAUNCH_TWO, "-m", "factorllm"], SHARD_OVER_TWO], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(launch, student, dense_folder, text_file, tmp_path):
+def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, text_file, tmp_path):
     both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two")]
     done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 processes share" in done.stdout
-    alone = SAME.model_copy(update={"micro_batch": 4})
-    heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=alone)
     for name in ("kd", "pa", "eval_loss"):
-        assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-4)
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+        assert losses(healed_alone, name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-4)
+    one, two = tensors(healed_alone), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert max(relative_error(two[name].float(), one[name].float()) for name in one) < 1e-2
 
