@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from factorllm.ffn import FFN
@@ -8,10 +9,11 @@ from factorllm.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, sol
 SHAPE = Shape(20, 8, 4, 3, 2)
 
 
-def batch(tokens: int, seed: int) -> GatedHidden:
+def batch(tokens: int, seed: int, shape: Shape = SHAPE) -> GatedHidden:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, 20, generator=generator)
-    return GatedHidden(hidden, SOFTMAX_OF_SELECTED.weights(torch.randn(tokens, 4, generator=generator), 2), SHAPE)
+    logits = torch.randn(tokens, shape.experts, generator=generator)
+    return GatedHidden(hidden, SOFTMAX_OF_SELECTED.weights(logits, shape.top_k), shape)
 
 
 def statistics(batches, targets) -> RidgeStatistics:
@@ -21,10 +23,14 @@ def statistics(batches, targets) -> RidgeStatistics:
     return result
 
 
-def test_sparse_products_equal_the_dense_matrix():
-    active, target = batch(50, 0), torch.randn(50, 5)
+ONE_EXPERT, NONE_SHARED = Shape(20, 8, 4, 3, 1), Shape(20, 0, 4, 5, 1)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, ONE_EXPERT, NONE_SHARED], ids=["two", "one", "one, none shared"])
+def test_sparse_products_equal_the_dense_matrix(shape):
+    active, target = batch(50, 0, shape), torch.randn(50, 5)
     M, down = active.dense(), torch.randn(5, 20)
-    assert ((M == 0).sum(1) == 6).all()
+    assert ((M != 0).sum(1) == shape.active_width).all()
     torch.testing.assert_close(active.project(down), M @ down.T)
     sums = statistics([active], [target])
     torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)

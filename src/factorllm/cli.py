@@ -59,6 +59,9 @@ def factorize(
     baseline: Annotated[
         bool, typer.Option(help="Also make and measure the static prune with the same active parameters.")
     ] = True,
+    memory_limit: Annotated[
+        float, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
+    ] = 2.0,
     resume: Overwrite = True,
 ) -> None:
     """Split every FFN of a dense MODEL into experts and write a sparse checkpoint."""
@@ -66,7 +69,16 @@ def factorize(
     from factorllm.report.terminal import show_summary
     from factorllm.settings import Settings
 
-    settings = Settings(tokens=tokens, host=host, seed=seed, device=device, dtype=dtype, tune=tune, baseline=baseline)
+    settings = Settings(
+        tokens=tokens,
+        host=host,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        tune=tune,
+        baseline=baseline,
+        memory_limit=round(memory_limit * 2**30),
+    )
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console)
     if summary:
         show_summary(console, summary)
@@ -352,7 +364,7 @@ def main() -> None:
         _refuse(str(error))
     except ValidationError as error:
         problem = error.errors()[0]
-        _refuse(f"--{problem['loc'][0]}: {problem['msg']}")
+        _refuse(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}")
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on where it stopped", err=True)
         raise SystemExit(130) from None

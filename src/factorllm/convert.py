@@ -28,7 +28,7 @@ from factorllm.route import (
     set_errors,
 )
 from factorllm.stream import DenseLayer, Rows
-from factorllm.tune import BATCH, Batch, tune
+from factorllm.tune import BATCH, Batch, tune, tuning_precision
 
 FOLDS = 3
 """Parts of the calibration text for the cross-validation in `restore.solve_ridge`."""
@@ -221,7 +221,8 @@ class LayerConversion:
         runs = list(self.inputs.runs())
         stride = max(self.inputs.sequences * self.inputs.length // _TUNING_START_TOKENS, 1)
         for number, run in enumerate(runs):
-            dense, weights = self._dense_output(run)
+            with tuning_precision(self.device):
+                dense, weights = self._dense_output(run)
             output.write(run, dense)
             if number % stride == 0:
                 inputs = self.inputs.read(run, self.device).flatten(0, 1)

@@ -81,10 +81,16 @@ class GatedHidden:
 
     def dense(self) -> Tensor:
         """M itself: (n, kept)."""
-        expert_gates = self.gates.repeat_interleave(self.shape.expert_width, dim=1)
-        return torch.cat(
-            [self.hidden[:, : self.shape.shared_width], self.hidden[:, self.shape.shared_width :] * expert_gates], dim=1
-        )
+        shared, routed = self.hidden.tensor_split([self.shape.shared_width], dim=1)
+        gates = self.gates.to(routed.dtype)[:, :, None]
+        routed = routed.view(*self.gates.shape, self.shape.expert_width) * gates
+        return torch.cat([shared, routed.flatten(1)], dim=1)
+
+    def left_of(self, columns: slice) -> list[slice]:
+        """The columns up to the last of a block's `columns` in which M may not be 0 for tokens that run the block."""
+        if self.shape.top_k != 1 or columns == self.shape.shared_columns:
+            return [slice(0, columns.stop)]
+        return [self.shape.shared_columns, columns]
 
     def project(self, down: Tensor) -> Tensor:
         """`M @ down.T`, the student's FFN output: (n, d)."""
@@ -119,8 +125,8 @@ class RidgeStatistics:
         whole = active.dense()
         for columns, tokens, block in active.blocks():
             weighted = (block * weights[tokens, None]).T
-            left = slice(0, columns.stop)
-            self._lower[columns, left].addmm_(weighted, whole[tokens, left])
+            for left in active.left_of(columns):
+                self._lower[columns, left].addmm_(weighted, whole[tokens, left])
             self.cross[columns].addmm_(weighted, target[tokens])
 
     def share(self, ranks: Ranks) -> None:

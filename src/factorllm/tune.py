@@ -42,7 +42,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARM_UP, steps), steps)
     device = ffn.gate.device
     for x, gates, target, weights in batches:
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        with torch.enable_grad(), tuning_precision(device):
             student = FFN(*matrices)
             # All neurons, and the gates as a mask: few large products of one size, where products of the active ones
             # alone are small and of another size in each step, and take four times as long in bfloat16 on a CPU.
@@ -53,6 +53,11 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
         optimizer.zero_grad()
         schedule.step()
     return FFN(*(matrix.detach() for matrix in matrices))
+
+
+def tuning_precision(device: torch.device) -> torch.autocast:
+    """Matrix products in bfloat16 where they are fast: its rounding is far below what a tuned layer's error is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def _root_mean_square(matrix: Tensor) -> float:
