@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import CONFIGS, LAUNCH_TWO, SHARD_OVER_TWO, relative_error, save_dense, some_tokens
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from test_export import median_differences, save_model
@@ -347,6 +349,9 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
     refused("is damaged", student=older)
     (older / "factorllm.partition.json").unlink()
     refused("has no factorllm.partition.json", student=older)
+    for name, value in {"label_weight": math.inf, "learning_rate": math.nan, "rate": 1e-4}.items():
+        with pytest.raises(ValidationError, match=name):
+            HealSettings(**{name: value})
 
 
 @pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])

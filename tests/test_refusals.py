@@ -179,10 +179,11 @@ def test_recipes(refused, dense_folder, recipe, says):
     assert says in refused(dense_folder, "--recipe", recipe)
 
 
-def test_unknown_host_and_device_and_dtype(refused, dense_folder):
+def test_settings_that_cannot_be(refused, dense_folder):
     assert "no host 'gpt'" in refused(dense_folder, "--host", "gpt")
     assert "device 'abacus' cannot be used" in refused(dense_folder, "--device", "abacus")
     assert "--dtype" in refused(dense_folder, "--dtype", "int3")
+    assert "--memory-limit: Input should be greater" in refused(dense_folder, "--memory-limit", "-1")
 
 
 def test_text_too_short(refused, dense_folder, tmp_path):

@@ -1,3 +1,4 @@
+import math
 import shutil
 
 import pytest
@@ -97,8 +98,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, t
 def test_refusals(dense_folder, tmp_path):
     with pytest.raises(FactorLLMError, match=r"no \.jsonl file"):
         sample(str(dense_folder), tmp_path / "text.txt", settings=SETTINGS)
-    with pytest.raises(FactorLLMError, match="temperature of 0"):
-        sample(str(dense_folder), tmp_path / "text.jsonl", temperature=0, settings=SETTINGS)
+    for temperature in (0, math.nan, math.inf):
+        with pytest.raises(FactorLLMError, match=f"temperature of {temperature} draws nothing"):
+            sample(str(dense_folder), tmp_path / "text.jsonl", temperature=temperature, settings=SETTINGS)
     (tmp_path / "text.jsonl").write_text("mine")
     with pytest.raises(FactorLLMError, match="exists already"):
         sample(str(dense_folder), tmp_path / "text.jsonl", settings=SETTINGS)

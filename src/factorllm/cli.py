@@ -60,8 +60,8 @@ def factorize(
         bool, typer.Option(help="Also make and measure the static prune with the same active parameters.")
     ] = True,
     memory_limit: Annotated[
-        float, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
-    ] = 2.0,
+        int, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
+    ] = 2,
     resume: Overwrite = True,
 ) -> None:
     """Split every FFN of a dense MODEL into experts and write a sparse checkpoint."""
@@ -77,7 +77,7 @@ def factorize(
         dtype=dtype,
         tune=tune,
         baseline=baseline,
-        memory_limit=round(memory_limit * 2**30),
+        memory_limit=memory_limit << 30,
     )
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=console)
     if summary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def sample(
     out, console = Path(out), console or Console(quiet=True)
     if out.suffix != ".jsonl":
         raise FactorLLMError(f"{out} is no .jsonl file, so --text could not read it; choose such a name")
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise FactorLLMError(f"a temperature of {temperature} draws nothing; use 1, or less for more fluent text")
     if not overwrite:
         refuse_existing(out)

@@ -18,7 +18,7 @@ _LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 class HealSettings(BaseModel):
     """How a student is healed. Length, seed and held-out part of the text are those that the student was made with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: int = Field(default=200_000, ge=1)
     """Tokens to train on."""
