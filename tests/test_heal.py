@@ -322,6 +322,12 @@ def test_every_epoch_counts(student, dense_folder, text_file, tmp_path):
     assert curve(tmp_path / "out")[-1]["step"] == 2 * (2048 // MADE_WITH.length // 4)
 
 
+def test_checkpoints_draw_no_bars_across_the_progress(student, dense_folder, text_file, tmp_path, capfd):
+    settings = SAME.model_copy(update={"tokens": 1024, "epochs": 1})
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    assert capfd.readouterr().err.count("Writing model shards: 100%") == 1  # the student itself, at the end
+
+
 @pytest.mark.engine
 def test_llama_cpp_agrees_on_what_was_healed(text_file, tmp_path):
     save_model(CONFIGS["gqa-tied"], tmp_path / "dense")

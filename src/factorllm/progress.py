@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging
 
 _LINE_EVERY_SECONDS = 15
 
@@ -50,8 +51,14 @@ class Meter:
 def meter(console: Console, what: str, total: int, done: int = 0) -> Iterator[Meter]:
     """A `Meter` that is shown while the block runs."""
     shown = Meter(console, what, total, done)
-    with shown._bar:
-        yield shown
+    others = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # those of transformers would be drawn across ours
+    try:
+        with shown._bar:
+            yield shown
+    finally:
+        if others:
+            logging.enable_progress_bar()
 
 
 class Clock:
