@@ -7,6 +7,7 @@ from factorllm.recipe import Shape
 from factorllm.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
 
 SHAPE = Shape(20, 8, 4, 3, 2)
+ONE_EXPERT, NONE_SHARED = Shape(20, 8, 4, 3, 1), Shape(20, 0, 4, 5, 1)
 
 
 def batch(tokens: int, seed: int, shape: Shape = SHAPE) -> GatedHidden:
@@ -21,9 +22,6 @@ def statistics(batches, targets) -> RidgeStatistics:
     for active, target in zip(batches, targets, strict=True):
         result.update(active, target, torch.ones(len(target)))
     return result
-
-
-ONE_EXPERT, NONE_SHARED = Shape(20, 8, 4, 3, 1), Shape(20, 0, 4, 5, 1)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, ONE_EXPERT, NONE_SHARED], ids=["two", "one", "one, none shared"])
