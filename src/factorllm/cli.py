@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +11,16 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, one_line
 
 app = typer.Typer(
-    help="Turn a dense LLM into a faster sparse Mixture of Experts that every engine already loads.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+_INTERRUPTED = 130  # by Ctrl-C, as shells have it
+_UsageError = typer.BadParameter.__base__
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write the checkpoint to.")]
 Text = Annotated[
@@ -37,6 +40,19 @@ Overwrite = Annotated[
         help="Go on with an unfinished run and refuse an output that exists, or replace it at the end.",
     ),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    _: Annotated[bool, typer.Option("--debug", help="Show where a fault of factorllm comes from.")] = False,
+) -> None:
+    """Turn a dense LLM into a faster sparse Mixture of Experts that every engine already loads."""
+    if version:
+        typer.echo(f"factorllm {installed_version('factorllm')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -357,19 +373,31 @@ def _write_report(
 
 
 def main() -> None:
-    """Entry point: refusals are one line on stderr and exit code 2, never a traceback."""
+    """Entry point: refusals are one line on stderr and exit code 2; a fault of ours is one too, and exit code 1."""
     try:
-        app()
-    except FactorLLMError as error:
-        _refuse(str(error))
-    except ValidationError as error:
+        code = app(standalone_mode=False)
+    except (FactorLLMError, ValidationError, _UsageError) as error:
+        _end(f"error: {_message(error)}", 2)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _end(
+            f"fault: {type(error).__name__}: {one_line(error)}. This is a fault of factorllm, not of your input: "
+            f"`factorllm --debug` before the same command shows where; please report what it prints",
+            1,
+        )
+    if code == _INTERRUPTED:
+        _end("interrupted; the same command goes on where it stopped", code)
+    raise SystemExit(code)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        _refuse(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}")
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on where it stopped", err=True)
-        raise SystemExit(130) from None
+        return f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}"
+    return error.format_message() if isinstance(error, _UsageError) else str(error)
 
 
-def _refuse(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    raise SystemExit(2)
+def _end(message: str, code: int) -> None:
+    typer.echo(" ".join(message.split()), err=True)
+    raise SystemExit(code)

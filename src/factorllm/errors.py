@@ -1,5 +1,47 @@
-"""The one exception that users meet: every refusal says what is wrong, why, and what to do instead."""
+"""Refusals: what users meet when something cannot be done. Each says what is wrong, why, and what to do instead."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class FactorLLMError(Exception):
     """A refusal with a message meant for the user. The CLI prints it on one line and exits with code 2."""
+
+
+@contextmanager
+def refusing(what: object, instead: str) -> Iterator[None]:
+    """The one net under calls into other libraries: whatever they raise on bad input becomes a refusal.
+
+    Only calls of another library on the user's input belong into the block, so that a fault of ours keeps its
+    traceback. A full disk and an interruption are not the input's fault, and pass.
+
+    Args:
+        what: the input, as the user knows it: a path, in most cases.
+        instead: what to do, after a semicolon.
+
+    Raises:
+        FactorLLMError: "WHAT cannot be used (reason); INSTEAD".
+    """
+    try:
+        yield
+    except FactorLLMError:
+        raise
+    except BaseException as error:
+        if not _is_of_input(error):
+            raise
+        raise FactorLLMError(f"{what} cannot be used ({one_line(error)}); {instead}") from error
+
+
+def _is_of_input(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+        return False
+    # Panics of libraries written in Rust (tokenizers, safetensors) are no Exceptions.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library, fit for the middle of a refusal: at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

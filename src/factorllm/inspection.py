@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from factorllm.checkpoint import workspace_folder
 from factorllm.errors import FactorLLMError
 from factorllm.partition import Partition, partition_from_order
+from factorllm.pretrained import load_pretrained
 from factorllm.recipe import Shape
-from factorllm.sources.model import one_line
 from factorllm.sources.safetensors import TensorFolder
 
 PARTITION_FILE = "factorllm.partition.json"
@@ -47,10 +46,7 @@ def load_student(
         FactorLLMError: when one of its files is missing or damaged.
     """
     TensorFolder(folder)  # says which file it is
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise FactorLLMError(f"{folder} cannot be loaded ({one_line(error)}); make the checkpoint again") from None
+    model, found = load_pretrained(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
     return model.to(device).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.checkpoint import (
     shard_name,
@@ -27,6 +27,7 @@ from factorllm.inspection import PARTITION_FILE
 from factorllm.job import Job, Student, open_job, versions
 from factorllm.memory import peak_memory, reuse_freed_memory
 from factorllm.partition import Partition
+from factorllm.pretrained import load_pretrained
 from factorllm.progress import Clock, Meter, meter
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Spent, Summary, model_card
@@ -288,7 +289,7 @@ def _measure(job: Job, visit: Callable[[ModelRow, PreTrainedModel], None] = lamb
         visit(rows[0], model)
         for student in job.students:
             write_index(student.folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_pretrained(
                 student.folder,
                 config=_config(job, student),
                 generation_config=job.source.generation_config(),

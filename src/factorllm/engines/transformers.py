@@ -6,10 +6,11 @@ import itertools
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 
 from factorllm.engines.base import Engine, Options, random_tokens
 from factorllm.evaluate.generate import next_logits
+from factorllm.pretrained import load_pretrained
 
 
 class Transformers(Engine):
@@ -18,7 +19,7 @@ class Transformers(Engine):
             torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         more = {"experts_implementation": options.experts} if options.experts else {}
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=options.dtype or "auto", **more)
+        loaded = load_pretrained(model, dtype=options.dtype or "auto", **more)
         self._model = loaded.to(device).eval()
         self._decode_threads, self._prefill_threads = options.decode_threads, options.prefill_threads
         self._seeds = itertools.count()

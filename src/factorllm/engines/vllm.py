@@ -7,10 +7,9 @@ import os
 import time
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from factorllm.engines.base import Engine, Options, random_tokens
 from factorllm.families import head_dim
+from factorllm.pretrained import load_config
 
 _CACHE_SLACK = 256  # tokens of a sequence beyond its context: vLLM gives memory in blocks
 
@@ -32,6 +31,7 @@ class Vllm(Engine):
             enable_prefix_caching=False,
             enforce_eager=True,
             seed=0,
+            trust_remote_code=False,
         )
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         self._seeds = itertools.count()
@@ -66,6 +66,6 @@ class Vllm(Engine):
 
 def cache_bytes(model: str | Path, options: Options) -> int:
     """Bytes of the keys and values of all sequences, in fp32: what vLLM must be given where it may not take all."""
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(Path(model))
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 4
     return per_token * options.batch * (options.context + _CACHE_SLACK)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
-from factorllm.sources.model import one_line
+from factorllm.errors import FactorLLMError, one_line
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run_task(
         from factorllm.evaluate.harness import Harness
     except ImportError:
         raise FactorLLMError("tasks need lm-eval, which is not installed: pip install 'factorllm[eval]'") from None
-    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, trust_remote_code=False)
     manager = _task_manager(data is None)
     asked = local_task(task, data) if data else task
     try:

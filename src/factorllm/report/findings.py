@@ -12,14 +12,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, one_line
 from factorllm.evaluate import complete
 from factorllm.evaluate.routing import Specialisation, expert_picks_for, specialisation
 from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.route.loaded import Routers
 from factorllm.sources import open_model
-from factorllm.sources.model import one_line
 from factorllm.sources.safetensors import read_tokenizer
 
 PROMPTS = (

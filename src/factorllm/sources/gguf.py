@@ -7,11 +7,12 @@ from pathlib import Path
 
 import gguf
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, one_line
 from factorllm.families import FAMILIES
-from factorllm.sources.model import ModelSource, check_family, one_line
+from factorllm.pretrained import load_config, load_tokenizer
+from factorllm.sources.model import ModelSource, check_family
 from factorllm.sources.pretokenizers import PRE_TOKENIZERS
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -37,7 +38,7 @@ class GGUFSource(ModelSource):
         return self._where
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        tokenizer = load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
         # transformers takes GPT-2's way of cutting text for every byte-level GGUF, so numbers would be cut wrongly.
         if cutting := PRE_TOKENIZERS.get(self._field("tokenizer.ggml.pre")):
             tokenizer.backend_tokenizer.pre_tokenizer = cutting
@@ -53,7 +54,7 @@ class GGUFSource(ModelSource):
 
     def _read_config(self) -> PreTrainedConfig:
         check_family(self.label, self._field("general.architecture"))
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        config = load_config(self.path.parent, self.label, gguf_file=self.path.name)
         config.tie_word_embeddings = "output.weight" not in {t.name for t in self._reader.tensors}
         # The float that GGUF stores as fp32 comes back as 9.99e-06; the model was made with its short form.
         config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")

@@ -95,7 +95,9 @@ class ModelSource(ABC):
         """The dense model with every parameter on the meta device: its structure, without memory."""
         with init_empty_weights(include_buffers=False):
             # A copy: whoever changes the model changes its config, and this one is the dense model's.
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="sdpa").eval()
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config), attn_implementation="sdpa", trust_remote_code=False
+            ).eval()
         model.tie_weights()
         return model
 
@@ -165,8 +167,3 @@ def check_family(label: str, family: object) -> None:
         f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
         f"exactly; supported families: {known}"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An error of another library, fit for the end of a refusal."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
-from factorllm.sources.model import ModelSource, one_line
+from factorllm.errors import FactorLLMError, one_line
+from factorllm.pretrained import load_config, load_generation_config, load_tokenizer
+from factorllm.sources.model import ModelSource
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -84,7 +85,7 @@ class SafetensorsSource(ModelSource):
 
     def generation_config(self) -> GenerationConfig:
         if (self.folder / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.folder)
+            return load_generation_config(self.folder)
         return super().generation_config()
 
     @property
@@ -99,17 +100,14 @@ def read_config(folder: Path, label: str) -> PreTrainedConfig:
     """The config of a transformers folder."""
     if not (folder / "config.json").is_file():
         raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise FactorLLMError(f"{label}/config.json cannot be used: {one_line(error)}") from None
+    return load_config(folder, f"{label}/config.json")
 
 
 def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a transformers folder."""
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FactorLLMError(f"{label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder, label)
 
 
 def download(hub_id: str) -> Path:
