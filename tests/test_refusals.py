@@ -1,6 +1,5 @@
 """The command line: bad input gives one clear line and exit code 2, never a traceback, and leaves nothing behind."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, CONFIGS, save_dense
+from conftest import BASE, CONFIGS, edit_json, save_dense
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, LlamaConfig
 
@@ -51,11 +50,6 @@ def own_dense(tmp_path):
     folder = tmp_path / "dense"
     save_dense(CONFIGS["gqa-tied"], folder)
     return folder
-
-
-def edit_config(folder, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_no_such_model(refused, tmp_path):
@@ -148,7 +142,7 @@ def test_nan_and_infinite_weights(refused, own_dense, value):
 
 
 def test_a_quantised_checkpoint(refused, own_dense):
-    edit_config(own_dense, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    edit_json(own_dense / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
     assert "is quantised (gptq)" in refused(own_dense)
 
 

@@ -20,6 +20,7 @@ from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources.reference import check_against_references
 from factorllm.sources.text import file_digest, text_origin
 from factorllm.stream import Rows
 
@@ -115,6 +116,9 @@ def open_job(
                 calibration = _read_text(work, source, tokenizer, text, settings, console)
             job = Job(source, calibration, students, settings, work, ranks, console)
             _check_disk(job)
+            with ranks.main_first():
+                if ranks.is_main and not work.layers_done:
+                    check_against_references(source, tokenizer, settings.length, ranks.device, console)
             yield job
         finally:
             work.close()

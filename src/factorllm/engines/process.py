@@ -108,6 +108,10 @@ class EngineProcess:
     def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
         return [tuple(pair) for pair in self._ask("next_tokens", tokens, count)]
 
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text's tokens (llama.cpp)."""
+        return self._ask("tokenize", text)
+
     def prefill(self, length: int) -> float:
         return self._ask("prefill", length)
 

@@ -46,6 +46,11 @@ class GGUFSource(ModelSource):
     def files(self) -> list[Path]:
         return list(self._readers)
 
+    @property
+    def stored_types(self) -> set[str]:
+        """GGUF's names of the types that matrices are stored in."""
+        return {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
+
     def names(self) -> Iterable[str]:
         return self._where
 

@@ -131,6 +131,16 @@ class ModelSource(ABC):
         model.generation_config = self.generation_config()
         return model.to(device)
 
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model as transformers makes it by itself, in fp32.
+
+        Args:
+            config: the dense one, or the same with fewer layers.
+        """
+        shortened = copy.copy(self)
+        shortened.config = config
+        return shortened.load_model(torch.float32, torch.device("cpu"))
+
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_family(self.label, self.config.model_type)

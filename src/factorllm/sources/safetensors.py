@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.pretrained import load_config, load_generation_config, load_tokenizer
+from factorllm.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.sources.model import ModelSource
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -144,6 +144,10 @@ class SafetensorsSource(ModelSource):
         if (self.folder / "generation_config.json").exists():
             return load_generation_config(self.folder)
         return super().generation_config()
+
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        # From the files, not from the tensors that are read here: that is what is to be compared.
+        return load_pretrained(self.folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
 
     @property
     def licence(self) -> str | None:
