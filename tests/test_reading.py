@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from factorllm import FactorLLMError, factorize
 from factorllm.engines import EngineProcess, Options
 from factorllm.export import export_gguf
+from factorllm.settings import Settings
 from factorllm.sources import open_model
 from factorllm.stream import DenseLayer
 
 CPU = torch.device("cpu")
+FEW = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
 
 
 def rope(kind: str, **more) -> dict:
@@ -375,3 +377,44 @@ def test_a_gguf_file_that_llamacpp_computes_otherwise_stops_the_run(plain, tmp_p
     monkeypatch.setattr("factorllm.sources.gguf.GGUFSource._read", damaged)
     with pytest.raises(FactorLLMError, match=r"not the model that llama\.cpp computes"):
         factorize(str(plain), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
+
+
+@pytest.fixture(scope="module")
+def student(plain, tmp_path_factory, text_file) -> Path:
+    out = tmp_path_factory.mktemp("student") / "out"
+    factorize(str(plain.with_suffix("")), out, "S2A2E8", text=str(text_file), settings=FEW)
+    return out
+
+
+def change_tensor(folder: Path, name: str, change) -> None:
+    path = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    weights = load_file(path)
+    weights[name] = change(weights[name])
+    save_file({key: value for key, value in weights.items() if value is not None}, path, metadata={"format": "pt"})
+
+
+ROUTER = "model.layers.1.block_sparse_moe.router.layer.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: None, "names"),
+        (lambda tensor: tensor[:4].clone(), r"is \(4, 32\), but the config says \(6, 32\)"),
+        (lambda tensor: tensor * float("nan"), "NaN or infinite"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "quantised"),
+    ],
+)
+def test_a_damaged_student_is_not_exported(student, tmp_path, change, said):
+    shutil.copytree(student, tmp_path / "student")
+    change_tensor(tmp_path / "student", ROUTER, change)
+    with pytest.raises(FactorLLMError, match=said):
+        export_gguf(str(tmp_path / "student"), tmp_path / "out.gguf", "f32")
+    assert not list(tmp_path.glob("out.gguf*"))
+
+
+def test_a_student_with_a_tensor_that_would_be_left_out_is_not_exported(student, tmp_path):
+    shutil.copytree(student, tmp_path / "student")
+    edit_json(tmp_path / "student/config.json", num_hidden_layers=2)
+    with pytest.raises(FactorLLMError, match=r"model\.layers\.2\S+ has no place in it"):
+        export_gguf(str(tmp_path / "student"), tmp_path / "out.gguf", "f32")

@@ -97,6 +97,8 @@ def open_job(
     console = ranks.console(console)
     tokenizer = source.tokenizer()
     console.print(f"reading {source.label}")
+    if source.note:
+        console.print(source.note, highlight=False, soft_wrap=True)
     identity = {
         "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,

@@ -53,6 +53,8 @@ class Settings(BaseModel):
         dtype = self.dtype
         if dtype == "auto":
             dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        if dtype not in Settings.model_fields["dtype"].annotation.__args__:
+            raise FactorLLMError(f"the model is stored in {dtype}, which students are not; use --dtype float32")
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

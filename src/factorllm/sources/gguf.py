@@ -67,7 +67,8 @@ class GGUFSource(ModelSource):
 
     @property
     def licence(self) -> str | None:
-        return self._field("general.license")
+        licence = self._field("general.license")
+        return licence if isinstance(licence, str) else None
 
     def _field(self, key: str) -> object | None:
         field = self._fields.get(key)

@@ -33,8 +33,10 @@ class ModelSource(ABC):
     Attributes:
         label: the model as the user named it, for messages and the model card.
         config: the transformers config.
+        note: what the user is told of how it is read; empty when there is nothing to tell.
     """
 
+    note: str = ""
     label: str
     config: PreTrainedConfig
 
@@ -81,13 +83,7 @@ class ModelSource(ABC):
         Raises:
             FactorLLMError: when it is missing, cannot be read, or holds NaN or infinity.
         """
-        value = self._read(name)
-        if not torch.isfinite(value).all():
-            raise FactorLLMError(
-                f"{self.label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
-                "the file is damaged or the model diverged: use another copy"
-            )
-        return value
+        return check_finite(self._read(name), name, self.label)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -189,6 +185,20 @@ class ModelSource(ABC):
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def check_finite(value: torch.Tensor, name: str, label: str) -> torch.Tensor:
+    """A tensor that was read, if all of it are numbers.
+
+    Raises:
+        FactorLLMError: when it holds NaN or infinity.
+    """
+    if not torch.isfinite(value).all():
+        raise FactorLLMError(
+            f"{label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
+            "the file is damaged or the model diverged: use another copy"
+        )
+    return value
 
 
 def check_family(label: str, family: object) -> None:

@@ -124,6 +124,11 @@ class SafetensorsSource(ModelSource):
         self.label = label or str(folder)
         self.config = read_config(folder, self.label)
         self._tensors = TensorFolder(folder, self.label)
+        if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
+            self.note = (
+                f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
+                f"as transformers' own {self.config.model_type}"
+            )
         self.config.tie_word_embeddings = ties_embeddings(self.config, self._tensors)
         self._check()
 
@@ -220,6 +225,7 @@ def licence_of_card(card: Path) -> str | None:
     if not card.exists():
         return None
     try:
-        return ModelCard.load(card).data.get("license")
-    except ValueError:
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except (ValueError, OSError):
         return None
+    return " ".join(licence.split()) if isinstance(licence, str) else None
