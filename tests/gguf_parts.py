@@ -37,6 +37,8 @@ def put_together(parts: Parts, path: Path) -> None:
     writer = gguf.GGUFWriter(path, "none")
     writer.kv_data[0].clear()
     for key, (value, kind, items) in parts.fields.items():
+        if value == []:
+            continue  # the writer has no empty arrays
         writer.add_key_value(key, value, kind, sub_type=items)
     for name, (data, kind) in parts.tensors.items():
         writer.add_tensor(name, data, raw_dtype=kind)

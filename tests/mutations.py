@@ -262,7 +262,7 @@ def edits_of(document: object, likely: dict[tuple, tuple] | None = None, most: i
         fitting = [Edit(path, value) for path, values in likely.items() for value in values]
         odd = st.builds(Edit, st.sampled_from(list(likely)), st.sampled_from(ODD_VALUES))
         kinds += [st.sampled_from(fitting), st.sampled_from(fitting), odd]
-    return st.lists(st.one_of(kinds), min_size=1, max_size=most).map(tuple)
+    return st.lists(st.one_of(kinds), min_size=1, max_size=most, unique_by=lambda edit: edit.path).map(tuple)
 
 
 def damage_of(name: str, header: int | None = None) -> st.SearchStrategy:
