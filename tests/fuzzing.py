@@ -248,11 +248,13 @@ def as_transformers_reads(folder: Path, **options) -> PreTrainedModel:
 
 
 def check_student(out: Path, dense: Path) -> None:
-    """A student of `ALL_RUN` computes what transformers computes from the dense folder."""
+    """A student of `ALL_RUN` computes what transformers computes from the dense folder, but for its fitted scale."""
+    scale = json.loads((out / "factorllm.json").read_text())["logit_scale"]
+    assert abs(scale - 1) < 0.02
     student, teacher = as_transformers_reads(out), as_transformers_reads(dense)
     AutoTokenizer.from_pretrained(out)
     rounding = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-    check_same(logits_of(student.float()), logits_of(teacher.float()), rounding.get(student.dtype, 1e-4))
+    check_same(logits_of(student.float()) / scale, logits_of(teacher.float()), rounding.get(student.dtype, 1e-4))
 
 
 _GGUF_NAMES = {
@@ -289,6 +291,12 @@ def model_of_gguf(path: Path) -> PreTrainedModel:
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
     return model
+
+
+def check_student_of_gguf(out: Path, path: Path) -> None:
+    """The same for a student of a GGUF file."""
+    scale = json.loads((out / "factorllm.json").read_text())["logit_scale"]
+    check_same(logits_of(as_transformers_reads(out).float()) / scale, logits_of(model_of_gguf(path)))
 
 
 def _transformers_name(name: str) -> str:
