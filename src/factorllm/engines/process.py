@@ -78,7 +78,8 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(self._folder)},
+            # Else `-m` takes modules from the folder that the command is given in: a json.py there would be run.
+            env=os.environ | {"PYTHONPATH": str(self._folder), "PYTHONSAFEPATH": "1"},
         )
         try:
             self._read()
