@@ -29,15 +29,13 @@ from factorllm.memory import peak_memory, reuse_freed_memory
 from factorllm.partition import Partition
 from factorllm.pretrained import load_pretrained
 from factorllm.progress import Clock, Meter, meter
+from factorllm.provenance import FORMAT
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Spent, Summary, model_card
 from factorllm.settings import Settings
 from factorllm.sources.text import public_name
 from factorllm.stream import DenseLayer, LayerLoader
 from factorllm.temperature import fit_logit_scale, sample_logits
-
-FORMAT = 1
-"""Version of `factorllm.json`."""
 
 FINAL_NORM = "model.norm.weight"
 

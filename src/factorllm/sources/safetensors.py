@@ -101,9 +101,13 @@ class TensorFolder:
     def _index(self) -> dict[str, str]:
         path = self.folder / _INDEX
         with refusing(path, "it is damaged: fetch it again"):
-            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not all(isinstance(shard, str) for shard in shards.values()):
-                raise ValueError("weight_map does not map names to files")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = content["weight_map"]
+            files = [content["metadata"], *shards.values()]
+            if [type(one) for one in files] != [dict, *[str] * len(shards)]:
+                isinstance(shard, str) for shard in shards.values()
+            ):
+                raise ValueError("its metadata is none, or its weight_map does not map names to files")
             return shards
 
     def _check_index(self) -> None:
