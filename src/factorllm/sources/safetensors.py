@@ -103,10 +103,8 @@ class TensorFolder:
         with refusing(path, "it is damaged: fetch it again"):
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = content["weight_map"]
-            files = [content["metadata"], *shards.values()]
-            if [type(one) for one in files] != [dict, *[str] * len(shards)]:
-                isinstance(shard, str) for shard in shards.values()
-            ):
+            kinds = {type(shard) for shard in shards.values()}
+            if not isinstance(content["metadata"], dict) or kinds != {str}:
                 raise ValueError("its metadata is none, or its weight_map does not map names to files")
             return shards
 
