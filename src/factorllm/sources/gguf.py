@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.families import FAMILIES, head_dim
@@ -64,6 +65,13 @@ class GGUFSource(ModelSource):
             return self._field(f"tokenizer.{key}")
 
         return self._checked(build_tokenizer(field, self.label, self.config.max_position_embeddings))
+
+    def with_weights_of(self, model: PreTrainedModel) -> GGUFSource:
+        """The same, of which some weights have been read already: those of `load_reference`."""
+        read = dict(model.named_parameters())
+        other = copy.copy(self)
+        other._read = lambda name: read[name].detach() if name in read else self._read(name)
+        return other
 
     @property
     def licence(self) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import rms_norm
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.errors import FactorLLMError
@@ -62,8 +62,12 @@ def check_against_references(
         FactorLLMError: when they differ, with what differs and by how much.
     """
     config = _shortened(source)
-    streamed = _stream(source, config.num_hidden_layers, min(length, _LENGTH), device)
-    _compare_with_transformers(source, config, streamed, device)
+    model = source.load_reference(config)
+    # Quantised weights take their time to read, and they are the same for both.
+    reader = source.with_weights_of(model) if isinstance(source, GGUFSource) else source
+    streamed = _stream(reader, config.num_hidden_layers, min(length, _LENGTH), device)
+    _compare_with_transformers(source, model, streamed, device)
+    del model
     whole = config.num_hidden_layers == source.config.num_hidden_layers
     if isinstance(source, GGUFSource) and installed("llamacpp"):
         _compare_with_llamacpp(source, tokenizer, streamed if whole else None, console)
@@ -95,12 +99,11 @@ def _stream(source: ModelSource, layers: int, length: int, device: torch.device)
 
 @torch.inference_mode()
 def _compare_with_transformers(
-    source: ModelSource, config: PreTrainedConfig, streamed: _Streamed, device: torch.device
+    source: ModelSource, model: PreTrainedModel, streamed: _Streamed, device: torch.device
 ) -> None:
-    model = source.load_reference(config).to(device).eval()
-    found = model(streamed.tokens.to(device), output_hidden_states=True, use_cache=False)
+    found = model.to(device).eval()(streamed.tokens.to(device), output_hidden_states=True, use_cache=False)
     # The last of transformers' hidden states is after the final norm, so the logits stand for it.
-    places = ["the embeddings", *(f"layer {index}" for index in range(config.num_hidden_layers - 1)), "the logits"]
+    places = ["the embeddings", *(f"layer {index}" for index in range(len(streamed.hidden) - 2)), "the logits"]
     ours = [*streamed.hidden[:-1], streamed.logits]
     for place, got, wanted in zip(places, ours, [*found.hidden_states[:-1], found.logits], strict=True):
         error = ((got - wanted).norm() / wanted.norm()).item()
