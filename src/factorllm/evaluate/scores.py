@@ -23,10 +23,11 @@ from factorllm.evaluate.tasks import Score, check_tasks, run_task
 from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
+from factorllm.sources import open_model
 from factorllm.sources.digest import digest_of
+from factorllm.sources.parts import open_text
 from factorllm.sources.safetensors import read_tokenizer
-from factorllm.sources.text import file_digest
+from factorllm.sources.text import file_digest, hold_out
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
 """Where scores are kept, by what they were measured on."""
@@ -164,4 +165,4 @@ def _key(subject: _Subject, task: str, data: Path | None, limit: int | None) -> 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
     """The part of a text that `factorize` with the same settings holds out."""
-    return read_calibration_text(text, tokenizer, made_with.model_copy(update={"tokens": 1})).held_out
+    return hold_out(open_text(text, tokenizer, made_with), made_with)
