@@ -15,6 +15,7 @@ from rich.console import Console
 
 from factorllm import FactorLLMError, factorize
 from factorllm.evaluate.scores import evaluate
+from factorllm.evaluate.settings import EvalSettings
 from factorllm.settings import Settings
 from factorllm.sources import read_calibration_text
 from factorllm.sources.parts import open_text
@@ -131,7 +132,7 @@ def test_eval_measures_on_what_factorize_held_out_of_long_documents(dense_folder
     text = write_records(tmp_path / "t.jsonl", [{"text": letter * 900} for letter in "abcde"])
     settings = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
     made = factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=text, settings=settings)
-    found = evaluate(tmp_path / "out", tasks=[], text=text)
+    found = evaluate(tmp_path / "out", text=text, settings=EvalSettings(tasks=()))
     assert found.perplexity["student"] == pytest.approx(made.row("student").perplexity, rel=1e-5)
 
 

@@ -18,6 +18,18 @@ from factorllm.sources.safetensors import TensorFolder
 PARTITION_FILE = "factorllm.partition.json"
 """For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
 
+_PROVENANCE = {
+    "base_model": dict,
+    "recipe": dict,
+    "host": str,
+    "engines": list,
+    "data": dict,
+    "settings": dict,
+    "results": dict,
+    "layers": list,
+}
+"""What every `factorllm.json` says."""
+
 
 def read_provenance(folder: Path) -> dict:
     """The content of `factorllm.json`.
@@ -34,6 +46,9 @@ def read_provenance(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise FactorLLMError(f"{path} is damaged: it is not JSON; make the checkpoint again") from None
+    for key, kind in _PROVENANCE.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise FactorLLMError(f"{path} is damaged: it does not say {key!r}; make the checkpoint again")
     return content
 
 

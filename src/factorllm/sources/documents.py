@@ -60,7 +60,7 @@ class Documents:
                     break
             else:
                 found += 1
-                yield _without_halves(document)
+                yield whole_characters(document)
         if self.left_out and not found:
             raise FactorLLMError(
                 f"{self.text} holds no text: {self._reason}, none of {', '.join(TEXT_KEYS + CHAT_KEYS)} with a text in "
@@ -104,8 +104,20 @@ def local_path(text: str) -> Path | None:
     return Path(path) if text and os.path.exists(path) else None
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """The number of each line that is not blank, and what it says.
+
+    Raises:
+        FactorLLMError: when the file cannot be read, or a line is no JSON.
+    """
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            what = f"line {number} of text file {path}"
+            yield number, _parsed(line, what, "mend or remove the line, or fetch the file again where it was cut short")
+
+
 def _records(text: str) -> Iterator[object]:
-    readers = {".txt": _paragraphs, ".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
+    readers = {".txt": _paragraphs, ".jsonl": _line_records, ".json": _json_records, ".parquet": _parquet_rows}
     path, name = local_path(text), text.lower().removesuffix(".gz")
     kind = os.path.splitext(name)[1]
     if path is None:
@@ -149,18 +161,15 @@ def _paragraphs(path: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _json_lines(path: Path) -> Iterator[object]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            what = f"line {number} of text file {path}"
-            yield _parsed(line, what, "mend or remove the line, or fetch the file again where it was cut short")
+def _line_records(path: Path) -> Iterator[object]:
+    return (record for _, record in json_lines(path))
 
 
 def _json_records(path: Path) -> Iterator[object]:
     content = "".join(_lines(path)).strip()
     first, _, more = content.partition("\n")
     if more and _is_json(first):
-        yield from _json_lines(path)
+        yield from _line_records(path)
     elif content:
         yield from _spread(_parsed(content, f"text file {path}", "mend it, or fetch it again where it was cut short"))
 
@@ -250,8 +259,8 @@ def _contents(record: object) -> str:
     return f"no keys, but are of the type {type(record).__name__}"
 
 
-def _without_halves(document: str) -> str:
-    """The document with U+FFFD for each half of a character, which JSON can hold and no tokenizer takes."""
-    if not _SURROGATE.search(document):
-        return document
-    return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a character, which JSON can hold and no tokenizer takes."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
