@@ -213,6 +213,17 @@ def test_no_document_is_in_two_parts_of_the_text_to_heal_on(same_text, dense_fol
     assert torch.equal(found["held_out"], calibrated.held_out) == same_text
 
 
+def test_one_document_is_cut_for_healing_too_and_that_is_said(dense_folder, tmp_path):
+    book, console = tmp_path / "book.txt", Console(record=True, width=200, file=io.StringIO())
+    book.write_text("".join(chr(200 + number % 50) * 32 for number in range(500)))
+    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(book), settings=MADE_WITH)
+    found = opened(tmp_path / "student", dense_folder, book, tmp_path / "out", QUICK, console)
+    assert torch.equal(found["held_out"], calibration_text(dense_folder, book).held_out)
+    assert len(found["validation"]) == 8
+    assert len(found["train"]) == 64
+    assert "parts of one and the same are learned from and measured on" in " ".join(console.export_text().split())
+
+
 def test_where_new_text_ends_healing_takes_the_calibration_text(student, dense_folder, text_file, tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
     wanted = text_file.stat().st_size - 3072  # so that about half of the calibration text is needed

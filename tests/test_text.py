@@ -301,6 +301,11 @@ def test_what_a_tokenizer_cannot_take_is_refused(tmp_path):
         read(write_records(tmp_path / "t.jsonl", ["some words"]), tokenizer=tokenizer)
 
 
+def test_a_text_that_comes_late_in_a_file_is_found(tmp_path):
+    text = write_records(tmp_path / "t.jsonl", [*({"id": i} for i in range(3000)), "late"])
+    assert list(read_documents(text)) == ["late"]
+
+
 # Data sets.
 
 

@@ -56,7 +56,7 @@ class Documents:
             if document is None or not document.strip():
                 self.left_out += 1
                 self._reason = self._reason or f"its records have {_contents(record)}"
-                if not found and self.left_out == _HOPELESS:
+                if not found and self.left_out == _HOPELESS and local_path(self.text) is None:
                     break
             else:
                 found += 1
