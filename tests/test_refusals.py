@@ -198,10 +198,10 @@ def test_too_many_tokens_asked_for_says_how_many_too_many(refused, dense_folder,
     [
         ("missing.txt", None, "no such text file"),
         ("odd.csv", "a,b", "not a kind of text that is read"),
-        ("broken.json", "{", "cannot be read"),
-        ("broken.jsonl", '{"text": "a"}\n{', "cannot be read"),
+        ("broken.json", "{", "cannot be used"),
+        ("broken.jsonl", '{"text": "a"}\n{', "line 2 of text file"),
         ("keys.jsonl", '{"body": "a"}', "none of text, content"),
-        ("broken.parquet", "PAR0", "cannot be read"),
+        ("broken.parquet", "PAR0", "cannot be used"),
     ],
 )
 def test_unreadable_text(refused, dense_folder, tmp_path, name, content, says):
@@ -214,7 +214,7 @@ def test_unreadable_text(refused, dense_folder, tmp_path, name, content, says):
 def test_binary_text(refused, dense_folder, tmp_path):
     path = tmp_path / "binary.txt"
     path.write_bytes(bytes(range(128, 256)))
-    assert "cannot be read" in refused(dense_folder, text=path)
+    assert "save it as UTF-8" in refused(dense_folder, text=path)
 
 
 def test_inspect(cli, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -202,25 +203,20 @@ def evaluate(
     """Score a checkpoint on benchmark tasks, and show what it kept of the dense model."""
     from dataclasses import asdict
 
-    from factorllm.checkpoint import write_json
+    from factorllm.checkpoint import explain_full_disk, write_json
     from factorllm.evaluate.scores import evaluate as run
+    from factorllm.evaluate.settings import EvalSettings
     from factorllm.report import score_table
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    found = run(
-        checkpoint,
-        against=against,
-        tasks=names,
-        data=data,
-        limit=limit,
-        text=text,
-        device=device,
-        dtype=dtype,
-        console=console,
-    )
+    if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise FactorLLMError(f"no file {out} can be written; choose another -o, in a folder that is there")
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    settings = EvalSettings(tasks=names, data=data, limit=limit, device=device, dtype=dtype)
+    found = run(checkpoint, against=against, text=text, settings=settings, console=console)
     console.print(score_table(found))
     if out:
-        write_json(out, asdict(found))
+        with explain_full_disk(out):
+            write_json(out, asdict(found))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
 from factorllm.sources.reference import check_against_references
-from factorllm.sources.text import file_digest, text_origin
+from factorllm.sources.text import file_digest
 from factorllm.stream import Rows
 
 
@@ -132,7 +132,7 @@ def _read_text(
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = work.folder / "tokens.safetensors"
     if path.exists():
-        return CalibrationText(**load_file(path), origin=text_origin(text))
+        return CalibrationText.from_tensors(load_file(path), text)
     if text is None:
         console.print("no --text given: sampling calibration text from the model itself")
     read = read_calibration_text(
@@ -140,8 +140,9 @@ def _read_text(
         tokenizer,
         settings,
         load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+        console=console,
     )
-    write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})
+    write_shard(path, read.tensors())
     return read
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedConfig
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -16,6 +16,20 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def usable_device(device: str) -> str:
+    """A device that this machine has, `auto` decided.
+
+    Raises:
+        FactorLLMError: when it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"device {device!r}", "use --device cpu"):
+        if torch.empty(0, device=device).is_meta:
+            raise FactorLLMError("device 'meta' computes nothing; use --device cpu")
+    return device
 
 
 class Settings(BaseModel):
@@ -55,14 +69,7 @@ class Settings(BaseModel):
             dtype = str(config.dtype or torch.float32).removeprefix("torch.")
         if dtype not in Settings.model_fields["dtype"].annotation.__args__:
             raise FactorLLMError(f"the model is stored in {dtype}, which students are not; use --dtype float32")
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise FactorLLMError(f"device {device!r} cannot be used ({reason}); use --device cpu") from None
+        device = usable_device(self.device)
         limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
         length = min(limit for limit in limits if limit)
         return self.model_copy(update={"dtype": dtype, "device": device, "length": length})

@@ -106,7 +106,12 @@ def _compare_with_transformers(
     places = ["the embeddings", *(f"layer {index}" for index in range(len(streamed.hidden) - 2)), "the logits"]
     ours = [*streamed.hidden[:-1], streamed.logits]
     for place, got, wanted in zip(places, ours, [*found.hidden_states[:-1], found.logits], strict=True):
-        error = ((got - wanted).norm() / wanted.norm()).item()
+        if not torch.isfinite(wanted).all():
+            raise FactorLLMError(
+                f"{source.label} computes NaN or infinity in float32 ({place}), so nothing can be fitted to it; the "
+                "file is damaged or the model diverged: use another copy"
+            )
+        error = 0.0 if torch.equal(got, wanted) else ((got - wanted).double().norm() / wanted.double().norm()).item()
         if not error < _CLOSE:  # NaN too
             raise FactorLLMError(
                 f"{source.label} as it is read here is not the model that transformers loads: {place} differ by "
