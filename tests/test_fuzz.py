@@ -640,7 +640,8 @@ def _check_factorized_text(bases: Bases, work: Path, change) -> None:
     model = fresh_copy(bases.folder("llama"), work)
     text = _text_at(change, work)
     if text.is_file() and _factorized(bases, model, work / "out", text=text):
-        check_student(work / "out", model)
+        # Texts of one token again and again are among these: the fit says little then, and rounding fills the rest.
+        check_student(work / "out", model, tolerance=2e-2)
 
 
 @functools.lru_cache(1)
