@@ -879,7 +879,7 @@ def _check_options(bases: Bases, work: Path, example: tuple) -> None:
         assert ended.code == 2
     if command == "factorize":
         out = work / dict(options).get("-o", "new")
-        assert ended.code == 0 or not (out / "config.json").exists()
+        assert ended.code == 0 or not os.path.exists(out / "config.json")  # which says no to a name that is too long
 
 
 def _command(bases: Bases, command: str, model: str, options: dict[str, str]) -> list[object]:
