@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -687,6 +688,7 @@ _MODELS = (
     "no/such",
     "file",
     "file.gguf",
+    "\udcff",
     "\udcff/x",
     "x" * 5000,
 )
@@ -864,7 +866,9 @@ def _check_options(bases: Bases, work: Path, example: tuple) -> None:
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text(content)
     (work / "empty").mkdir()
-    (work / "text.txt").write_bytes(bases.folder("text.txt").read_bytes())
+    for name in ("text.txt", "\udcff.txt"):
+        (work / name).write_bytes(bases.folder("text.txt").read_bytes())
+    shutil.copytree(bases.folder("llama"), work / "\udcff")
     kept = [work / name for name in ("llama", "file", "file.gguf", "full", "text.txt", "recipe.yaml")]
     given_inputs = [*kept, bases.folder("students"), bases.folder("llama"), bases.folder("gguf")]
     before, here = digest(*given_inputs), Path.cwd()
