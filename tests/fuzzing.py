@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import torch
 from conftest import BASE, byte_tokenizer, save_dense, some_tokens, words
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
@@ -30,8 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from factorllm import factorize
-from factorllm.cli import main
+from factorllm import cli, factorize
 from factorllm.errors import FactorLLMError
 from factorllm.export import export_gguf
 from factorllm.settings import Settings
@@ -167,10 +167,11 @@ def run(*arguments: object) -> Ended:
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = ["factorllm", *map(str, arguments)], io.StringIO("y\n" * 9)
+    cli.console = Console()  # one that could not say something keeps it, and tries again
     code = 0
     try:
         with redirect_stdout(out), redirect_stderr(err), patience():
-            main()
+            cli.main()
     except SystemExit as stop:
         code = stop.code or 0
     finally:
@@ -247,14 +248,14 @@ def as_transformers_reads(folder: Path, **options) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
 
 
-def check_student(out: Path, dense: Path) -> None:
+def check_student(out: Path, dense: Path, tolerance: float = 1e-4) -> None:
     """A student of `ALL_RUN` computes what transformers computes from the dense folder, but for its fitted scale."""
     scale = json.loads((out / "factorllm.json").read_text())["logit_scale"]
     assert abs(scale - 1) < 0.02
     student, teacher = as_transformers_reads(out), as_transformers_reads(dense)
     AutoTokenizer.from_pretrained(out)
-    rounding = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-    check_same(logits_of(student.float()) / scale, logits_of(teacher.float()), rounding.get(student.dtype, 1e-4))
+    rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2}.get(student.dtype, tolerance)
+    check_same(logits_of(student.float()) / scale, logits_of(teacher.float()), rounding)
 
 
 _GGUF_NAMES = {
@@ -280,6 +281,9 @@ def model_of_gguf(path: Path) -> PreTrainedModel:
     )
     weights = {}
     for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            assert (tensor.data == 1).all()
+            continue
         values = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         name = _transformers_name(tensor.name)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

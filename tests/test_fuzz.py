@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -640,7 +641,8 @@ def _check_factorized_text(bases: Bases, work: Path, change) -> None:
     model = fresh_copy(bases.folder("llama"), work)
     text = _text_at(change, work)
     if text.is_file() and _factorized(bases, model, work / "out", text=text):
-        check_student(work / "out", model)
+        # Texts of one token again and again are among these: the fit says little then, and rounding fills the rest.
+        check_student(work / "out", model, tolerance=2e-2)
 
 
 @functools.lru_cache(1)
@@ -686,6 +688,7 @@ _MODELS = (
     "no/such",
     "file",
     "file.gguf",
+    "\udcff",
     "\udcff/x",
     "x" * 5000,
 )
@@ -863,7 +866,9 @@ def _check_options(bases: Bases, work: Path, example: tuple) -> None:
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text(content)
     (work / "empty").mkdir()
-    (work / "text.txt").write_bytes(bases.folder("text.txt").read_bytes())
+    for name in ("text.txt", "\udcff.txt"):
+        (work / name).write_bytes(bases.folder("text.txt").read_bytes())
+    shutil.copytree(bases.folder("llama"), work / "\udcff")
     kept = [work / name for name in ("llama", "file", "file.gguf", "full", "text.txt", "recipe.yaml")]
     given_inputs = [*kept, bases.folder("students"), bases.folder("llama"), bases.folder("gguf")]
     before, here = digest(*given_inputs), Path.cwd()
@@ -878,7 +883,7 @@ def _check_options(bases: Bases, work: Path, example: tuple) -> None:
         assert ended.code == 2
     if command == "factorize":
         out = work / dict(options).get("-o", "new")
-        assert ended.code == 0 or not (out / "config.json").exists()
+        assert ended.code == 0 or not os.path.exists(out / "config.json")  # which says no to a name that is too long
 
 
 def _command(bases: Bases, command: str, model: str, options: dict[str, str]) -> list[object]:
