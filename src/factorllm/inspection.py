@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorllm.checkpoint import workspace_folder
 from factorllm.errors import FactorLLMError
+from factorllm.output import PROVENANCE, workspace_folder
 from factorllm.partition import Partition, partition_from_order
 from factorllm.pretrained import load_pretrained
 from factorllm.recipe import Shape
@@ -26,10 +26,10 @@ def read_provenance(folder: Path) -> dict:
         FactorLLMError: when the folder is not a finished checkpoint of factorllm.
     """
     partial = workspace_folder(folder)
-    path = folder / "factorllm.json"
+    path = folder / PROVENANCE
     if not path.exists():
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
-        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no factorllm.json{hint}")
+        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

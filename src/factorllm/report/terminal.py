@@ -24,7 +24,8 @@ def show_summary(console: Console, summary: Summary) -> None:
         f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB",
         soft_wrap=True,
     )
-    console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
+    written = "done already" if summary.done_already else "written"
+    console.print(f"{written}: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
 
 
 def show_healed(console: Console, healed) -> None:
