@@ -18,6 +18,9 @@ _SAYS_FULL = ("os error 28", "os error 122", " requested and ", "PytorchStreamWr
 GOES_ON = "free some and repeat the command: it goes on where it stopped"
 """What to do when the disk of a run is full that can be resumed."""
 
+IN_TMPDIR = "free some, or set TMPDIR to a folder with more"
+"""The same for files that are there while a command runs."""
+
 
 @contextmanager
 def explain_full_disk(out: Path, instead: str = GOES_ON) -> Iterator[None]:

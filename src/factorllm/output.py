@@ -176,15 +176,15 @@ def _holds(folder: Path, place: Path) -> bool:
 def _check_replaceable(out: Path, kind: Kind) -> None:
     if not (out.is_dir() if kind.is_folder else out.is_file()):
         found = "a folder" if out.is_dir() else "a file" if out.is_file() else "no ordinary file"
-        raise FactorLLMError(f"{out} is {found}, and {kind.what} is to be written; choose another -o")
+        wanted = "a folder" if kind.is_folder else "a file"
+        raise FactorLLMError(f"{out} is {found}, and -o is {wanted} to write; choose another")
     if out.is_file() and _is_mount(out):
         raise FactorLLMError(f"{out} is a mount point, so it cannot be replaced; choose a file in a mounted folder")
     if out.is_file() and out.stat().st_size == 0:
         return
     if kind.read(out) is None:
         raise FactorLLMError(
-            f"{out} exists already and is not {kind.what} that factorllm made, so it is never replaced; choose "
-            "another -o, or move it away"
+            f"{out} exists already and is not {kind.what}, so it is never replaced; choose another -o, or move it away"
         )
     if foreign := kind.foreign(out):
         raise FactorLLMError(
@@ -258,7 +258,7 @@ def _matches(path: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
-CHECKPOINT = Kind("a checkpoint", True, _read_checkpoint, _foreign_file)
+CHECKPOINT = Kind("a checkpoint that factorllm made", True, _read_checkpoint, _foreign_file)
 
 
 def check_own_files(folder: Path, names: Iterable[str], is_ours: Callable[[Path], bool]) -> None:
@@ -273,9 +273,10 @@ def check_own_files(folder: Path, names: Iterable[str], is_ours: Callable[[Path]
     """
     if folder.exists() and not folder.is_dir():
         raise FactorLLMError(f"{folder} is a file, and a folder is written to; choose another -o")
-    there = next((name for name in names if os.path.lexists(folder / name)), None)
-    if there and not is_ours(folder):
+    there = [name for name in names if os.path.lexists(folder / name)]
+    odd = [name for name in there if not is_ours(folder) or (folder / name).is_symlink()]
+    if odd:
         raise FactorLLMError(
-            f"{folder / there} exists already and was not made by factorllm, so it is not replaced; choose another -o"
+            f"{folder / odd[0]} exists already and was not made by factorllm, so it is not replaced; choose another -o"
         )
     _check_writable(folder)

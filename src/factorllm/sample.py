@@ -95,7 +95,7 @@ def _read_sampled(path: Path) -> dict | None:
     return None
 
 
-SAMPLED = Kind("a file of sampled text", False, _read_sampled)
+SAMPLED = Kind("text that factorllm sampled", False, _read_sampled)
 
 
 def _signed(documents: str, identity: dict) -> str:

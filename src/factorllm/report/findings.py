@@ -18,6 +18,7 @@ from factorllm.evaluate.routing import Specialisation, expert_picks_for, special
 from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.route.loaded import Routers
+from factorllm.settings import torch_device
 from factorllm.sources import open_model
 from factorllm.sources.safetensors import read_tokenizer
 
@@ -67,13 +68,14 @@ def gather(
     Raises:
         FactorLLMError: for a checkpoint or file that cannot be read.
     """
+    device = torch_device(device)
     made = read_provenance(checkpoint)
     read = {"scores": _read_json(scores, "scores"), "speed": _decode_speed(speed)}
     tokenizer, student = read_tokenizer(checkpoint, str(checkpoint)), load_student(checkpoint, device=device)
     kinds = _kinds(tokenizer)
     models = [student]
     if against:
-        models.append(open_model(against).load_model(torch.float32, torch.device(device)))
+        models.append(open_model(against).load_model(torch.float32, device))
     routers = Routers(student)
     with meter(console, "running the student for the report", len(kinds) + len(models) * len(PROMPTS)) as bar:
         special = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def text_origin(text: str | None) -> str:
 
 def public_name(path_or_id: str) -> str:
     """A name to publish: the last part of a local path, or the hub id as it is."""
-    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id
+    path = os.path.abspath(os.path.expanduser(path_or_id))  # `.` has no name of its own
+    # Bytes of a name that are no UTF-8 could not be written into a card.
+    return os.fsencode(os.path.basename(path)).decode(errors="replace") if os.path.exists(path) else path_or_id
 
 
 def file_digest(text: str | None) -> str | None:
