@@ -166,7 +166,7 @@ class Workspace:
 def finish_publishing(out: Path) -> None:
     """Finish moving a checkpoint into `out`, if the process that did so was killed; it was complete before."""
     folder = workspace_folder(out)
-    if not (folder / _PUBLISHING).exists():
+    if not os.path.exists(folder / _PUBLISHING):
         return
     with (folder / "lock").open("w") as lock:
         _take(lock, folder)

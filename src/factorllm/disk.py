@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def require_space(out: Path, needed: int, instead: str) -> None:
 
 def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest of the folders above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 def _is_full_disk(error: BaseException) -> bool:

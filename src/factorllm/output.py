@@ -76,14 +76,14 @@ def workspace_folder(out: Path) -> Path:
     """
     out = located(out)
     beside = out.parent / f"{out.name}.partial"
-    if not out.is_dir() or ((beside / _JOB).exists() and beside.stat().st_dev == out.stat().st_dev):
+    if not os.path.isdir(out) or ((beside / _JOB).exists() and beside.stat().st_dev == out.stat().st_dev):
         return beside
     return out / INSIDE
 
 
 def is_free(out: Path) -> bool:
     """Whether nothing is at `out`: no file, or a folder that is empty but for an unfinished run of ours."""
-    if out.is_dir():
+    if os.path.isdir(out):
         return all(path.name == INSIDE for path in out.iterdir())
     return not os.path.lexists(out)
 
@@ -102,7 +102,7 @@ def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path | None] = ()
     _check_inputs(out, inputs)
     with refusing(out, "choose another -o"):
         free = is_free(out)
-    if not free:
+    if not free or (os.path.isdir(out) and not kind.is_folder):
         _check_replaceable(out, kind)
     _check_writable(out)
 
@@ -168,13 +168,13 @@ def _places(path: str | Path | None) -> set[Path]:
 
 def _holds(folder: Path, place: Path) -> bool:
     """Whether a path is, or is in, what is at `folder`; by identity, for one folder may have many names."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         return False
     return any(os.path.samefile(folder, above) for above in (place, *place.parents) if above.exists())
 
 
 def _check_replaceable(out: Path, kind: Kind) -> None:
-    if not (out.is_dir() if kind.is_folder else out.is_file()):
+    if not (os.path.isdir(out) if kind.is_folder else os.path.isfile(out)):
         found = "a folder" if out.is_dir() else "a file" if out.is_file() else "no ordinary file"
         wanted = "a folder" if kind.is_folder else "a file"
         raise FactorLLMError(f"{out} is {found}, and -o is {wanted} to write; choose another")
@@ -195,10 +195,10 @@ def _check_replaceable(out: Path, kind: Kind) -> None:
 
 def _check_writable(out: Path) -> None:
     """Try it: no look at permissions knows of read-only mounts, quotas and file systems of the network."""
-    folder = nearest_existing(out if out.is_dir() else out.parent)
+    folder = nearest_existing(out if os.path.isdir(out) else out.parent)
     if not folder.is_dir():
         raise FactorLLMError(f"{out} cannot be written: {folder} is a file; choose another -o")
-    parts = [] if out.is_dir() else out.relative_to(folder).parts
+    parts = [] if os.path.isdir(out) else out.relative_to(folder).parts
     longest = os.pathconf(folder, "PC_NAME_MAX") - len(".partial")
     if any(len(os.fsencode(part)) > longest for part in parts):
         raise FactorLLMError(f"the name of {out} is too long: {longest} bytes are left for it; choose a shorter one")
