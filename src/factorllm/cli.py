@@ -285,9 +285,10 @@ def report(
 @app.command()
 def hosts() -> None:
     """Show the architectures that students can be written in, and where each loads."""
-    from factorllm.hosts.table import host_table
+    from factorllm.hosts.table import NARROWEST, host_table
 
-    console.print(host_table())
+    console.width = max(console.width, NARROWEST)
+    console.print(host_table(console.width))
 
 
 @app.command()
