@@ -78,27 +78,31 @@ def test_an_option_out_of_range_is_refused(command, option, value, made, dense_f
 @pytest.mark.parametrize("where", ["here", "below", "trailing", "home"])
 def test_odd_paths(where, made, dense_folder, text_file, tmp_path, monkeypatch, cli):  # noqa: F811
     """The model's folder as `.`, an output that is the current folder, one above it, one with a slash, one in `~`."""
-    home = shutil.copytree(dense_folder, tmp_path / "home [/b] :x: 'n' é")
+    home = shutil.copytree(dense_folder, tmp_path / "a [" / "b] :x: 'n' é")
     (tmp_path / "new").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(home)
     out = {"here": "../new", "below": "sub/new", "trailing": f"{tmp_path}/new/", "home": "~/new"}[where]
     if where == "here":
         monkeypatch.chdir(tmp_path / "new")
-    model, out = (f"../{home.name}/", ".") if where == "here" else (".", out)
+    model, out = (f"../a [/{home.name}/", ".") if where == "here" else (".", out)
     code, error = cli("factorize", model, "-o", out, "--text", text_file, "--tokens", 2048, "--no-baseline")
     assert (code, error) == (0, "")
-    made = home / "sub" / "new" if where == "below" else tmp_path / "new"  # noqa: F811
+    made = home / "sub" / "new" if where == "below" else tmp_path / "new"
     assert read_provenance(made)["base_model"]["name"] == home.name
     assert f"from the dense model `{home.name}`" in (made / "README.md").read_text()
     assert (made / "README.md").read_text().partition("# ")[2].startswith("new\n")
-    assert names(tmp_path) == {"new", home.name}
+    assert names(tmp_path) == {"new", "a ["}
 
 
-def test_a_name_that_is_no_utf8(dense_folder, text_file, tmp_path):
-    model = shutil.copytree(dense_folder, os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
-    factorize(str(model), tmp_path / "out", "S2A2E8", text=str(text_file), settings=SETTINGS)
-    assert "dense model `\N{REPLACEMENT CHARACTER}`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+def test_names_that_are_no_utf8(dense_folder, text_file, tmp_path, cli):  # noqa: F811
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    shutil.copy(text_file, odd)
+    factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=odd, settings=SETTINGS)
+    assert "Text: \N{REPLACEMENT CHARACTER}.txt, 2,048" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code, error = cli("factorize", dense_folder, "-o", odd[:-4], "--text", text_file, "--tokens", 2048)
+    assert code == 2
+    assert "choose a name in UTF-8" in error
 
 
 def test_outputs_that_are_no_place_to_write(made, dense_folder, tmp_path, monkeypatch, cli):  # noqa: F811

@@ -440,5 +440,6 @@ def _message(error: Exception) -> str:
 
 
 def _end(message: str, code: int) -> None:
-    typer.echo(" ".join(message.split()), err=True)
+    shown = " ".join(message.split()).encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+    typer.echo(shown, err=True)
     raise SystemExit(code)

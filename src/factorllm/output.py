@@ -99,6 +99,8 @@ def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path | None] = ()
         FactorLLMError: when an input would be lost, `out` is something that factorllm did not make, or nothing can be
             written there.
     """
+    with refusing(out, "choose a name in UTF-8, for some libraries write no other files"):
+        str(out).encode()
     _check_inputs(out, inputs)
     with refusing(out, "choose another -o"):
         free = is_free(out)
