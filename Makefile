@@ -40,6 +40,8 @@ $(READY):
 demo: setup
 	$(BIN)/factorllm demo -o demo-out --overwrite
 
+# tests/test_fuzz.py draws 2,000 damaged inputs in `make test`, the same ones every time, and 10,000 new ones in
+# `make test-slow`; FACTORLLM_FUZZ sets another number.
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 

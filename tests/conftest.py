@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import signal
@@ -87,6 +88,11 @@ def save_dense(config: PreTrainedConfig, folder: Path, seed: int = 0, **save_opt
     model.save_pretrained(folder, **save_options)
     byte_tokenizer().save_pretrained(folder)
     return model
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change some keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

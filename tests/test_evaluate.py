@@ -1,20 +1,27 @@
 """Scores: those of lm-eval's own tasks, measured once; what cannot be scored is refused."""
 
+import io
 import json
 import shutil
 import string
+import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, some_tokens
-from transformers import AutoModelForCausalLM
+from conftest import BASE, byte_tokenizer, save_dense, some_tokens
+from pydantic import ValidationError
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
+from factorllm.cli import main
 from factorllm.evaluate import scores
 from factorllm.evaluate.agreement import agreement
 from factorllm.evaluate.scores import evaluate
-from factorllm.evaluate.tasks import TASKS, Score, local_task, retention, run_task
+from factorllm.evaluate.settings import EvalSettings
+from factorllm.evaluate.tasks import TASKS, Score, check_tasks, local_task, retention, run_task
 from factorllm.inspection import read_provenance
+from factorllm.report import score_table
 from factorllm.settings import Settings
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -148,7 +155,8 @@ def data(tmp_path):
 
 
 def test_nothing_is_scored_twice(student, dense_folder, data, tmp_path, monkeypatch):
-    options = {"against": str(dense_folder), "tasks": ["piqa", "lambada_openai"], "data": data, "cache": tmp_path / "c"}
+    settings = EvalSettings(tasks=("piqa", "lambada_openai"), data=data)
+    options = {"against": str(dense_folder), "settings": settings, "cache": tmp_path / "c"}
     first = evaluate(student, **options)
     assert {name: set(found) for name, found in first.scores.items()} == {
         "student": {"piqa", "lambada_openai"},
@@ -162,7 +170,7 @@ def test_nothing_is_scored_twice(student, dense_folder, data, tmp_path, monkeypa
 
 
 def test_perplexity_and_agreement_on_the_text_that_was_held_out(student, dense_folder, text_file):
-    found = evaluate(student, against=str(dense_folder), tasks=[], text=str(text_file))
+    found = evaluate(student, against=str(dense_folder), text=str(text_file), settings=EvalSettings(tasks=()))
     made = read_provenance(student)["results"]
     assert found.perplexity == pytest.approx(
         {name: made[name]["perplexity"] for name in ("student", "dense")}, rel=1e-5
@@ -189,11 +197,16 @@ def test_retention_above_chance_shows_a_floor():
 
 
 def test_what_cannot_be_scored_is_refused(student, data, tmp_path):
-    def refused(match: str, **changes):
+    def refused(match: str, student=student, text=None, **changes):
+        settings = EvalSettings(**{"tasks": ("piqa",), "data": data} | changes)
         with pytest.raises(FactorLLMError, match=match):
-            evaluate(**{"student": student, "tasks": ["piqa"], "data": data, "cache": tmp_path / "c"} | changes)
+            evaluate(student, text=text, settings=settings, cache=tmp_path / "c")
 
     refused("unknown task 'nonsense'", tasks=["nonsense"])
+    refused("nothing to measure", tasks=())
+    refused("device 'abacus' cannot be used", device="abacus")
+    refused("device 'meta' computes nothing", device="meta")
+    refused("no file .*piqa.jsonl", data=tmp_path / "nowhere")
     refused("no file .*boolq.jsonl", tasks=["boolq"])
     refused("no checkpoint made by factorllm", student=tmp_path)
     refused("has no local file", tasks=["mmlu"])
@@ -210,6 +223,180 @@ def test_what_cannot_be_scored_is_refused(student, data, tmp_path):
     shard.unlink()
     refused(f"{shard.name}", student=broken)
     (data / "piqa.jsonl").write_text('{"query": "a", "choices')
-    refused("cannot be read as JSON lines")
+    refused(r"line 1 of .*piqa.jsonl cannot be used")
     (data / "piqa.jsonl").write_text('{"query": "a"}\n')
     refused("line 1: a record needs the keys choices, gold, query")
+
+
+GOOD = {"query": "a", "choices": ["b", "c"], "gold": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "says"),
+    [
+        ("piqa", GOOD | {"gold": 2}, "line 2: gold is 2, and must be the index of one of the 2 choices"),
+        ("piqa", GOOD | {"gold": -1}, "gold is -1"),
+        ("piqa", GOOD | {"gold": "1"}, "gold is '1'"),
+        ("piqa", GOOD | {"gold": 1.0}, r"gold is 1\.0"),
+        ("piqa", GOOD | {"gold": True}, "gold is True"),
+        ("piqa", GOOD | {"gold": None}, "gold is None"),
+        ("piqa", GOOD | {"choices": []}, "choices is no list of two texts or more"),
+        ("piqa", GOOD | {"choices": ["b"]}, "choices is no list of two texts or more"),
+        ("piqa", GOOD | {"choices": "bc"}, "choices is no list of two texts or more"),
+        ("piqa", GOOD | {"choices": ["b", 5]}, "choices is no list of two texts or more"),
+        ("piqa", GOOD | {"choices": ["b", " "]}, "choices is no list of two texts or more"),
+        ("copa", GOOD | {"choices": ["b", "c", "d"]}, "copa has two choices, not 3"),
+        ("piqa", GOOD | {"query": " "}, "query is no text, or is empty"),
+        ("piqa", GOOD | {"query": None}, "query is no text, or is empty"),
+        ("piqa", GOOD | {"query": "half \ud83d"}, "query is no text, or is empty"),
+        ("piqa", [GOOD], "a record needs the keys choices, gold, query"),
+        ("lambada_openai", {"context": "a", "continuation": ""}, "continuation is no text"),
+        ("generation", {"prompt": "a", "answer": 5}, "answer is no text"),
+        ("piqa", None, "has no questions"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(task, record, says, student, tmp_path):
+    first = {"lambada_openai": {"context": "a", "continuation": "b"}, "generation": {"prompt": "a", "answer": "b"}}
+    write_lines(tmp_path / f"{task}.jsonl", [] if record is None else [first.get(task, GOOD), record])
+    with pytest.raises(FactorLLMError, match=says):
+        evaluate(student, settings=EvalSettings(tasks=(task,), data=tmp_path), cache=tmp_path / "c")
+
+
+def test_what_lm_eval_and_datasets_raise_is_a_refusal_that_names_the_task(student, data, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("the disk of the cache is read-only")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(FactorLLMError, match=r"the data of piqa cannot be used \(the disk of the cache"):
+        evaluate(student, settings=EvalSettings(tasks=("piqa",), data=data), cache=tmp_path / "c")
+
+
+def test_a_byte_order_mark_and_blank_lines_do_not_matter(dense_folder, tmp_path):
+    (tmp_path / "piqa.jsonl").write_text("\ufeff" + json.dumps(GOOD) + "\r\n\r\n" + json.dumps(GOOD) + "\r\n")
+    check_tasks(["piqa"], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    assert run_task(model, byte_tokenizer(), "piqa", tmp_path, None).questions == 2
+
+
+def test_an_answer_longer_than_the_context_is_refused(dense_folder, tmp_path):
+    write_lines(tmp_path / "piqa.jsonl", [GOOD | {"choices": ["b", "c" * 100]}])
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    with pytest.raises(FactorLLMError, match="has 101 tokens, more than the 64 of the model's context"):
+        run_task(model, byte_tokenizer(), "piqa", tmp_path, None)
+
+
+def test_one_question_has_a_score_and_no_error(student, dense_folder, data, tmp_path):
+    options = {"against": str(dense_folder), "cache": tmp_path / "c"}
+    settings = EvalSettings(tasks=("piqa",), data=data, limit=1)
+    first = evaluate(student, settings=settings, **options)
+    again = evaluate(student, settings=settings, **options)
+    assert first == again
+    assert (first.scores["dense"]["piqa"].error, first.scores["dense"]["piqa"].questions) == (None, 1)
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(score_table(first))
+    assert "±" not in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "change", [{"limit": 0}, {"limit": -1}, {"limit": 10**20}, {"dtype": "float8"}, {"shots": 5}, {"tasks": "piqa"}]
+)
+def test_options_that_cannot_be_are_refused(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        EvalSettings(**change)
+
+
+def scored(monkeypatch) -> list[str]:
+    """What is measured from now on, as it happens."""
+    found = []
+
+    def run(model, tokenizer, task, data, limit):
+        found.append(task)
+        return Score(0.5, None, 1)
+
+    monkeypatch.setattr(scores, "run_task", run)
+    return found
+
+
+def test_a_damaged_cache_is_measured_again_and_one_that_cannot_be_written_is_done_without(
+    student, data, tmp_path, monkeypatch
+):
+    found = scored(monkeypatch)
+    settings = EvalSettings(tasks=("piqa",), data=data)
+    for damage in ("", "{", "[]", '{"value": "N/A", "error": 0, "questions": 1}', '{"value": 1}'):
+        evaluate(student, settings=settings, cache=tmp_path / "c")
+        assert found.pop() == "piqa"
+        next((tmp_path / "c").iterdir()).write_text(damage)
+    (tmp_path / "file").write_text("")
+    assert evaluate(student, settings=settings, cache=tmp_path / "file" / "c").scores["student"]["piqa"].value == 0.5
+
+
+def test_a_score_is_of_all_that_decides_it(student, data, tmp_path, monkeypatch):
+    found = scored(monkeypatch)
+    copy = shutil.copytree(student, tmp_path / "copy")
+
+    def measured(folder=copy, **changes) -> bool:
+        settings = EvalSettings(**{"tasks": ("piqa",), "data": data} | changes)
+        evaluate(folder, settings=settings, cache=tmp_path / "c")
+        again, found[:] = bool(found), []
+        return again
+
+    assert measured()
+    assert not measured()
+    assert not measured(shutil.copytree(copy, tmp_path / "elsewhere"))
+    assert measured(limit=1)
+    assert measured(dtype="bfloat16")
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        content = json.loads((copy / name).read_text())
+        extra = {"generation_config.json": "temperature", "tokenizer_config.json": "pad_token", "config.json": "note"}
+        value = {"temperature": 0.5, "pad_token": "<s>", "note": 1}[extra[name]]
+        (copy / name).write_text(json.dumps(content | {extra[name]: value}))
+        assert measured(), name
+        assert not measured(), name
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert measured()
+    monkeypatch.setitem(TASKS, "piqa", TASKS["piqa"].__class__("acc", 0.5, "{{query}}"))
+    assert measured()
+    monkeypatch.setattr(scores, "version", lambda package: "0")
+    assert measured()
+
+
+def test_next_tokens_of_another_vocabulary_are_not_compared(student, text_file, tmp_path):
+    save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "other")
+    with pytest.raises(FactorLLMError, match="knows 258 tokens and the model of --against 300"):
+        evaluate(student, against=str(tmp_path / "other"), text=str(text_file), settings=EvalSettings(tasks=()))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--limit", "0"], "--limit: Input should be greater"),
+        (["--dtype", "foo"], "--dtype: Input should be"),
+        (["--tasks", " , "], "nothing to measure"),
+        (["--tasks", "piqa,,nonsense"], "unknown task 'nonsense'"),
+        (["-o", f"{__file__}/found.json"], "test_evaluate.py is a file; choose another -o"),
+    ],
+)
+def test_the_command_refuses_on_one_line(options, says, student, data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["factorllm", "eval", str(student), "--data", str(data), *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_task_that_is_named_twice_is_asked_once(student, data, tmp_path, monkeypatch):
+    found, out = scored(monkeypatch), tmp_path / "found.json"
+    monkeypatch.setitem(evaluate.__kwdefaults__, "cache", tmp_path / "c")
+    words = ["eval", str(student), "--data", str(data), "--tasks", "piqa,piqa", "-o", str(out)]
+    monkeypatch.setattr(sys, "argv", ["factorllm", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert found == ["piqa"]
+    assert json.loads(out.read_text())["scores"] == {"student": {"piqa": {"value": 0.5, "error": None, "questions": 1}}}
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{}", '{"base_model": "x"}'])
+def test_what_is_no_provenance_is_refused(content, tmp_path):
+    (tmp_path / "factorllm.json").write_text(content)
+    with pytest.raises(FactorLLMError, match=r"factorllm\.json cannot be used"):
+        read_provenance(tmp_path)

@@ -170,37 +170,84 @@ def test_before_and_after_are_measured_on_the_text_that_was_held_out_before(stud
     assert after["healed"]["perplexity"] == pytest.approx(perplexity(model, held_out))
 
 
-def calibration_text(dense_folder, text_file):
-    return read_calibration_text(str(text_file), open_model(str(dense_folder)).tokenizer(), MADE_WITH)
+def calibration_text(dense_folder, text_file, settings=MADE_WITH):
+    return read_calibration_text(str(text_file), open_model(str(dense_folder)).tokenizer(), settings)
 
 
-def test_text_to_heal_on_is_neither_calibrated_on_nor_held_out(student, dense_folder, text_file):
-    out = student.with_name("opened")
-    with open_heal_job(student, str(dense_folder), out, str(text_file), QUICK, False, None) as job:
-        rows = {part: {tuple(row) for row in tokens.tolist()} for part, tokens in job.text.items()}
+def opened(student, dense_folder, text, out, settings=QUICK, console=None) -> dict[str, torch.Tensor]:
+    text = None if text is None else str(text)
+    with open_heal_job(student, str(dense_folder), out, text, settings, False, console) as job:
+        return dict(job.text)
+
+
+def rows_of(tokens) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in tokens.tolist()}
+
+
+def test_text_to_heal_on_is_neither_calibrated_on_nor_held_out(student, dense_folder, text_file, tmp_path):
+    found = opened(student, dense_folder, text_file, tmp_path / "out")
     text = calibration_text(dense_folder, text_file)
-    assert rows["held_out"] == {tuple(row) for row in text.held_out.tolist()}
-    calibration = {tuple(row) for row in text.calibration.tolist()}
+    assert torch.equal(found["held_out"], text.held_out)
+    rows = {part: rows_of(tokens) for part, tokens in found.items()}
+    calibration = rows_of(text.calibration)
     assert not calibration & (rows["train"] | rows["validation"])
     assert not rows["held_out"] & (rows["train"] | rows["validation"])
     assert not rows["train"] & rows["validation"]
 
 
+@pytest.mark.parametrize("same_text", [True, False])
+def test_no_document_is_in_two_parts_of_the_text_to_heal_on(same_text, dense_folder, tmp_path):
+    """Documents much longer than a sequence, each of one letter."""
+    texts = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, letters in zip(texts, ("abcdefghijkl", "nopqrstuvwxyz"), strict=True):
+        path.write_text("".join(json.dumps({"text": letter * 900}) + "\n" for letter in letters))
+    made_with = MADE_WITH.model_copy(update={"tokens": 2048})
+    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(texts[0]), settings=made_with)
+    settings = QUICK.model_copy(update={"tokens": 2048})
+    found = opened(tmp_path / "student", dense_folder, texts[0 if same_text else 1], tmp_path / "out", settings)
+    documents = {part: set(tokens.flatten().tolist()) - {257} for part, tokens in found.items()}
+    assert not documents["held_out"] & documents["train"]
+    assert not documents["validation"] & (documents["held_out"] | documents["train"])
+    calibrated = calibration_text(dense_folder, texts[0], made_with)
+    assert not documents["validation"] & set(calibrated.calibration.flatten().tolist()) - {257}
+    assert torch.equal(found["held_out"], calibrated.held_out) == same_text
+
+
+def test_one_document_is_cut_for_healing_too_and_that_is_said(dense_folder, tmp_path):
+    book, console = tmp_path / "book.txt", Console(record=True, width=200, file=io.StringIO())
+    book.write_text("".join(chr(200 + number % 50) * 32 for number in range(500)))
+    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(book), settings=MADE_WITH)
+    found = opened(tmp_path / "student", dense_folder, book, tmp_path / "out", QUICK, console)
+    assert torch.equal(found["held_out"], calibration_text(dense_folder, book).held_out)
+    assert len(found["validation"]) == 8
+    assert len(found["train"]) == 64
+    assert "parts of one and the same are learned from and measured on" in " ".join(console.export_text().split())
+
+
 def test_where_new_text_ends_healing_takes_the_calibration_text(student, dense_folder, text_file, tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
-    every_token = read_calibration_text(
-        str(text_file),
-        open_model(str(dense_folder)).tokenizer(),
-        MADE_WITH.model_copy(update={"tokens": 10**9}),
-        at_least=1,
-    ).calibration
-    settings = QUICK.model_copy(update={"tokens": every_token.numel() - QUICK.validation_tokens})
-    with open_heal_job(student, str(dense_folder), tmp_path / "out", str(text_file), settings, False, console) as job:
-        train, validation = job.text["train"], job.text["validation"]
+    wanted = text_file.stat().st_size - 3072  # so that about half of the calibration text is needed
+    most = QUICK.model_copy(update={"tokens": wanted})
+    train = opened(student, dense_folder, text_file, tmp_path / "out", most, console)["train"]
     calibrated = calibration_text(dense_folder, text_file).calibration
-    assert torch.equal(train[-len(calibrated) :], calibrated)
-    assert torch.equal(torch.cat([calibrated, validation, train[: -len(calibrated)]]), every_token)
-    assert "4,096 of the tokens to heal on are of the text that the student was calibrated" in console.export_text()
+    again = int(re.search("([0-9,]+) of the tokens to heal on are", console.export_text())[1].replace(",", "")) // 64
+    assert 0 < again < len(calibrated)
+    assert len(train) == wanted // 64
+    assert torch.equal(train[-again:], calibrated[:again])
+    assert not rows_of(train[:-again]) & rows_of(calibrated)
+
+
+def test_text_that_is_sampled_to_validate_on_was_not_calibrated_on(dense_folder, tmp_path):
+    made_with = MADE_WITH.model_copy(update={"tokens": 512})
+    factorize(str(dense_folder), tmp_path / "student", "S2A2E8", settings=made_with)
+    found = opened(tmp_path / "student", dense_folder, None, tmp_path / "out", QUICK.model_copy(update={"tokens": 512}))
+    source = open_model(str(dense_folder))
+    text = read_calibration_text(
+        None, source.tokenizer(), made_with, load_model=lambda: source.load_model(torch.float32, torch.device("cpu"))
+    )
+    assert torch.equal(found["held_out"], text.held_out)
+    assert not rows_of(found["validation"]) & rows_of(text.calibration)
+    assert not rows_of(found["validation"]) & rows_of(found["train"])
 
 
 @pytest.mark.parametrize("gates", ["straight-through", "soft"])

@@ -56,7 +56,7 @@ def test_statistics_are_those_of_all_the_text(made):
     for first, second in zip(one["layers"], two["layers"], strict=True):
         for name in ("router_agreement", "energy_kept", "stream_error"):
             assert second[name] == pytest.approx(first[name], rel=1e-2), name
-        assert torch.tensor(second["expert_load"]).allclose(torch.tensor(first["expert_load"]), atol=1e-2)
+        assert torch.tensor(second["expert_load"]).allclose(torch.tensor(first["expert_load"]), atol=2e-2)
     assert one["data"] == two["data"]
 
 

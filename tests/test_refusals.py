@@ -1,6 +1,5 @@
 """The command line: bad input gives one clear line and exit code 2, never a traceback, and leaves nothing behind."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, CONFIGS, save_dense
+from conftest import BASE, CONFIGS, edit_json, save_dense
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, LlamaConfig
 
@@ -51,11 +50,6 @@ def own_dense(tmp_path):
     folder = tmp_path / "dense"
     save_dense(CONFIGS["gqa-tied"], folder)
     return folder
-
-
-def edit_config(folder, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_no_such_model(refused, tmp_path):
@@ -148,7 +142,7 @@ def test_nan_and_infinite_weights(refused, own_dense, value):
 
 
 def test_a_quantised_checkpoint(refused, own_dense):
-    edit_config(own_dense, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    edit_json(own_dense / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
     assert "is quantised (gptq)" in refused(own_dense)
 
 
@@ -204,10 +198,10 @@ def test_too_many_tokens_asked_for_says_how_many_too_many(refused, dense_folder,
     [
         ("missing.txt", None, "no such text file"),
         ("odd.csv", "a,b", "not a kind of text that is read"),
-        ("broken.json", "{", "cannot be read"),
-        ("broken.jsonl", '{"text": "a"}\n{', "cannot be read"),
+        ("broken.json", "{", "cannot be used"),
+        ("broken.jsonl", '{"text": "a"}\n{', "line 2 of text file"),
         ("keys.jsonl", '{"body": "a"}', "none of text, content"),
-        ("broken.parquet", "PAR0", "cannot be read"),
+        ("broken.parquet", "PAR0", "cannot be used"),
     ],
 )
 def test_unreadable_text(refused, dense_folder, tmp_path, name, content, says):
@@ -220,7 +214,7 @@ def test_unreadable_text(refused, dense_folder, tmp_path, name, content, says):
 def test_binary_text(refused, dense_folder, tmp_path):
     path = tmp_path / "binary.txt"
     path.write_bytes(bytes(range(128, 256)))
-    assert "cannot be read" in refused(dense_folder, text=path)
+    assert "save it as UTF-8" in refused(dense_folder, text=path)
 
 
 def test_inspect(cli, tmp_path):

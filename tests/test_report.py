@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from conftest import BASE, save_dense
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
 from factorllm.evaluate.routing import route_prompt, specialisation
@@ -133,7 +134,21 @@ def test_the_page_opens_in_chromium_without_errors_and_fits(page, width):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "cannot be read"), ('{"other": 1}', "not what factorllm eval"), (None, "cannot be read")],
+    [
+        ("{", "cannot be used"),
+        (None, "cannot be used"),
+        ('{"other": 1}', "cannot be used"),
+        ("[]", "cannot be used"),
+        ("5", "cannot be used"),
+        ('{"scores": 5}', "cannot be used"),
+        ('{"scores": {"student": {"copa": {"value": "good"}}}}', "cannot be used"),
+        ('{"scores": {"dense": {}}}', "has no scores of a student"),
+        ('{"scores": {"student": {"odd": {"value": 1, "error": 0, "questions": 1}}}}', "has no scores of a student"),
+        (
+            '{"scores": {"dense": {}, "student": {"copa": {"value": 1, "error": 0, "questions": 1}}}}',
+            "dense model on the same tasks",
+        ),
+    ],
 )
 def test_unreadable_numbers_are_refused(student, tmp_path, content, says):
     path = tmp_path / "scores.json"
@@ -143,11 +158,39 @@ def test_unreadable_numbers_are_refused(student, tmp_path, content, says):
         gather(student, None, path, None, "cpu", QUIET)
 
 
-def test_speeds_without_batch_1_are_refused(student, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"models": [{"name": "dense", "ratio_to_dense": {"decode x8": [1, 1, 1]}}]}, "no decode speed at batch 1"),
+        ({"models": [{"name": "dense", "ratio_to_dense": {"decode x1": []}}]}, "no decode speed at batch 1"),
+        ({"models": []}, "no decode speed at batch 1"),
+        ({"models": [{"name": "dense"}]}, "cannot be used"),
+        ({"models": [{"name": "dense", "ratio_to_dense": {"decode x1": ["fast"]}}]}, "cannot be used"),
+        ({"models": 1}, "cannot be used"),
+        ({"scores": {}}, "cannot be used"),
+    ],
+)
+def test_speeds_that_are_none_are_refused(student, tmp_path, content, says):
     path = tmp_path / "speed.json"
-    path.write_text(json.dumps({"models": [{"name": "dense", "ratio_to_dense": {"decode x8": [1, 1, 1]}}]}))
-    with pytest.raises(FactorLLMError, match="no decode speed at batch 1"):
+    path.write_text(json.dumps(content))
+    with pytest.raises(FactorLLMError, match=says):
         gather(student, None, None, path, "cpu", QUIET)
+
+
+def test_what_the_report_cannot_run_on_is_refused(student, tmp_path):
+    with pytest.raises(FactorLLMError, match="device 'abacus' cannot be used"):
+        gather(student, None, None, None, "abacus", QUIET)
+    save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "other")
+    with pytest.raises(FactorLLMError, match="knows 300 tokens and the student 258"):
+        gather(student, str(tmp_path / "other"), None, None, "cpu", QUIET)
+
+
+def test_a_score_of_one_question_has_no_error(student, tmp_path):
+    path = tmp_path / "scores.json"
+    scores = {"student": {"copa": asdict(Score(1.0, None, 1))}, "dense": {"copa": asdict(Score(0.0, None, 1))}}
+    path.write_text(json.dumps({"scores": scores}))
+    found = gather(student, None, path, None, "cpu", QUIET)
+    assert "<td>0.0</td><td>100.0</td>" in write_report("tiny", found, tmp_path / "report").read_text()
 
 
 def loads(*experts: int) -> torch.Tensor:
@@ -178,6 +221,13 @@ def test_a_prompt_runs_the_experts_that_the_model_runs(student):
         model(**prompt)
     chosen = next(part for part in seen[0] if part.dtype == torch.int64)
     assert [set(row.nonzero().flatten().tolist()) for row in routed.picks] == [set(row) for row in chosen.tolist()]
+
+
+@pytest.mark.parametrize("prompt", [" ", "\0", "\ud83d", "[red]\\[/]", "\u202e\u200b\x1b[2J", "</s><s>"])
+def test_odd_prompts_are_shown(student, prompt):
+    routed = route_prompt(student, prompt)
+    Console(quiet=True).print(coloured_tokens(routed, in_colour=True), legend(routed, in_colour=False))
+    assert len(routed.pieces) == len(routed.picks) > 0
 
 
 def test_the_coloured_prompt_is_the_prompt(student):

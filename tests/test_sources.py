@@ -4,11 +4,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import CONFIGS, byte_tokenizer, relative_error, save_dense, some_tokens
+from conftest import CONFIGS, relative_error, save_dense, some_tokens
 
-from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
-from factorllm.sources.text import pack, read_documents
+from factorllm.sources import open_model
+from factorllm.sources.text import read_documents
 
 DOCUMENTS = ["first document", "second one", "the third"]
 
@@ -30,27 +29,6 @@ def test_each_kind_of_file_gives_its_documents(tmp_path, suffix):
     path = tmp_path / f"text.{suffix}"
     write(path, DOCUMENTS)
     assert [text.strip() for text in read_documents(str(path))] == DOCUMENTS
-
-
-def test_packing_puts_the_end_token_between_documents():
-    tokenizer = byte_tokenizer()
-    packed = pack(DOCUMENTS, tokenizer, 4, 8)
-    flat = packed.flatten().tolist()
-    first = tokenizer(DOCUMENTS[0], add_special_tokens=False).input_ids
-    assert packed.shape == (4, 8)
-    assert flat[: len(first) + 1] == [*first, tokenizer.eos_token_id]
-    assert flat[len(first) + 1 :] == tokenizer(DOCUMENTS[1] + "</s>" + DOCUMENTS[2]).input_ids[: 32 - len(first) - 1]
-
-
-def test_no_document_is_both_calibrated_on_and_held_out(tmp_path):
-    path = tmp_path / "text.txt"
-    write(path, [f"{i:04d}" * 5 for i in range(400)])
-    tokenizer = byte_tokenizer()
-    text = read_calibration_text(str(path), tokenizer, Settings(tokens=2000, held_out_tokens=400, length=40))
-    assert text.calibration.shape == (50, 40)
-    assert text.held_out.shape == (10, 40)
-    seen = [set(tokenizer.decode(part.flatten()).split("</s>")) for part in (text.calibration, text.held_out)]
-    assert not {d for d in seen[0] & seen[1] if len(d) == 20}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

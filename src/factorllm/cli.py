@@ -222,24 +222,16 @@ def evaluate(
     from factorllm.checkpoint import write_json
     from factorllm.disk import explain_full_disk
     from factorllm.evaluate.scores import evaluate as run
+    from factorllm.evaluate.settings import EvalSettings
     from factorllm.output import check_output, located
     from factorllm.report import SCORES, score_table
 
     if out:
         out = located(out)
         check_output(out, SCORES, [checkpoint, against, data, text])
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    found = run(
-        checkpoint,
-        against=against,
-        tasks=names,
-        data=data,
-        limit=limit,
-        text=text,
-        device=device,
-        dtype=dtype,
-        console=console,
-    )
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    settings = EvalSettings(tasks=names, data=data, limit=limit, device=device, dtype=dtype)
+    found = run(checkpoint, against=against, text=text, settings=settings, console=console)
     console.print(score_table(found))
     if out:
         with explain_full_disk(out, "free some, or choose another -o"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from factorllm.errors import FactorLLMError
 from factorllm.ffn import FFN, neuron_energy
 from factorllm.hosts import Host, StudentFFN
 from factorllm.partition import Partition, keep_top_energy, partition
@@ -32,6 +33,12 @@ from factorllm.tune import BATCH, Batch, tune, tuning_precision
 
 FOLDS = 3
 """Parts of the calibration text for the cross-validation in `restore.solve_ridge`."""
+
+TOO_LARGE = (
+    "the dense model's activations on this text are too large to fit anything to them; use another copy of the model, "
+    "or other --text"
+)
+"""Why numbers may overflow, as a refusal has it."""
 
 _PARTITION_TOKENS = 8192
 _ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
@@ -163,6 +170,10 @@ class LayerConversion:
         stride = max(self.sample.sequences * self.sample.length // _PARTITION_TOKENS, 1)
         hidden = torch.cat([self.sample.read(run, self.device).flatten(0, 1)[::stride] for run in self.sample.runs()])
         hidden = self.ranks.gather(hidden)
+        # No partition can compare energies that are infinite.
+        most = hidden.abs().max().item() ** 2 * self.ffn.neuron_gain().max().item() * self.ffn.width
+        if not most < torch.finfo(torch.float32).max:
+            raise FactorLLMError(f"what a neuron adds to the stream overflows float32: {TOO_LARGE}")
         if self.recipe.is_prune:
             split = keep_top_energy(self.ffn, hidden, self.shape)
         else:

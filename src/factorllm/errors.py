@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 
 class FactorLLMError(Exception):
     """A refusal with a message meant for the user. The CLI prints it on one line and exits with code 2."""
@@ -44,4 +46,7 @@ def _is_of_input(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """An error of another library, fit for the middle of a refusal: at most 200 characters."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.output import PROVENANCE, workspace_folder
 from factorllm.partition import Partition, partition_from_order
 from factorllm.pretrained import load_pretrained
+from factorllm.provenance import check_provenance
 from factorllm.recipe import Shape
 from factorllm.sources.safetensors import TensorFolder
 
@@ -30,10 +31,9 @@ def read_provenance(folder: Path) -> dict:
     if not path.exists():
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
         raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
-    try:
+    with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise FactorLLMError(f"{path} is damaged: it is not JSON; make the checkpoint again") from None
+        check_provenance(content)
     return content
 
 
@@ -59,10 +59,8 @@ def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
         FactorLLMError: when the checkpoint does not say it, or says something that is no partition of this shape.
     """
     path = folder / PARTITION_FILE
-    try:
+    if not path.is_file():
+        raise FactorLLMError(f"{folder} has no {PARTITION_FILE}, which heal needs; factorize again")
+    with refusing(path, "it is damaged, for it holds no partition of each FFN: factorize again"):
         orders = [torch.tensor(order) for order in json.loads(path.read_text(encoding="utf-8"))]
         return [partition_from_order(order, shape) for order in orders]
-    except FileNotFoundError:
-        raise FactorLLMError(f"{folder} has no {PARTITION_FILE}, which heal needs; factorize again") from None
-    except (TypeError, ValueError):
-        raise FactorLLMError(f"{path} is damaged: it holds no partition of each FFN; factorize again") from None

@@ -24,7 +24,8 @@ from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
 from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
-from factorllm.sources.text import file_digest, text_origin
+from factorllm.sources.reference import check_against_references
+from factorllm.sources.text import file_digest
 from factorllm.stream import Rows
 
 
@@ -113,6 +114,8 @@ def open_job(
     console = ranks.console(console)
     tokenizer = source.tokenizer()
     console.print(f"reading {source.label}", markup=False)
+    if source.note:
+        console.print(source.note, highlight=False, markup=False, soft_wrap=True)
     identity = {
         "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,
@@ -135,6 +138,9 @@ def open_job(
                 calibration = _read_text(work, source, tokenizer, text, settings, console)
             job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
             _check_disk(job)
+            with ranks.main_first():
+                if ranks.is_main and not work.layers_done:
+                    check_against_references(source, tokenizer, settings.length, ranks.device, console)
             yield job
         finally:
             work.close()
@@ -160,7 +166,7 @@ def _read_text(
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = work.folder / "tokens.safetensors"
     if path.exists():
-        return CalibrationText(**load_file(path), origin=text_origin(text))
+        return CalibrationText.from_tensors(load_file(path), text)
     if text is None:
         console.print("no --text given: sampling calibration text from the model itself")
     read = read_calibration_text(
@@ -168,8 +174,9 @@ def _read_text(
         tokenizer,
         settings,
         load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+        console=console,
     )
-    write_shard(path, {"calibration": read.calibration, "held_out": read.held_out})
+    write_shard(path, read.tensors())
     return read
 
 

@@ -82,10 +82,10 @@ def workspace_folder(out: Path) -> Path:
 
 
 def is_free(out: Path) -> bool:
-    """Whether nothing is at `out`: no file, or a folder that is empty but for an unfinished run of ours."""
+    """Whether nothing is at `out`: nothing, an empty file, or a folder that holds only an unfinished run of ours."""
     if os.path.isdir(out):
         return all(path.name == INSIDE for path in out.iterdir())
-    return not os.path.lexists(out)
+    return not os.path.lexists(out) or (os.path.isfile(out) and os.path.getsize(out) == 0)
 
 
 def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path | None] = ()) -> None:
@@ -104,8 +104,10 @@ def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path | None] = ()
     _check_inputs(out, inputs)
     with refusing(out, "choose another -o"):
         free = is_free(out)
-    if not free or (os.path.isdir(out) and not kind.is_folder):
+    if not free or (os.path.lexists(out) and os.path.isdir(out) != kind.is_folder):
         _check_replaceable(out, kind)
+    if os.path.isfile(out) and _is_mount(out):
+        raise FactorLLMError(f"{out} is a mount point, so it cannot be replaced; choose a file in a mounted folder")
     _check_writable(out)
 
 
@@ -180,10 +182,6 @@ def _check_replaceable(out: Path, kind: Kind) -> None:
         found = "a folder" if out.is_dir() else "a file" if out.is_file() else "no ordinary file"
         wanted = "a folder" if kind.is_folder else "a file"
         raise FactorLLMError(f"{out} is {found}, and -o is {wanted} to write; choose another")
-    if out.is_file() and _is_mount(out):
-        raise FactorLLMError(f"{out} is a mount point, so it cannot be replaced; choose a file in a mounted folder")
-    if out.is_file() and out.stat().st_size == 0:
-        return
     if kind.read(out) is None:
         raise FactorLLMError(
             f"{out} exists already and is not {kind.what}, so it is never replaced; choose another -o, or move it away"

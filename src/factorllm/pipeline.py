@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,9 +19,9 @@ from factorllm.checkpoint import (
     write_shard,
     write_text,
 )
-from factorllm.convert import LayerConversion, Streams, Workplace, passes
+from factorllm.convert import TOO_LARGE, LayerConversion, Streams, Workplace, passes
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.evaluate import cost_of, perplexity
+from factorllm.evaluate import cost_of, perplexity, refuse_infinite
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import StudentFFN
 from factorllm.inspection import PARTITION_FILE, read_provenance
@@ -30,15 +31,14 @@ from factorllm.output import PROVENANCE, located
 from factorllm.partition import Partition
 from factorllm.pretrained import load_pretrained
 from factorllm.progress import Clock, Meter, meter
+from factorllm.provenance import FORMAT
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import RUN_FILE, ModelRow, Spent, Summary, model_card, read_summary
 from factorllm.settings import Settings
 from factorllm.sources.text import public_name
+from factorllm.stored import as_stored, refuse_unstorable
 from factorllm.stream import DenseLayer, LayerLoader
 from factorllm.temperature import fit_logit_scale, sample_logits
-
-FORMAT = 1
-"""Version of `factorllm.json`."""
 
 FINAL_NORM = "model.norm.weight"
 
@@ -116,6 +116,7 @@ def compare(
 def _convert_layers(job: Job) -> None:
     """The loop: for each layer, the teacher goes first; each student is then fitted toward it and follows."""
     reuse_freed_memory()
+    _check_dtype(job)
     settings, device = job.settings, job.settings.torch_device
     loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
     _start_streams(job, loader)
@@ -170,7 +171,10 @@ def _convert(
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
     before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
-        after.write(run, layer.forward(before.read(run, job.settings.torch_device)))
+        states = layer.forward(before.read(run, job.settings.torch_device))
+        if not torch.isfinite(states).all():
+            raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")
+        after.write(run, states)
         bar.advance(run.stop - run.start)
 
 
@@ -205,6 +209,14 @@ def _commit_layer(
         job.stream(name, index).remove()
 
 
+def _check_dtype(job: Job) -> None:
+    """Refuse before the work what the dtype of the written weights cannot hold of the dense model's."""
+    wanted, source = job.settings.stored_dtype, job.source
+    if job.ranks.is_main and not job.work.layers_done and wanted == torch.float16 != source.config.dtype:
+        job.console.print("looking whether float16 holds all weights")
+        refuse_unstorable(((name, source.tensor(name)) for name in source.parameter_names()), wanted)
+
+
 def _write_outer_shards(job: Job) -> None:
     """The first shard of each student: embeddings and output head, as in the dense model."""
     job.source.tensor(FINAL_NORM)  # needed at the end only, but a damaged one must be refused before the work
@@ -215,7 +227,7 @@ def _write_outer_shards(job: Job) -> None:
             tensors = {name: job.source.tensor(name) for name in names}
             if not student.host.ties_embeddings:
                 tensors["lm_head.weight"] = job.source.output_head().clone()
-            write_shard(path, {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()})
+            write_shard(path, as_stored(tensors, job.settings.stored_dtype, TOO_LARGE))
 
 
 def _temper(job: Job) -> dict[str, float]:
@@ -229,7 +241,7 @@ def _temper(job: Job) -> dict[str, float]:
         scale = 1.0
         if student.recipe.restore != "none":
             scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), norm, eps, head))
-        tensors = {FINAL_NORM: (norm.float() * scale).to(job.settings.stored_dtype)}
+        tensors = as_stored({FINAL_NORM: norm.float() * scale}, job.settings.stored_dtype, TOO_LARGE)
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
         scales[student.name] = scale
     return scales
@@ -246,13 +258,13 @@ def _write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> Non
     tensors = {name: job.source.tensor(name) for name in sorted(names)}
     added = student.host.attention_tensors(job.source.config) | student.host.ffn_tensors(ffn)
     tensors |= {prefix + name: tensor for name, tensor in added.items()}
-    stored = {name: tensor.to(job.settings.stored_dtype) for name, tensor in tensors.items()}
+    stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
     write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
 
 
 def _finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     """Measure, complete the student's checkpoint, and publish it."""
-    rows = _measure(job)
+    rows = _finite(job, _measure(job))
     student = job.students[0]
     summary = Summary(
         base_model=public_name(job.source.label),
@@ -315,6 +327,18 @@ def _measure(job: Job, visit: Callable[[ModelRow, PreTrainedModel], None] = lamb
             rows.append(ModelRow(student.name, value, student.cost(dense)))
             visit(rows[-1], model)
     return rows
+
+
+def _finite(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
+    """The rows with a perplexity that is a number; only the static prune may have none."""
+    refuse_infinite(
+        {row.name: row.perplexity for row in rows if row.name != "pruned"},
+        "use another copy of the model, or --dtype float32",
+    )
+    finite = [row for row in rows if math.isfinite(row.perplexity)]
+    if len(finite) < len(rows):
+        job.console.print("the perplexity of the static prune is no finite number, so the table has no row of it")
+    return finite
 
 
 def _provenance(job: Job, summary: Summary) -> dict:

@@ -40,7 +40,9 @@ def load_tokenizer(folder: Path, label: str | None = None, **options) -> PreTrai
         FactorLLMError: when transformers cannot use it.
     """
     with quiet_transformers(), refusing(f"the tokenizer of {label or folder}", _AGAIN):
-        return AutoTokenizer.from_pretrained(folder, **_SAFE, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFE, **options)
+    tokenizer.init_kwargs.pop("auto_map", None)  # what is saved again must not ask its users to run code
+    return tokenizer
 
 
 def load_pretrained(folder: Path | str, **options) -> PreTrainedModel | tuple[PreTrainedModel, dict]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from factorllm.errors import refusing
 from factorllm.ffn import FFN
 from factorllm.ranks import Ranks
 from factorllm.recipe import Shape
@@ -195,4 +196,7 @@ def _descend(value: Callable[[int], float], count: int) -> tuple[int, float]:
 def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
     ridge = strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+    with refusing(
+        "the dense model's activations on this text", "they are all 0, or too large: use another copy of the model"
+    ):
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))

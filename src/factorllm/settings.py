@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedConfig
 
-from factorllm.errors import refusing
+from factorllm.errors import FactorLLMError, refusing
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -18,18 +18,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def torch_device(name: str) -> torch.device:
-    """The device that a user names; `auto` is the GPU where there is one.
+def usable_device(device: str) -> str:
+    """A device that this machine has, `auto` decided.
 
     Raises:
         FactorLLMError: when it is not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"device {name!r}", "use --device cpu"):
-        if torch.empty(0, device=name).is_meta:
-            raise ValueError("it holds no numbers")
-    return torch.device(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"device {device!r}", "use --device cpu"):
+        if torch.empty(0, device=device).is_meta:
+            raise FactorLLMError("device 'meta' computes nothing; use --device cpu")
+    return device
 
 
 MOST_TOKENS = 10**12
@@ -78,7 +78,9 @@ class Settings(BaseModel):
         dtype = self.dtype
         if dtype == "auto":
             dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-        device = str(torch_device(self.device))
+        if dtype not in Settings.model_fields["dtype"].annotation.__args__:
+            raise FactorLLMError(f"the model is stored in {dtype}, which students are not; use --dtype float32")
+        device = usable_device(self.device)
         limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
         length = min(limit for limit in limits if limit)
         return self.model_copy(update={"dtype": dtype, "device": device, "length": length})

@@ -53,6 +53,10 @@ class LlamaCpp(Engine):
         found = answer["completion_probabilities"][0]["top_logprobs"]
         return [(item["id"], item["logprob"]) for item in found]
 
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text's tokens, without those that begin or end a text."""
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
     def prefill(self, length: int) -> float:
         prompt = random_tokens(length, self._vocabulary, next(self._seeds))
         start = time.perf_counter()
@@ -79,10 +83,11 @@ class LlamaCpp(Engine):
             "ignore_eos": True,
             "cache_prompt": False,
         } | more
+        return self._post("/completion", body)
+
+    def _post(self, path: str, body: dict) -> dict:
         request = Request(
-            f"{self._server.listening_address}/completion",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urlopen(request) as reply:

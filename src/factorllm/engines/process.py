@@ -78,7 +78,8 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(self._folder)},
+            # Else `-m` takes modules from the folder that the command is given in: a json.py there would be run.
+            env=os.environ | {"PYTHONPATH": str(self._folder), "PYTHONSAFEPATH": "1"},
         )
         try:
             self._read()
@@ -107,6 +108,10 @@ class EngineProcess:
 
     def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
         return [tuple(pair) for pair in self._ask("next_tokens", tokens, count)]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text's tokens (llama.cpp)."""
+        return self._ask("tokenize", text)
 
     def prefill(self, length: int) -> float:
         return self._ask("prefill", length)

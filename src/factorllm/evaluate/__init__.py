@@ -2,6 +2,6 @@
 
 from factorllm.evaluate.cost import Cost, cost_of
 from factorllm.evaluate.generate import complete
-from factorllm.evaluate.perplexity import perplexity
+from factorllm.evaluate.perplexity import perplexity, refuse_infinite
 
-__all__ = ["Cost", "complete", "cost_of", "perplexity"]
+__all__ = ["Cost", "complete", "cost_of", "perplexity", "refuse_infinite"]

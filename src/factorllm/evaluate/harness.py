@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from factorllm.errors import FactorLLMError
+
 _BATCH_TOKENS = 2048
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -24,7 +26,12 @@ class Harness(HFLM):
         """For each request the log-probability of its continuation, and whether it is what greedy decoding gives."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         sharing: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
+        for number, ((_, text), context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise FactorLLMError(
+                    f"the answer {text[:40]!r} has {len(continuation)} tokens, more than the {self.max_length} of the "
+                    "model's context; leave the question out"
+                )
             kept = (context + continuation)[-(self.max_length + 1) :]
             sharing.setdefault(tuple(kept[:-1]), []).append(number)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from factorllm.errors import FactorLLMError
+
 _LOGITS_AT_ONCE = 1 << 26  # elements: 256 MiB in fp32
+_LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None) -> float:
-    """exp of the mean next-token loss over all positions but the first of each sequence.
+    """exp of the mean next-token loss over all positions but the first of each sequence; inf where that is too large.
 
     Args:
         tokens: (sequences, length), int64.
@@ -28,4 +32,23 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], Non
         logits = model(rows, use_cache=False).logits[:, :-1]
         total += cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum").item()
         tick(len(rows))
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return math.exp(loss) if loss < _LARGEST_LOSS else loss * math.inf
+
+
+def refuse_infinite(perplexities: dict[str, float], instead: str) -> None:
+    """Refuse perplexities that are no finite numbers.
+
+    Args:
+        perplexities: by model.
+        instead: what to do.
+
+    Raises:
+        FactorLLMError: for the first of them.
+    """
+    for name, value in perplexities.items():
+        if not math.isfinite(value):
+            raise FactorLLMError(
+                f"the perplexity of the {name} model is {value}, though its weights are finite: its activations are "
+                f"too large to be computed with; {instead}"
+            )

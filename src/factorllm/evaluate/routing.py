@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.inspection import load_student
 from factorllm.route.loaded import Routers
+from factorllm.sources.documents import whole_characters
 from factorllm.sources.safetensors import read_tokenizer
 
 
@@ -66,7 +67,8 @@ def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> Rou
         FactorLLMError: for a static prune, which has no experts, an empty prompt, or a layer that is not there.
     """
     tokenizer = read_tokenizer(checkpoint, str(checkpoint))
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    with refusing(f"the prompt {prompt[:40]!r}", "give --prompt other words"):
+        tokens = torch.tensor(tokenizer(whole_characters(prompt), add_special_tokens=False).input_ids)
     if not len(tokens):
         raise FactorLLMError("the prompt is empty; give --prompt some words")
     model = load_student(checkpoint)

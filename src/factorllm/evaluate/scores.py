@@ -5,31 +5,47 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import xxhash
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.checkpoint import write_json
+from factorllm.errors import FactorLLMError
 from factorllm.evaluate.agreement import Agreement, agreement
-from factorllm.evaluate.perplexity import perplexity
-from factorllm.evaluate.tasks import Score, check_tasks, run_task
+from factorllm.evaluate.perplexity import perplexity, refuse_infinite
+from factorllm.evaluate.settings import EvalSettings
+from factorllm.evaluate.tasks import Score, check_tasks, definition, run_task
 from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
-from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
+from factorllm.settings import Settings, usable_device
+from factorllm.sources import open_model
 from factorllm.sources.digest import digest_of
-from factorllm.sources.safetensors import read_tokenizer
-from factorllm.sources.text import file_digest
+from factorllm.sources.parts import open_text
+from factorllm.sources.safetensors import read_config, read_tokenizer
+from factorllm.sources.text import file_digest, hold_out
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
 """Where scores are kept, by what they were measured on."""
+
+_DECIDING = {
+    "factorllm": "factorllm",
+    "torch": "torch",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "lm-eval": "lm_eval",
+}
+"""Packages whose versions decide a score, and their modules."""
 
 
 @dataclass(frozen=True)
@@ -51,44 +67,46 @@ def evaluate(
     student: Path,
     *,
     against: str | None = None,
-    tasks: list[str],
-    data: Path | None = None,
-    limit: int | None = None,
     text: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    settings: EvalSettings | None = None,
     cache: Path = CACHE,
     console: Console | None = None,
 ) -> Evaluation:
     """Score a student, and the dense model `against`.
 
+    Scores come from the cache where all that decides them is the same.
+
     Args:
-        tasks: names of `tasks.TASKS`; scores come from the cache if the same weights were scored on the same questions.
-        data: folder of `<task>.jsonl`; None for lm-eval's own data.
-        limit: questions of each task; None for all.
         text: a text to measure perplexity and agreement on, as for `factorize`; its held-out part is used.
 
     Raises:
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
     """
-    console = console or Console(quiet=True)
-    check_tasks(tasks, data)
+    console, settings = console or Console(quiet=True), settings or EvalSettings()
+    if not settings.tasks and text is None:
+        raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text")
+    check_tasks(settings.tasks, settings.data)
+    settings = settings.model_copy(update={"device": usable_device(settings.device)})
     made = read_provenance(student)
-    subjects = {"student": _Subject.of_student(student, device, dtype)}
+    subjects = {"student": _Subject.of_student(student, settings)}
     if against:
-        subjects["dense"] = _Subject.of_dense(against, device, dtype)
-    scores = {name: _scores(subject, name, tasks, data, limit, cache, console) for name, subject in subjects.items()}
-    if text is None:
-        return Evaluation(scores)
-    tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
+        subjects["dense"] = _Subject.of_dense(against, settings)
+    if text is not None:
+        _check_vocabularies(subjects)
+        tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
+    scores = {name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()}
+    return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
+
+
+def _on_text(scores: dict, subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         values = {name: perplexity(subject.model, tokens, bar.advance) for name, subject in subjects.items()}
-    if not against:
+    refuse_infinite(values, "use --dtype float32, or leave out --text")
+    if "dense" not in subjects:
         return Evaluation(scores, values)
     with meter(console, "comparing next tokens", len(tokens)) as bar:
-        return Evaluation(
-            scores, values, agreement(subjects["dense"].model, subjects["student"].model, tokens, bar.advance)
-        )
+        found = agreement(subjects["dense"].model, subjects["student"].model, tokens, bar.advance)
+    return Evaluation(scores, values, found)
 
 
 @dataclass(frozen=True)
@@ -96,72 +114,96 @@ class _Subject:
     """A model that is loaded when it is first needed.
 
     Attributes:
-        fingerprint: of its weights and of the precision.
+        fingerprint: of its config, its weights, its tokenizer, how it generates, and of the precision.
+        vocabulary: tokens that it knows.
     """
 
-    fingerprint: str
+    fingerprint: tuple[str, ...]
+    vocabulary: int
+    tokenizer: PreTrainedTokenizerBase
     load: Callable[[], PreTrainedModel]
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
 
     @cached_property
     def model(self) -> PreTrainedModel:
         return self.load()
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.load_tokenizer()
-
     @classmethod
-    def of_student(cls, folder: Path, device: str, dtype: str) -> _Subject:
-        digest = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
+        tokenizer, config = read_tokenizer(folder, str(folder)), read_config(folder, str(folder))
+        generation = folder / "generation_config.json"
+        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        said = digest_of([generation] if generation.exists() else [])
 
         def load() -> PreTrainedModel:
-            return load_student(folder, getattr(torch, dtype), device)
+            return load_student(folder, getattr(torch, settings.dtype), settings.device)
 
-        return cls(f"{digest} {dtype}", load, lambda: read_tokenizer(folder, str(folder)))
+        return cls((weights, _digest(tokenizer), said, *_computed_in(settings)), config.vocab_size, tokenizer, load)
 
     @classmethod
-    def of_dense(cls, model: str, device: str, dtype: str) -> _Subject:
+    def of_dense(cls, model: str, settings: EvalSettings) -> _Subject:
         source = open_model(model)
+        tokenizer, said = source.tokenizer(), source.generation_config().to_json_string()
 
         def load() -> PreTrainedModel:
-            return source.load_model(getattr(torch, dtype), torch.device(device))
+            return source.load_model(getattr(torch, settings.dtype), torch.device(settings.device))
 
-        return cls(f"{source.fingerprint} {dtype}", load, source.tokenizer)
+        key = (source.fingerprint, _digest(tokenizer), said, *_computed_in(settings))
+        return cls(key, source.config.vocab_size, tokenizer, load)
 
 
-def _scores(
-    subject: _Subject,
-    name: str,
-    tasks: list[str],
-    data: Path | None,
-    limit: int | None,
-    cache: Path,
-    console: Console,
-) -> dict[str, Score]:
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """xxh3-128 of all files that a tokenizer is saved as, its chat template among them."""
+    with TemporaryDirectory(prefix="factorllm-") as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return digest_of(files, " ".join(path.name for path in files).encode())
+
+
+def _computed_in(settings: EvalSettings) -> tuple[str, str]:
+    return settings.dtype, torch.device(settings.device).type
+
+
+def _check_vocabularies(subjects: dict[str, _Subject]) -> None:
+    """Refuse to compare next tokens of models that do not have the same."""
+    sizes = {name: subject.vocabulary for name, subject in subjects.items()}
+    if len(set(sizes.values())) > 1:
+        raise FactorLLMError(
+            f"the student knows {sizes['student']} tokens and the model of --against {sizes['dense']}, so they cannot "
+            "be compared on --text; give the dense model that the student was made from"
+        )
+
+
+def _scores(subject: _Subject, name: str, settings: EvalSettings, cache: Path, console: Console) -> dict[str, Score]:
     """One task at a time, so that an interrupted run keeps what it has."""
     found = {}
-    for task in tasks:
-        path = cache / f"{_key(subject, task, data, limit)}.json"
-        if path.exists():
-            found[task] = Score(**json.loads(path.read_text(encoding="utf-8")))
-            continue
-        console.print(f"{name}: {task}")
-        found[task] = run_task(subject.model, subject.tokenizer, task, data, limit)
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(found[task]))
+    for task in settings.tasks:
+        path = cache / f"{_key(subject, task, settings)}.json"
+        if (known := _cached(path)) is None:
+            console.print(f"{name}: {task}")
+            known = run_task(subject.model, subject.tokenizer, task, settings.data, settings.limit)
+            with suppress(OSError):  # without a cache it takes longer, and that is all
+                cache.mkdir(parents=True, exist_ok=True)
+                write_json(path, asdict(known))
+        found[task] = known
     return found
 
 
-def _key(subject: _Subject, task: str, data: Path | None, limit: int | None) -> str:
+def _cached(path: Path) -> Score | None:
     try:
-        harness = version("lm-eval")
-    except PackageNotFoundError:
-        harness = None
+        return TypeAdapter(Score).validate_json(path.read_bytes())
+    except (OSError, ValueError):  # not there, or damaged: it is measured again
+        return None
+
+
+def _key(subject: _Subject, task: str, settings: EvalSettings) -> str:
+    """Of everything that decides a score."""
+    data = settings.data
     questions = file_digest(str(data / f"{task}.jsonl")) if data else "hub"
-    return xxhash.xxh3_128(json.dumps([subject.fingerprint, task, questions, limit, harness]).encode()).hexdigest()
+    versions = [version(package) if find_spec(module) else None for package, module in _DECIDING.items()]
+    decided_by = [subject.fingerprint, definition(task, data is not None), questions, settings.limit, versions]
+    return xxhash.xxh3_128(json.dumps(decided_by).encode()).hexdigest()
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
     """The part of a text that `factorize` with the same settings holds out."""
-    return read_calibration_text(text, tokenizer, made_with.model_copy(update={"tokens": 1})).held_out
+    return hold_out(open_text(text, tokenizer, made_with), made_with)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError, one_line
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.sources.documents import json_lines, whole_characters
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ TASKS: dict[str, Task] = {
 or, for LAMBADA, `context` and `continuation`; `generation` is not lm-eval's but the user's own, with `prompt` and the
 `answer` that the model must write, up to the end of the line."""
 
-_KEYS = {"lambada_openai": {"context", "continuation"}, "generation": {"prompt", "answer"}}
+_KEYS = {"lambada_openai": ("context", "continuation"), "generation": ("answer", "prompt")}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score on one task, with its standard error and the number of questions."""
+    """A model's score on one task, with its standard error, which one question has not, and the number of questions."""
 
     value: float
-    error: float
+    error: float | None
     questions: int
 
 
@@ -71,7 +72,7 @@ def run_task(
         limit: questions; None for all.
 
     Raises:
-        FactorLLMError: when lm-eval is not installed, or the hub cannot be reached.
+        FactorLLMError: when lm-eval is not installed, or the questions cannot be read.
     """
     try:
         from lm_eval import simple_evaluate
@@ -82,12 +83,7 @@ def run_task(
     harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, trust_remote_code=False)
     manager = _task_manager(data is None)
     asked = local_task(task, data) if data else task
-    try:
-        found = simple_evaluate(harness, tasks=[asked], limit=limit, task_manager=manager, log_samples=False)
-    except (ConnectionError, OSError) as error:
-        raise FactorLLMError(
-            f"the data of {task} cannot be fetched ({one_line(error)}); give local files with --data"
-        ) from None
+    found = simple_evaluate(harness, tasks=[asked], limit=limit, task_manager=manager, log_samples=False)
     return _score(found, task)
 
 
@@ -96,16 +92,31 @@ def _task_manager(known: bool):
     """lm-eval's registry; reading its thousands of `known` tasks takes many seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=known)
+    class Refusing(TaskManager):
+        def load(self, tasks):
+            names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+            with refusing(f"the data of {names}", "give local files with --data, or mend those that were given"):
+                return super().load(tasks)
+
+    return Refusing(include_defaults=known)
 
 
 def _score(found: dict, task: str) -> Score:
     result, metric = found["results"][task], TASKS[task].metric
     counts = [found["n-samples"][name]["effective"] for name in found["n-samples"] if name.startswith(task)]
-    return Score(result[f"{metric},none"], result[f"{metric}_stderr,none"], sum(counts))
+    error = result[f"{metric}_stderr,none"]  # the string N/A where there is none
+    return Score(float(result[f"{metric},none"]), error if isinstance(error, float) else None, sum(counts))
 
 
-def check_tasks(tasks: list[str], data: Path | None) -> None:
+def definition(task: str, local: bool) -> dict:
+    """All that decides how a task asks and scores, but for its questions. lm-eval's own tasks are of its version."""
+    known = asdict(TASKS[task])
+    if not local:
+        return known
+    return known | {key: value for key, value in local_task(task, Path()).items() if key != "dataset_kwargs"}
+
+
+def check_tasks(tasks: Iterable[str], data: Path | None) -> None:
     """Refuse unknown tasks and unreadable files before a model is loaded."""
     for task in tasks:
         if task not in TASKS:
@@ -117,19 +128,42 @@ def check_tasks(tasks: list[str], data: Path | None) -> None:
 
 
 def _check_file(path: Path, task: str) -> None:
-    wanted = _KEYS.get(task, {"query", "choices", "gold"})
     if not TASKS[task].prompt:
         raise FactorLLMError(f"{task} is many tasks in one, so it has no local file; leave out --data")
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                record = json.loads(line)
-                if not isinstance(record, dict) or not wanted <= record.keys():
-                    raise FactorLLMError(f"{path}, line {number}: a record needs the keys {', '.join(sorted(wanted))}")
-    except FileNotFoundError:
-        raise FactorLLMError(f"no file {path} for the task {task}; check --data") from None
-    except (OSError, ValueError) as error:
-        raise FactorLLMError(f"{path} cannot be read as JSON lines: {one_line(error)}") from None
+    if not path.exists():
+        raise FactorLLMError(f"no file {path} for the task {task}; check --data")
+    records = list(json_lines(path))
+    for number, record in records:
+        if wrong := _wrong(record, task):
+            raise FactorLLMError(f"{path}, line {number}: {wrong}; mend it, or leave it out")
+    if not records:
+        raise FactorLLMError(f"{path} has no questions; fetch it again")
+
+
+def _wrong(record: object, task: str) -> str | None:
+    """What is wrong with a record of a local file, or None."""
+    wanted = _KEYS.get(task, ("choices", "gold", "query"))
+    if not isinstance(record, dict) or not record.keys() >= set(wanted):
+        return f"a record needs the keys {', '.join(wanted)}"
+    for key in wanted:
+        if key not in ("choices", "gold") and not _is_text(record[key]):
+            return f"{key} is no text, or is empty"
+    return _wrong_choices(record["choices"], record["gold"], task) if "choices" in wanted else None
+
+
+def _wrong_choices(choices: object, gold: object, task: str) -> str | None:
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
+        return "choices is no list of two texts or more, none of them empty"
+    if task == "copa" and len(choices) != 2:
+        return f"copa has two choices, not {len(choices)}"
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        return f"gold is {gold!r}, and must be the index of one of the {len(choices)} choices, the first of them 0"
+    return None
+
+
+def _is_text(value: object) -> bool:
+    """Whether a tokenizer can take it: half a character, which JSON can hold, is none."""
+    return isinstance(value, str) and bool(value.strip()) and whole_characters(value) == value
 
 
 _GENERATION = {

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.export.layout import check_layout
 from factorllm.families import FAMILIES
 from factorllm.hosts import HOSTS, Host
 from factorllm.inspection import read_provenance
 from factorllm.sources import open_model
-from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer
+from factorllm.sources.model import check_finite
+from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,28 @@ def open_checkpoint(model: str) -> Checkpoint:
     if (folder / "config.json").is_file():
         config = read_config(folder, model)
         if config.model_type not in FAMILIES and config.model_type in HOSTS:
-            tensors = TensorFolder(folder)
-            return Checkpoint(
-                folder.resolve().name,
-                config,
-                HOSTS[config.model_type],
-                frozenset(tensors.names()),
-                tensors.read,
-                read_tokenizer(folder, model),
-                licence_of_card(folder / "README.md"),
-                _overlaps(folder),
-            )
+            return _open_student(folder, model, config)
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
     return Checkpoint(name, source.config, HOSTS["dense"], names, source.tensor, source.tokenizer(), source.licence)
+
+
+def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpoint:
+    tensors, host = TensorFolder(folder, label), HOSTS[config.model_type]
+    with refusing(f"{label}/config.json", "make or fetch the checkpoint again"):
+        config.tie_word_embeddings = ties_embeddings(config, tensors)
+        check_layout(tensors, config, host)
+    return Checkpoint(
+        folder.resolve().name,
+        config,
+        host,
+        frozenset(tensors.names()),
+        lambda name: check_finite(tensors.read(name), name, label),
+        read_tokenizer(folder, label),
+        licence_of_card(folder / "README.md"),
+        _overlaps(folder),
+    )
 
 
 def _overlaps(folder: Path) -> bool:

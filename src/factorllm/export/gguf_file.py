@@ -20,11 +20,12 @@ from factorllm.errors import FactorLLMError, refusing
 from factorllm.export.checkpoints import Checkpoint, open_checkpoint
 from factorllm.export.tensors import gguf_tensors
 from factorllm.export.tokenizer import add_tokenizer, copy_tokenizer
-from factorllm.families import head_dim, rope_type, sliding_window
+from factorllm.families import head_dim, sliding_window
 from factorllm.output import Kind, check_output, is_done, located, own_files, workspace_folder
 from factorllm.report.summary import RUN_FILE
 from factorllm.sources.digest import digest_of
 from factorllm.sources.gguf import open_gguf
+from factorllm.sources.gguf_rope import rope_keys
 from factorllm.sources.safetensors import download
 from factorllm.sources.text import file_digest
 
@@ -242,18 +243,7 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, value in checkpoint.host.gguf_keys(config).items():
-        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        kind(f"{architecture}.{key}", value)
-    _add_rope(writer, checkpoint)
-
-
-def _add_rope(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    config, rope = checkpoint.config, checkpoint.config.rope_parameters
     writer.add_rope_dimension_count(head_dim(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope_type(config) in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope_type(config)))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope_type(config) == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (checkpoint.host.gguf_keys(config) | rope_keys(config.rope_parameters)).items():
+        add[type(value)](f"{architecture}.{key}", value)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from factorllm.export.checkpoints import Checkpoint
 from factorllm.families import head_dim, rope_type
 from factorllm.hosts.base import Stored
+from factorllm.sources.gguf_rope import llama3_factors
 
 _ATTENTION = {
     "self_attn.q_proj": "attn_q",
@@ -37,7 +36,8 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     elif checkpoint.host.gguf(config) == "qwen2moe":  # it alone insists on a head of its own
         yield "output.weight", read("model.embed_tokens.weight").float()
     if rope_type(config) == "llama3":
-        yield "rope_freqs.weight", llama3_factors(config)
+        rope = config.rope_parameters
+        yield "rope_freqs.weight", llama3_factors(rope, rope["rope_theta"], head_dim(config)).float()
     for layer in range(config.num_hidden_layers):
         for name, tensor in _layer_tensors(checkpoint, f"model.layers.{layer}."):
             yield f"blk.{layer}.{name}", tensor.float()
@@ -72,13 +72,3 @@ def _interleaved(tensor: Tensor, source: str, checkpoint: Checkpoint) -> Tensor:
         return tensor
     halves = tensor.reshape(heads[source], 2, head_dim(config) // 2, -1)
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def llama3_factors(config: PreTrainedConfig) -> Tensor:
-    """What llama.cpp divides each rotary frequency by for llama3 RoPE scaling: (head_dim / 2,), fp32."""
-    rope, width = config.rope_parameters, head_dim(config)
-    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)

@@ -27,9 +27,10 @@ from factorllm.pretrained import load_generation_config
 from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe
 from factorllm.settings import Settings, has_bfloat16
-from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
+from factorllm.sources import CalibrationText, ModelSource, open_model
 from factorllm.sources.digest import digest_of
-from factorllm.sources.text import text_origin
+from factorllm.sources.parts import Parts, open_text, sequences_of
+from factorllm.sources.text import hold_out, refuse_too_few, say_notes, text_origin
 
 _GENERATION = "generation_config.json"
 
@@ -129,9 +130,10 @@ def open_heal_job(
         try:
             with ranks.main_first():
                 tokens = _read_text(work, source, made, text, settings, made_with, console)
+            origin = text_origin(text, cut=bool(tokens.pop("cut")))
             job = HealJob(
                 student, made, identity, source.licence, recipe, partitions, source, settings, made_with, tokens,
-                text_origin(text), work, ranks, console,
+                origin, work, ranks, console,
             )  # fmt: skip
             if ranks.is_main:
                 _check_disk(job)
@@ -200,32 +202,48 @@ def _read_text(
 def _pack(
     source: ModelSource, made: dict, text: str | None, settings: HealSettings, made_with: Settings, console: Console
 ) -> dict[str, Tensor]:
-    """Sequences to train on, to validate on, and held out.
+    """Sequences to train on, to validate on, and held out, and whether they are `cut` out of one document.
 
     On the text that the student was made from, the held-out part is the same, and the calibration part, which the
     student fits already, is trained on only where nothing else is left; it is never validated on.
     """
-    length, data = made_with.length, made["data"]
-    wanted = settings.tokens + settings.validation_tokens
-    seen = 0 if text is None else data["calibration_tokens"]
-    found = read_calibration_text(
-        text,
-        source.tokenizer(),
-        made_with.model_copy(update={"tokens": seen + wanted}),
-        at_least=wanted,
-        load_model=lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
-    )
-    start = CalibrationText(found.calibration[: seen // length], found.held_out, "").fingerprint
-    first = seen // length if start == data["fingerprint"] else 0
-    calibrated, fresh = found.calibration[:first], found.calibration[first:]
-    validation, count = max(settings.validation_tokens // length, 1), max(wanted // length, 1)
-    if len(fresh) < validation or count < validation + settings.batch:
+    length = made_with.length
+    parts, held_out, calibrated = _open_parts(source, made, text, made_with)
+    validating = sequences_of(settings.validation_tokens, length)
+    training = sequences_of(settings.tokens + settings.validation_tokens, length) - validating
+    if training < settings.batch:
         raise FactorLLMError(
-            f"{len(fresh) * length} tokens that the student was not calibrated on, {count * length} in all, are not "
-            f"{validation} sequences of {length} to validate on and a batch of {settings.batch} to train on; use more "
-            "--tokens, more text or a smaller --batch"
+            f"{training} sequences of {length} tokens to train on are not one batch of {settings.batch}; use more "
+            "--tokens or a smaller --batch"
         )
-    if (again := count - len(fresh)) > 0:
+    validation = parts.hold_out(validating, "validated on, and that the student was not calibrated on")
+    fresh = parts.take(training)
+    say_notes(parts, console)
+    refuse_too_few(len(fresh) + len(calibrated), training, length)
+    if (again := training - len(fresh)) > 0:
         console.print(f"{again * length:,} of the tokens to heal on are of the text that the student was calibrated on")
-    sequences = torch.cat([fresh, calibrated])[:count]
-    return {"validation": sequences[:validation], "train": sequences[validation:], "held_out": found.held_out}
+    train = torch.cat([fresh, calibrated])[:training]
+    return {"validation": validation, "train": train, "held_out": held_out, "cut": torch.tensor(parts.cut)}
+
+
+def _open_parts(source: ModelSource, made: dict, text: str | None, made_with: Settings) -> tuple[Parts, Tensor, Tensor]:
+    """The text, with its held-out part and the part that the student was calibrated on already handed out.
+
+    The latter has no sequences unless the text is the one that the student was made from.
+    """
+
+    def opened(calibrated: int) -> tuple[Parts, Tensor, Tensor]:
+        parts = open_text(
+            text,
+            source.tokenizer(),
+            made_with,
+            lambda: source.load_model(made_with.compute_dtype, made_with.torch_device),
+        )
+        return parts, hold_out(parts, made_with), parts.take(calibrated)
+
+    if text is None:
+        return opened(0)
+    parts, held_out, calibrated = opened(made["data"]["calibration_tokens"] // made_with.length)
+    if CalibrationText(calibrated, held_out, "").fingerprint == made["data"]["fingerprint"]:
+        return parts, held_out, calibrated
+    return opened(0)

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 from transformers.integrations import is_tensorboard_available, unset_hf_deepspeed_config
 
 from factorllm.checkpoint import write_json, write_text
-from factorllm.evaluate import perplexity
+from factorllm.evaluate import perplexity, refuse_infinite
 from factorllm.heal.experts import use_autocast
 from factorllm.heal.job import HealJob, open_heal_job
 from factorllm.heal.settings import HealSettings
@@ -29,9 +29,12 @@ from factorllm.output import PROVENANCE, located
 from factorllm.progress import meter, minutes, quiet_transformers
 from factorllm.report import model_card
 from factorllm.route.loaded import Routers
+from factorllm.stored import as_stored
 
 _LOGS = 50
 """Points of the loss curve."""
+
+_STEADIER = "use a smaller --learning-rate, or --precision float32"
 
 _CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss")
 
@@ -235,7 +238,8 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
         state = model.state_dict()
     # FSDP gives tied weights a tensor each.
     tied = model.all_tied_weights_keys
-    stored = {name: tensor.to(job.made_with.stored_dtype) for name, tensor in state.items() if name not in tied}
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    stored = as_stored(state, job.made_with.stored_dtype, f"the training has diverged; {_STEADIER}")
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=stored)
     for path in job.companions.iterdir():
@@ -287,6 +291,7 @@ def _measure(job: HealJob, folder: Path) -> dict[str, dict]:
         values["dense"] = perplexity(job.teacher.load_model(torch.float32, job.device), held_out, bar.advance)
         for name, checkpoint in (("student", job.student), ("healed", folder)):
             values[name] = perplexity(job.load(checkpoint), held_out, bar.advance)
+    refuse_infinite(values, _STEADIER)
     rows = {"dense": known["dense"], "student": known["student"], "healed": known["student"]}
     rows = {name: row | {"perplexity": values[name]} for name, row in rows.items()}
     same_text = math.isclose(values["dense"], known["dense"]["perplexity"], rel_tol=1e-4)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.families import head_dim, normalises_heads, rope_type, sliding_window
+from factorllm.families import head_dim, normalises_heads, sliding_window
 from factorllm.ffn import FFN
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
+from factorllm.sources.gguf_rope import reason_against_rope
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,7 @@ class Host(ABC):
 
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         """Why llama.cpp would compute something else than the checkpoint says, or None."""
-        kind, architecture = rope_type(config), self.gguf(config)
-        if kind == "llama3" and architecture not in ("llama", "granitemoe"):
-            return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
-        if kind not in ("default", "linear", "yarn", "llama3"):
-            return f"GGUF files cannot say {kind} RoPE scaling"
-        return None
+        return reason_against_rope(config.rope_parameters, self.gguf(config))
 
     @abstractmethod
     def gguf(self, config: PreTrainedConfig) -> str:

@@ -6,21 +6,26 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError, one_line
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.evaluate import complete
 from factorllm.evaluate.routing import Specialisation, expert_picks_for, specialisation
+from factorllm.evaluate.tasks import TASKS, Score
 from factorllm.inspection import load_student, read_provenance
 from factorllm.progress import meter
 from factorllm.route.loaded import Routers
-from factorllm.settings import torch_device
+from factorllm.settings import usable_device
 from factorllm.sources import open_model
 from factorllm.sources.safetensors import read_tokenizer
+
+_INSTEAD = "give the file that factorllm eval -o wrote with --scores, and speed.json of bench -o with --speed"
 
 PROMPTS = (
     "The capital of France is",
@@ -46,14 +51,14 @@ class Findings:
     Attributes:
         made: the content of `factorllm.json`.
         specialisation: None for a static prune, which has no experts.
-        scores: what `factorllm eval -o` wrote, if given.
+        scores: by model and task, if what `factorllm eval -o` wrote was given.
         speed: decode speed at batch 1, x dense, by model, if what `factorllm bench -o` wrote was given.
     """
 
     made: dict
     specialisation: Specialisation | None
     samples: list[Sample]
-    scores: dict | None
+    scores: dict[str, dict[str, Score]] | None
     speed: dict[str, float] | None
 
 
@@ -68,14 +73,14 @@ def gather(
     Raises:
         FactorLLMError: for a checkpoint or file that cannot be read.
     """
-    device = torch_device(device)
     made = read_provenance(checkpoint)
-    read = {"scores": _read_json(scores, "scores"), "speed": _decode_speed(speed)}
+    read = {"scores": _scores(scores), "speed": _decode_speed(speed)}
+    device = usable_device(device)
     tokenizer, student = read_tokenizer(checkpoint, str(checkpoint)), load_student(checkpoint, device=device)
     kinds = _kinds(tokenizer)
     models = [student]
     if against:
-        models.append(open_model(against).load_model(torch.float32, device))
+        models.append(_dense(against, student, device))
     routers = Routers(student)
     with meter(console, "running the student for the report", len(kinds) + len(models) * len(PROMPTS)) as bar:
         special = None
@@ -105,22 +110,52 @@ def _kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     return {kind: row[:shortest] for kind, row in tokens.items()}
 
 
-def _decode_speed(path: Path | None) -> dict[str, float] | None:
-    if (content := _read_json(path, "models")) is None:
-        return None
-    try:
-        return {model["name"]: model["ratio_to_dense"]["decode x1"][0] for model in content["models"]}
-    except KeyError:
-        raise FactorLLMError(f"{path} has no decode speed at batch 1; run factorllm bench with --batch 1") from None
+def _dense(against: str, student: PreTrainedModel, device: str) -> PreTrainedModel:
+    source = open_model(against)
+    if source.config.vocab_size != student.config.vocab_size:
+        raise FactorLLMError(
+            f"{against} knows {source.config.vocab_size} tokens and the student {student.config.vocab_size}, so it is "
+            "not the model that the student was made from; give that one with --against"
+        )
+    return source.load_model(torch.float32, torch.device(device))
 
 
-def _read_json(path: Path | None, key: str) -> dict | None:
+def _scores(path: Path | None) -> dict[str, dict[str, Score]] | None:
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if key in content:
-            return content
-    except (OSError, ValueError) as error:
-        raise FactorLLMError(f"{path} cannot be read: {one_line(error)}") from None
-    raise FactorLLMError(f"{path} is not what factorllm eval -o or bench -o writes: it has no {key}")
+    found = _read(path, _ScoresFile).scores
+    student = found.get("student", {"": None})
+    if not found.get("dense", student).keys() >= student.keys() <= TASKS.keys():
+        raise FactorLLMError(f"{path} has no scores of a student, and of its dense model on the same tasks; {_INSTEAD}")
+    return found
+
+
+def _decode_speed(path: Path | None) -> dict[str, float] | None:
+    if path is None:
+        return None
+    models = _read(path, _SpeedFile).models
+    found = {model.name: speeds[0] for model in models if (speeds := model.ratio_to_dense.get("decode x1"))}
+    if not found:
+        raise FactorLLMError(f"{path} has no decode speed at batch 1; run factorllm bench with --batch 1")
+    return found
+
+
+_File = TypeVar("_File", bound=BaseModel)
+
+
+class _ScoresFile(BaseModel):
+    scores: dict[str, dict[str, Score]]
+
+
+class _TimedModel(BaseModel):
+    name: str
+    ratio_to_dense: dict[str, list[float]]
+
+
+class _SpeedFile(BaseModel):
+    models: list[_TimedModel]
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    with refusing(path, _INSTEAD):
+        return kind.model_validate_json(path.read_bytes())

@@ -96,14 +96,11 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     return figures
 
 
-def _task_rows(scores: dict | None) -> list[dict] | None:
+def _task_rows(scores: dict[str, dict[str, Score]] | None) -> list[dict] | None:
     """A row a task, and all of them: dense, student, retention."""
-    if scores is None or not scores["scores"]["student"]:
+    if not scores or not scores["student"]:
         return None
-    models = {
-        model: {task: Score(**score) for task, score in tasks.items()} for model, tasks in scores["scores"].items()
-    }
-    student, dense = models["student"], models.get("dense", {})
+    student, dense = scores["student"], scores.get("dense", {})
     rows = [
         {"task": task, "metric": TASKS[task].metric, "student": score, "dense": dense.get(task)}
         | _kept({task: score}, dense)

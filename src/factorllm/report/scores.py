@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from factorllm.evaluate.scores import Evaluation
-from factorllm.evaluate.tasks import TASKS, retention
+from factorllm.evaluate.tasks import TASKS, Score, retention
 from factorllm.output import Kind, read_json
 
 
@@ -41,8 +41,10 @@ def score_table(found: Evaluation) -> Table:
     return table
 
 
-def _shown(score) -> str:
-    return f"{score.value:.1%} ± {score.error:.1%}" if score else "-"
+def _shown(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score.value:.1%}" + ("" if score.error is None else f" ± {score.error:.1%}")
 
 
 def _mean(scores: dict) -> str:

@@ -15,7 +15,8 @@ ROUTERS = ("refined", "pa", "analytic", "random")
 
 FLATTEN = 2.0**-10
 """Factor on a router's weights that makes the gate weights nearly binary. A power of two only shifts exponents, so the
-order of the logits, and with it the routing, is unchanged in any dtype."""
+order of the logits, and with it the routing, is unchanged in a dtype that holds such small numbers. float16 does not
+hold all of them: `stored.as_stored` refuses a router that it would change."""
 
 _STEPS = 30
 _WEIGHT_DECAY = 1e-4  # on the weights of standardised inputs

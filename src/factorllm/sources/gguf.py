@@ -1,64 +1,106 @@
-"""A GGUF file of a dense model, dequantised tensor by tensor."""
+"""A GGUF file of a dense model, or its split parts, dequantised tensor by tensor."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError, one_line
-from factorllm.families import FAMILIES
-from factorllm.pretrained import load_config, load_tokenizer
-from factorllm.sources.model import ModelSource, check_family
-from factorllm.sources.pretokenizers import PRE_TOKENIZERS
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.families import FAMILIES, head_dim
+from factorllm.sources.gguf_config import family_of, read_config
+from factorllm.sources.gguf_keys import Keys
+from factorllm.sources.gguf_tokenizer import build_tokenizer
+from factorllm.sources.model import ModelSource
 
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_ROPE_FREQS = "rope_freqs.weight"
+_AGAIN = "it is truncated or damaged: fetch it again"
 
 
 class GGUFSource(ModelSource):
-    """A GGUF file of a dense model. Quantised tensors are dequantised as they are read."""
+    """A GGUF file of a dense model. Quantised tensors are dequantised as they are read.
+
+    Args:
+        path: the file; of a split model, any of its parts.
+    """
 
     def __init__(self, path: Path):
         self.label = str(path)
-        self.path = path
-        self._reader = open_gguf(path)
+        self._readers = _open_parts(path)
+        self._fields = next(iter(self._readers.values())).fields
+        self._check_kind()
+        self._tensors = {tensor.name: tensor for reader in self._readers.values() for tensor in reader.tensors}
         self.config = self._read_config()
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._where = self._map_names()
         self._check()
 
     @property
     def files(self) -> list[Path]:
-        return [self.path]
+        return list(self._readers)
+
+    @property
+    def stored_types(self) -> set[str]:
+        """GGUF's names of the types that matrices are stored in."""
+        return {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
 
     def names(self) -> Iterable[str]:
         return self._where
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._absent_biases:
+            return self._absent_biases[name]
+        return tuple(int(size) for size in reversed(self._tensors[self._where[name]].shape))
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
-        # transformers takes GPT-2's way of cutting text for every byte-level GGUF, so numbers would be cut wrongly.
-        if cutting := PRE_TOKENIZERS.get(self._field("tokenizer.ggml.pre")):
-            tokenizer.backend_tokenizer.pre_tokenizer = cutting
-        return tokenizer
+        def field(key: str) -> object | None:
+            return self._field(f"tokenizer.{key}")
+
+        return self._checked(build_tokenizer(field, self.label, self.config.max_position_embeddings))
+
+    def with_weights_of(self, model: PreTrainedModel) -> GGUFSource:
+        """The same, of which some weights have been read already: those of `load_reference`."""
+        read = dict(model.named_parameters())
+        other = copy.copy(self)
+        other._read = lambda name: read[name].detach() if name in read else self._read(name)
+        return other
 
     @property
     def licence(self) -> str | None:
-        return self._field("general.license")
+        licence = self._field("general.license")
+        return licence if isinstance(licence, str) else None
 
     def _field(self, key: str) -> object | None:
-        field = self._reader.fields.get(key)
-        return field.contents() if field else None
+        field = self._fields.get(key)
+        if field is None:
+            return None
+        with refusing(self.label, _AGAIN):
+            return field.contents()
+
+    def _check_kind(self) -> None:
+        kind = self._field("general.type") or "model"
+        if kind != "model" or any(key.startswith("adapter.") for key in self._fields):
+            raise FactorLLMError(f"{self.label} holds no model but a part of one ({kind}); give the file of a model")
 
     def _read_config(self) -> PreTrainedConfig:
-        check_family(self.label, self._field("general.architecture"))
-        config = load_config(self.path.parent, self.label, gguf_file=self.path.name)
-        config.tie_word_embeddings = "output.weight" not in {t.name for t in self._reader.tensors}
-        # The float that GGUF stores as fp32 comes back as 9.99e-06; the model was made with its short form.
-        config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-        return config
+        architecture = self._field("general.architecture")
+        family = family_of(self.label, architecture)
+        keys = Keys(self.label, self._fields, architecture)
+        ids = {kind: self._field(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
+        tokens = self._field("tokenizer.ggml.tokens")
+        ids["vocabulary"] = len(tokens) if isinstance(tokens, list) else None
+        rope_freqs = None
+        if _ROPE_FREQS in self._tensors and architecture == "llama":  # llama.cpp heeds them in no other of ours
+            rope_freqs = self._dequantised(self._tensors.pop(_ROPE_FREQS))
+        return read_config(keys, family, ids, set(self._tensors), rope_freqs)
 
     def _map_names(self) -> dict[str, str]:
         layers = self.config.num_hidden_layers
@@ -71,28 +113,44 @@ class GGUFSource(ModelSource):
         if unknown := sorted(set(self._tensors) - set(where.values())):
             raise FactorLLMError(
                 f"{self.label} holds {len(unknown)} tensors that a plain {self.config.model_type} model does not have, "
-                f"{unknown[0]} among them (rope_freqs is llama3 RoPE scaling); use the model's safetensors checkpoint "
-                "instead"
+                f"{unknown[0]} among them; leaving them out would change the model: use its safetensors checkpoint"
             )
         return where
 
+    @cached_property
+    def _absent_biases(self) -> dict[str, tuple[int, ...]]:
+        """Biases that the file lacks, which llama.cpp then takes as zero, with their shapes."""
+        shapes = self.parameter_shapes()
+        return {name: shapes[name] for name in shapes if name.endswith(".bias") and name not in self._where}
+
+    def _lacks(self, name: str) -> bool:
+        return super()._lacks(name) and name not in self._absent_biases
+
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[self._where[name]]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise FactorLLMError(
-                f"{self.label}: {tensor.tensor_type.name} tensors cannot be dequantised; use a file of another type, "
-                "Q8_0 or F16 for the best quality"
-            ) from None
-        weight = torch.from_numpy(values.copy())
+        if name in self._absent_biases:
+            return torch.zeros(self._absent_biases[name])
+        weight = self._dequantised(self._tensors[self._where[name]])
         if FAMILIES[self.config.model_type].gguf != "llama":
             return weight
-        if name.endswith("q_proj.weight"):
-            return _unpermute(weight, self.config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return _unpermute(weight, self.config.num_key_value_heads)
+        if ".q_proj." in name:
+            return _unpermute(weight, self.config.num_attention_heads, head_dim(self.config))
+        if ".k_proj." in name:
+            return _unpermute(weight, self.config.num_key_value_heads, head_dim(self.config))
         return weight
+
+    def _dequantised(self, tensor: gguf.ReaderTensor) -> torch.Tensor:
+        instead = "use a file of another type, Q8_0 or F16 for the best quality"
+        with refusing(f"tensor {tensor.name} of {self.label}, of type {tensor.tensor_type.name},", instead):
+            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+class _Reader(gguf.GGUFReader):
+    """A reader that ends where the file does: gguf's own goes on for as many entries as a damaged header says."""
+
+    def _get(self, offset: int, dtype, count: int = 1, **more) -> np.ndarray:
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("its header goes on past its end")
+        return super()._get(offset, dtype, count, **more)
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -101,19 +159,44 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     Raises:
         FactorLLMError: when it is not.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError, OverflowError, KeyError) as error:
-        raise FactorLLMError(
-            f"{path} is not a whole GGUF file ({one_line(error)}): truncated or damaged; fetch it again"
-        ) from None
-    end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-    if end == 0 or end > path.stat().st_size:
+    with refusing(path, _AGAIN):
+        reader = _Reader(path)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        names = [t.name for t in reader.tensors]
+    if end > path.stat().st_size:
         raise FactorLLMError(f"{path} is truncated: its last tensor ends past the file; fetch it again")
+    if len(set(names)) < len(names):
+        raise FactorLLMError(f"{path} is damaged: it has two tensors of one name; fetch it again")
     return reader
 
 
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's interleaving of the rotary halves of Q and K rows: (out, in) -> (out, in)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
+    """The file, or all parts of a split model (`NAME-00001-of-00003.gguf` ...), the first of which has the keys."""
+    found = _PART.fullmatch(path.name)
+    count = int(found[3]) if found else 1
+    paths = [path.with_name(f"{found[1]}-{i + 1:05d}-of-{found[3]}.gguf") for i in range(count)] if found else [path]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise FactorLLMError(f"{path} is one of {count} parts, and {missing[0]} is not beside it; fetch that too")
+    readers = {part: open_gguf(part) for part in paths}
+    parts = [_split_count(part, reader) for part, reader in readers.items()]
+    if parts != [count] * count:
+        raise FactorLLMError(
+            f"{path} is one of {max(parts)} parts of a split model, but its name says that there are {count}; name the "
+            "parts as they were: NAME-00001-of-00003.gguf, beside one another"
+        )
+    if not any(reader.tensors for reader in readers.values()):
+        raise FactorLLMError(f"{path} holds no tensors; {_AGAIN}")
+    return readers
+
+
+def _split_count(path: Path, reader: gguf.GGUFReader) -> int:
+    field = reader.fields.get("split.count")
+    if field is None:
+        return 1
+    with refusing(path, _AGAIN):
+        return int(field.contents()) or 1
+
+
+def _unpermute(weight: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+    """Undo llama.cpp's interleaving of the rotary halves of Q and K rows: (heads x width, ...) -> the same."""
+    return weight.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.families import FAMILIES
+from factorllm.sources.config_checks import check_config
 from factorllm.sources.digest import digest_of
 
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
@@ -32,8 +33,10 @@ class ModelSource(ABC):
     Attributes:
         label: the model as the user named it, for messages and the model card.
         config: the transformers config.
+        note: what the user is told of how it is read; empty when there is nothing to tell.
     """
 
+    note: str = ""
     label: str
     config: PreTrainedConfig
 
@@ -45,6 +48,14 @@ class ModelSource(ABC):
     @abstractmethod
     def names(self) -> Iterable[str]:
         """Names of all tensors in the files."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it.
+
+        Raises:
+            FactorLLMError: when what is stored is not the weights themselves but quantised in a way that is not undone.
+        """
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
@@ -72,18 +83,7 @@ class ModelSource(ABC):
         Raises:
             FactorLLMError: when it is missing, cannot be read, or holds NaN or infinity.
         """
-        try:
-            value = self._read(name)
-        except KeyError:
-            raise FactorLLMError(
-                f"{self.label} has no tensor {name}: the checkpoint is incomplete; fetch it again"
-            ) from None
-        if not torch.isfinite(value).all():
-            raise FactorLLMError(
-                f"{self.label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
-                "the file is damaged or the model diverged: use another copy"
-            )
-        return value
+        return check_finite(self._read(name), name, self.label)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,7 +93,10 @@ class ModelSource(ABC):
 
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""
-        with init_empty_weights(include_buffers=False):
+        with (
+            refusing(f"the config of {self.label}", "mend it, or use another copy"),
+            init_empty_weights(include_buffers=False),
+        ):
             # A copy: whoever changes the model changes its config, and this one is the dense model's.
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(self.config), attn_implementation="sdpa", trust_remote_code=False
@@ -103,7 +106,11 @@ class ModelSource(ABC):
 
     def parameter_names(self) -> list[str]:
         """Names of the parameters that must be read; a tied output head is not among them."""
-        return list(dict(self.skeleton().named_parameters()))
+        return list(self.parameter_shapes())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same with their shapes."""
+        return {name: tuple(parameter.shape) for name, parameter in self.skeleton().named_parameters()}
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
@@ -120,42 +127,78 @@ class ModelSource(ABC):
         model.generation_config = self.generation_config()
         return model.to(device)
 
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model as transformers makes it by itself, in fp32.
+
+        Args:
+            config: the dense one, or the same with fewer layers.
+        """
+        shortened = copy.copy(self)
+        shortened.config = config
+        return shortened.load_model(torch.float32, torch.device("cpu"))
+
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_family(self.label, self.config.model_type)
-        if getattr(self.config, "quantization_config", None):
-            method = dict(self.config.quantization_config).get("quant_method", "unknown")
-            raise FactorLLMError(
-                f"{self.label} is quantised ({method}) and cannot be read tensor by tensor; give the unquantised "
-                "checkpoint, or a GGUF file, whose quantisation can be undone"
-            )
-        if getattr(self.config, "hidden_act", "silu") != "silu":
-            raise FactorLLMError(
-                f"{self.label} uses the activation {self.config.hidden_act!r}; the engines compute SiLU experts only, "
-                "so the student would be wrong in them: there is no host for it"
-            )
-        if getattr(self.config, "mlp_bias", False):
-            raise FactorLLMError(
-                f"{self.label} has biases in its FFN (mlp_bias), and no host architecture has them in its experts; "
-                "only models without FFN biases can be factorised exactly"
-            )
+        check_config(self.label, self.config)
         self._check_names()
+        self._check_shapes()
 
     def _check_names(self) -> None:
-        have, want = set(self.names()), set(self.parameter_names())
+        have, want = set(self.names()), self.parameter_names()
         have = {name for name in have if not name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             have.discard("lm_head.weight")
-        if missing := sorted(want - have):
+        if missing := sorted(name for name in want if self._lacks(name)):
             raise FactorLLMError(
-                f"{self.label} lacks {len(missing)} tensors, {missing[0]} among them: the checkpoint is incomplete; "
-                "fetch it again"
+                f"{self.label} lacks {len(missing)} tensors, {missing[0]} among them: the checkpoint is incomplete, or "
+                f"was not saved as a {self.config.model_type} for causal language modelling; fetch or save it again"
             )
-        if extra := sorted(have - want):
+        if extra := sorted(have - set(want)):
             raise FactorLLMError(
                 f"{self.label} holds {len(extra)} tensors that a plain {self.config.model_type} model does not have, "
                 f"{extra[0]} among them; leaving them out would change the model, so it is refused"
             )
+
+    def _lacks(self, name: str) -> bool:
+        return name not in self.names()
+
+    def _check_shapes(self) -> None:
+        for name, wanted in self.parameter_shapes().items():
+            if (shape := self.shape(name)) != wanted:
+                raise FactorLLMError(
+                    f"{self.label}: tensor {name} is {_sizes(shape)}, but its config says {_sizes(wanted)}; fetch both "
+                    "again, or mend the config (vocab_size, after tokens were added)"
+                )
+
+    def _checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A tokenizer, all of whose tokens for text, and its end token, have a row in the embedding table."""
+        rows, special = self.config.vocab_size, set(tokenizer.all_special_ids)
+        past = [index for index in tokenizer.get_vocab().values() if index >= rows and index not in special]
+        if past or any((index or 0) >= rows for index in (tokenizer.eos_token_id, tokenizer.bos_token_id)):
+            raise FactorLLMError(
+                f"the tokenizer of {self.label} has {len(tokenizer)} tokens, but the embedding table has {rows} rows; "
+                "use the tokenizer that belongs to these weights"
+            )
+        return tokenizer
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_finite(value: torch.Tensor, name: str, label: str) -> torch.Tensor:
+    """A tensor that was read, if all of it are numbers.
+
+    Raises:
+        FactorLLMError: when it holds NaN or infinity.
+    """
+    if not torch.isfinite(value).all():
+        raise FactorLLMError(
+            f"{label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
+            "the file is damaged or the model diverged: use another copy"
+        )
+    return value
 
 
 def check_family(label: str, family: object) -> None:

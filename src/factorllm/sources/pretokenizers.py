@@ -7,6 +7,8 @@ import json
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+from factorllm.errors import FactorLLMError
+
 # The patterns are those of the models' own tokenizer.json.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -16,19 +18,65 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def _split(pattern: str) -> PreTokenizer:
-    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+def _splits(*patterns: str | PreTokenizer) -> PreTokenizer:
+    """Cut by one pattern after the other, as DeepSeek's tokenizers do."""
+    cuts = [Split(Regex(cut), "isolated") if isinstance(cut, str) else cut for cut in patterns]
+    return Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
 
+
+_HAN = "[一-龥ࠀ-一가-퟿]+"
 
 PRE_TOKENIZERS = {
     "gpt-2": ByteLevel(add_prefix_space=False),
     "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
-    "llama-bpe": _split(_LLAMA3),
-    "qwen2": _split(_QWEN2),
+    "llama-bpe": _splits(_LLAMA3),
+    "qwen2": _splits(_QWEN2),
+    "tekken": _splits(_TEKKEN),
+    "deepseek-coder": _splits("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, Digits(individual_digits=True)),
 }
 """By `tokenizer.ggml.pre`."""
+
+_SAME = {
+    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "gigachat", "a.x-4.0", "modern-bert"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
+    "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2"),
+}
+"""Other names in GGUF files for the same cuts."""
+
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+
+
+def known_name(name: object, label: str) -> str:
+    """The key of `PRE_TOKENIZERS` that a name in a GGUF file stands for.
+
+    Args:
+        label: the file, for messages.
+
+    Raises:
+        FactorLLMError: when the file has no name, or one that stands for no known way.
+    """
+    aliases = {other: known for known, others in _SAME.items() for other in others}
+    known = aliases.get(name, name)
+    if known not in PRE_TOKENIZERS:
+        said = f"says that its tokenizer cuts text as {name!r}" if name else "does not say how its tokenizer cuts text"
+        raise FactorLLMError(
+            f"{label} {said}; known are {', '.join(sorted({*PRE_TOKENIZERS, *aliases}))}. Use the model's "
+            "safetensors checkpoint, or a GGUF file that was converted anew"
+        )
+    return known
+
+
+def takes_whole_words(name: object) -> bool:
+    """Whether, under a name in a GGUF file, a word that is a token is that token, whatever the merges say."""
+    return name in _WHOLE_WORDS
 
 
 def name_of(tokenizer: Tokenizer) -> str | None:

@@ -7,27 +7,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError, one_line
-from factorllm.pretrained import load_config, load_generation_config, load_tokenizer
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.sources.model import ModelSource
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_AGAIN = "it is not a whole safetensors file: truncated or damaged; fetch it again"
 
 
 class TensorFolder:
-    """The tensors of a transformers folder with one `model.safetensors` or an index and its shards, read lazily.
+    """The tensors of a transformers folder, read lazily from the files that transformers would take.
 
     Raises:
-        FactorLLMError: when the folder has no safetensors, or one of them is missing or damaged.
+        FactorLLMError: when the folder has no safetensors, one of them is missing or damaged, or an adapter would
+            change the weights.
     """
 
     def __init__(self, folder: Path, label: str | None = None):
         self.folder, self.label = folder, label or str(folder)
-        self._where = self._locate()
+        if (folder / "adapter_config.json").exists():
+            raise FactorLLMError(
+                f"{self.label} holds an adapter beside its weights (adapter_config.json), which would be left out; "
+                "merge it into them (peft's merge_and_unload), or remove it"
+            )
+        self._where = {name: path for path in self._shards() for name in _names(path)}
+        self._check_index()
         self._open: tuple[Path, safe_open] | None = None
 
     @property
@@ -38,29 +48,74 @@ class TensorFolder:
         return self._where
 
     def read(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            FactorLLMError: when it is not there or cannot be read.
+        """
+        file, path = self._file_of(name)
+        with refusing(path, _AGAIN):
+            return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header.
+
+        Raises:
+            FactorLLMError: when it is not there, or quantised.
+        """
+        file, path = self._file_of(name)
+        with refusing(path, _AGAIN):
+            tensor = file.get_slice(name)
+            shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        if kind not in _FLOATS:
+            raise FactorLLMError(
+                f"{self.label}: tensor {name} is stored as {kind}, so it is quantised, and its scales are not applied; "
+                "give the unquantised checkpoint (safetensors in F32, F16 or BF16)"
+            )
+        return shape
+
+    def _file_of(self, name: str) -> tuple[safe_open, Path]:
+        if name not in self._where:
+            raise FactorLLMError(f"{self.label} has no tensor {name}: it is incomplete; fetch it again")
         path = self._where[name]
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_safetensors(path))
-        return self._open[1].get_tensor(name)
+        return self._open[1], path
 
-    def _locate(self) -> dict[str, Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                shards = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError):
-                raise FactorLLMError(f"{index} is damaged: it has no weight_map; fetch it again") from None
-        elif (self.folder / "model.safetensors").exists():
-            shards = dict.fromkeys(_open_safetensors(self.folder / "model.safetensors").keys(), "model.safetensors")
-        else:
+    def _shards(self) -> list[Path]:
+        """transformers takes the single file where there is one, even beside an index."""
+        if (self.folder / _SINGLE).is_file():
+            return [self.folder / _SINGLE]
+        if not (self.folder / _INDEX).is_file():
             raise FactorLLMError(
                 f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
                 "save_pretrained(), which writes safetensors"
             )
-        where = {name: self.folder / shard for name, shard in shards.items()}
-        for path in sorted(set(where.values())):
-            _open_safetensors(path)
-        return where
+        shards = sorted(set(self._index().values()))
+        if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
+            raise FactorLLMError(
+                f"{self.label}: {missing[0]} is missing, though the index names it; fetch the checkpoint again"
+            )
+        return [self.folder / shard for shard in shards]
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / _INDEX
+        with refusing(path, "it is damaged: fetch it again"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = content["weight_map"]
+            kinds = {type(shard) for shard in shards.values()}
+            if not isinstance(content["metadata"], dict) or kinds != {str}:
+                raise ValueError("its metadata is none, or its weight_map does not map names to files")
+            return shards
+
+    def _check_index(self) -> None:
+        """transformers loads all tensors of the shards, so what counts is in them; the index must not know of more."""
+        if (self.folder / _SINGLE).is_file():
+            return
+        if lost := sorted(self._index().keys() - self._where.keys()):
+            raise FactorLLMError(
+                f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
+            )
 
 
 class SafetensorsSource(ModelSource):
@@ -71,6 +126,12 @@ class SafetensorsSource(ModelSource):
         self.label = label or str(folder)
         self.config = read_config(folder, self.label)
         self._tensors = TensorFolder(folder, self.label)
+        if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
+            self.note = (
+                f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
+                f"as transformers' own {self.config.model_type}"
+            )
+        self.config.tie_word_embeddings = ties_embeddings(self.config, self._tensors)
         self._check()
 
     @property
@@ -80,13 +141,20 @@ class SafetensorsSource(ModelSource):
     def names(self) -> Iterable[str]:
         return self._tensors.names()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self.folder, self.label)
+        return self._checked(read_tokenizer(self.folder, self.label))
 
     def generation_config(self) -> GenerationConfig:
         if (self.folder / "generation_config.json").exists():
             return load_generation_config(self.folder)
         return super().generation_config()
+
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        # From the files, not from the tensors that are read here: that is what is to be compared.
+        return load_pretrained(self.folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
 
     @property
     def licence(self) -> str | None:
@@ -94,6 +162,18 @@ class SafetensorsSource(ModelSource):
 
     def _read(self, name: str) -> torch.Tensor:
         return self._tensors.read(name)
+
+
+def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
+    """Whether the output head is the embedding table: as the config says, unless the file has a head that differs.
+
+    transformers decides so too; the engines that believe the config would throw the head away.
+    """
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    names = set(tensors.names())
+    if not config.tie_word_embeddings or head not in names or table not in names:
+        return bool(config.tie_word_embeddings)
+    return torch.equal(tensors.read(table), tensors.read(head))
 
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:
@@ -111,27 +191,33 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
 
 
 def download(hub_id: str) -> Path:
-    """The local folder of a hub model, fetched if it is not there yet."""
+    """The local folder of a hub model. What is not there yet is fetched: of the weights, only the files that
+    transformers would take, and nothing of subfolders.
+
+    Raises:
+        FactorLLMError: when the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises many unrelated classes, httpx errors among them
-        raise FactorLLMError(
-            f"no such model: {hub_id} is no local path, and the hub did not give it ({one_line(error)}); "
-            "check the name and the network, or give a local folder or .gguf file"
-        ) from None
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    instead = "check the name and the network, or give a local folder or .gguf file"
+    with refusing(f"no such model: {hub_id} is no local path, and the hub did not give it: it", instead):
+        folder = fetch([*_SMALL, _SINGLE])
+        if not (folder / _SINGLE).exists() and (folder / _INDEX).exists():
+            shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            fetch(sorted(set(shards.values())))
+    return folder
 
 
 def _open_safetensors(path: Path) -> safe_open:
-    try:
+    with refusing(path, _AGAIN):
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise FactorLLMError(f"{path} is missing, though the index names it; fetch the checkpoint again") from None
-    except (SafetensorError, OSError) as error:
-        raise FactorLLMError(
-            f"{path} is not a whole safetensors file ({one_line(error)}): truncated or damaged; fetch it again"
-        ) from None
+
+
+def _names(path: Path) -> list[str]:
+    return list(_open_safetensors(path).keys())
 
 
 def licence_of_card(card: Path) -> str | None:
@@ -141,6 +227,7 @@ def licence_of_card(card: Path) -> str | None:
     if not card.exists():
         return None
     try:
-        return ModelCard.load(card).data.get("license")
-    except ValueError:
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except (ValueError, OSError):
         return None
+    return " ".join(licence.split()) if isinstance(licence, str) else None

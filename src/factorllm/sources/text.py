@@ -1,25 +1,24 @@
-"""Calibration text: local files, a `datasets` id, or text sampled from the model itself."""
+"""Calibration text: one part to calibrate on, one held out, from a local file, a `datasets` id, or the model itself."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import xxhash
+from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
 from factorllm.settings import Settings
 from factorllm.sources.digest import digest_of
-from factorllm.sources.sampling import sample_from_model
+from factorllm.sources.documents import local_path, read_documents
+from factorllm.sources.parts import Parts, open_text, sequences_of
 
-TEXT_KEYS = ("text", "content", "extract", "article", "document")
-"""Keys under which a record's text is looked for, in this order."""
+__all__ = ["CalibrationText", "file_digest", "public_name", "read_calibration_text", "read_documents", "text_origin"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,15 @@ class CalibrationText:
 
     Attributes:
         calibration: (sequences, length), int64.
-        held_out: (sequences, length), int64; no document is in both parts.
+        held_out: (sequences, length), int64; no document is in both parts, unless they are `cut`.
         origin: where the text came from, in words for the model card.
+        cut: whether both parts are of one document, because the text has no other.
     """
 
-    calibration: torch.Tensor
-    held_out: torch.Tensor
+    calibration: Tensor
+    held_out: Tensor
     origin: str
+    cut: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -45,6 +46,16 @@ class CalibrationText:
             digest.update(tokens.numpy().tobytes())
         return digest.hexdigest()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the origin, to be kept in a file."""
+        return {"calibration": self.calibration, "held_out": self.held_out, "cut": torch.tensor(self.cut)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], text: str | None) -> CalibrationText:
+        """What `tensors` gave for a text."""
+        cut = bool(tensors["cut"])
+        return cls(tensors["calibration"], tensors["held_out"], text_origin(text, cut), cut)
+
 
 def read_calibration_text(
     text: str | None,
@@ -52,44 +63,55 @@ def read_calibration_text(
     settings: Settings,
     *,
     load_model: Callable[[], PreTrainedModel] | None = None,
-    at_least: int | None = None,
+    console: Console | None = None,
 ) -> CalibrationText:
     """Pack the calibration and the held-out tokens of `settings` into sequences of its length.
 
-    Documents are shuffled by its seed and joined with the tokenizer's end token. The sequence in which the two parts
-    meet is dropped, so that no document is in both.
+    Documents are shuffled by its seed and joined with the tokenizer's end token. The held-out part comes first, so it
+    does not depend on the number of calibration tokens, and its documents are its own.
 
     Args:
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
         load_model: called when text must be sampled; needed only then.
-        at_least: so many calibration tokens will do where the text has no more; None wants all of them.
+        console: where is said what was left out of the text.
 
     Raises:
         FactorLLMError: when the text cannot be read or is too short.
     """
-    length, seed = settings.length, settings.seed
-    held_out = max(settings.held_out_tokens // length, 1)
-    most, calibration = (max(wanted // length, 1) for wanted in (settings.tokens, at_least or settings.tokens))
-    needed = held_out + 1 + calibration
-    if text is None:
-        packed = sample_from_model(load_model(), tokenizer, held_out + 1 + most, length, seed)
-    else:
-        documents = list(read_documents(text))
-        random.Random(seed).shuffle(documents)
-        packed = pack(documents, tokenizer, held_out + 1 + most, length)
-    if len(packed) < needed:
-        missing = needed - len(packed)
+    parts = open_text(text, tokenizer, settings, load_model)
+    held_out = hold_out(parts, settings)
+    wanted = sequences_of(settings.tokens, settings.length)
+    calibration = parts.take(wanted)
+    say_notes(parts, console)
+    refuse_too_few(len(calibration), wanted, settings.length)
+    return CalibrationText(calibration, held_out, text_origin(text, parts.cut), parts.cut)
+
+
+def hold_out(parts: Parts, settings: Settings) -> Tensor:
+    """The held-out part of a text: the first that is handed out of it."""
+    return parts.hold_out(sequences_of(settings.held_out_tokens, settings.length))
+
+
+def refuse_too_few(found: int, wanted: int, length: int) -> None:
+    """Refuse a text that makes fewer sequences to learn from than are wanted."""
+    if found < wanted:
         raise FactorLLMError(
-            f"the text is too short: it makes {len(packed)} sequences of {length} tokens, but {calibration} to "
-            f"learn from and {held_out + 1} held out are needed; give more text"
-            + (f", or take at least {missing * length} off --tokens" if missing < calibration else "")
+            f"the text is too short: beside what is held out it makes {found} sequences of {length} tokens, but "
+            f"{wanted} are needed to learn from; give more text"
+            + (f", or take at least {(wanted - found) * length} off --tokens" if found else "")
         )
-    return CalibrationText(packed[held_out + 1 :], packed[:held_out], text_origin(text))
 
 
-def text_origin(text: str | None) -> str:
+def say_notes(parts: Parts, console: Console | None) -> None:
+    """Tell what a user should know of how the text was read."""
+    for note in parts.notes() if console else ():
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+
+
+def text_origin(text: str | None, cut: bool = False) -> str:
     """Where the text came from, in words for the model card."""
-    return "sampled from the dense model itself" if text is None else public_name(text)
+    origin = "sampled from the dense model itself" if text is None else public_name(text)
+    return f"{origin} (held-out and calibration text are cut from one document)" if cut else origin
 
 
 def public_name(path_or_id: str) -> str:
@@ -101,103 +123,5 @@ def public_name(path_or_id: str) -> str:
 
 def file_digest(text: str | None) -> str | None:
     """xxh3-128 of a local text file, in hexadecimal; None for text that is no local file."""
-    if text is None or not Path(text).is_file():
-        return None
-    return digest_of([Path(text)])
-
-
-def read_documents(text: str) -> Iterator[str]:
-    """Documents of a local file or a `datasets` id; empty ones are left out.
-
-    A .txt file holds documents separated by blank lines. A .json file holds a list, or a mapping whose values are
-    the records; records are strings or mappings with one of `TEXT_KEYS`.
-
-    Raises:
-        FactorLLMError: when the text cannot be read.
-    """
-    path = Path(text).expanduser()
-    readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix in readers:
-        try:
-            yield from _texts(readers[path.suffix](path), text)
-        except FileNotFoundError:
-            raise FactorLLMError(f"no such text file: {text}; check the path") from None
-        except (OSError, ValueError) as error:  # UnicodeDecodeError, JSONDecodeError and ArrowInvalid are ValueErrors
-            raise FactorLLMError(f"text file {text} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    elif path.exists():
-        raise FactorLLMError(f"{text} is not a kind of text that is read; use {', '.join(readers)} or a dataset id")
-    else:
-        yield from _texts(_read_dataset(text), text)
-
-
-def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> torch.Tensor:
-    """Join tokenised documents with the end token and cut them: at most (sequences, length), int64."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise FactorLLMError("the tokenizer has no end token to put between documents; set eos_token in its config")
-    stream: list[int] = []
-    for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
-        stream.append(end)
-        if len(stream) >= sequences * length:
-            break
-    whole = min(len(stream) // length, sequences)
-    return torch.tensor(stream[: whole * length], dtype=torch.int64).view(whole, length)
-
-
-def _texts(records: Iterable[object], text: str) -> Iterator[str]:
-    for record in records:
-        if isinstance(record, dict):
-            key = next((key for key in TEXT_KEYS if isinstance(record.get(key), str)), None)
-            if key is None:
-                raise FactorLLMError(
-                    f"{text}: a record has the keys {', '.join(map(str, record))}, none of {', '.join(TEXT_KEYS)}; "
-                    "rename the one that holds the text"
-                )
-            record = record[key]
-        if not isinstance(record, str):
-            raise FactorLLMError(f"{text}: a record is neither a string nor a mapping with a text; see the README")
-        if record.strip():
-            yield record
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                lines.append(line)
-            elif lines:
-                yield "".join(lines)
-                lines = []
-    yield "".join(lines)
-
-
-def _read_json(path: Path) -> Iterable[object]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content.values() if isinstance(content, dict) else content
-
-
-def _read_jsonl(path: Path) -> Iterator[object]:
-    with path.open(encoding="utf-8") as file:
-        yield from (json.loads(line) for line in file if line.strip())
-
-
-def _read_parquet(path: Path) -> Iterator[object]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-def _read_dataset(name: str) -> Iterator[object]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the hub client and `datasets` raise many unrelated classes
-        raise FactorLLMError(
-            f"no such text: {name} is no local file, and no data set of that name could be loaded "
-            f"({' '.join(str(error).split())[:200]}); give a .txt, .jsonl, .json or .parquet file"
-        ) from None
-    yield from rows
+    path = local_path(text) if text else None
+    return digest_of([path]) if path and path.is_file() else None

@@ -1,0 +1,25 @@
+"""How to evaluate. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvalSettings(BaseModel):
+    """What models are asked, and how they compute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...] = ("arc_easy", "piqa", "boolq", "copa", "lambada_openai")
+    """Names of `tasks.TASKS`."""
+    data: Path | None = None
+    """Folder of `<task>.jsonl`; None for lm-eval's own data."""
+    limit: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Questions of each task; None for all."""
+    device: str = "cpu"
+    """`auto`, `cpu`, `cuda` ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that the models compute in."""
