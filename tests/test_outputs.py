@@ -226,6 +226,16 @@ def test_a_kill_while_publishing_never_leaves_what_looks_whole(run, made, own, t
     assert contents(out) == contents(tmp_path / "whole" / out.name)
 
 
+def test_a_kill_just_after_publishing_leaves_nothing(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    assert names(tmp_path) == {"out", "out.partial"}
+    assert run(tmp_path / "out").done_already
+    assert names(tmp_path) == {"out"}
+
+
 def test_overwrite_replaces_only_at_the_end(run, own, monkeypatch):
     before = contents(own)
     with monkeypatch.context() as patch:

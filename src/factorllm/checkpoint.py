@@ -21,10 +21,12 @@ from torch import Tensor
 
 from factorllm.errors import FactorLLMError
 from factorllm.output import (
+    CHECKPOINT,
     INSIDE,
     Kind,
     check_output,
     first_difference,
+    is_done,
     is_free,
     is_own,
     read_json,
@@ -175,12 +177,19 @@ def finish_publishing(out: Path) -> None:
             _remove(folder)
 
 
-def remove_leftover(out: Path, job: dict) -> None:
-    """Remove the workspace of a run that was killed after it had published `out`, before it had tidied up."""
-    for folder in (out.parent / f"{out.name}.partial", out / INSIDE):
+def is_done_already(out: Path, job: dict, leads: bool) -> bool:
+    """Whether the checkpoint `out` was made by the same job; what a kill just after that left behind is removed.
+
+    Raises:
+        FactorLLMError: when it was made by another job.
+    """
+    if not is_done(out, CHECKPOINT, job):
+        return False
+    for folder in (out.parent / f"{out.name}.partial", out / INSIDE) if leads else ():
         before = read_json(folder / _JOB)
         if before and first_difference(before, job) is None:
             _remove(folder)
+    return True
 
 
 def _remove(folder: Path) -> None:

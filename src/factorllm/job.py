@@ -14,12 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
-from factorllm.checkpoint import Workspace, finish_publishing, remove_leftover, write_shard
+from factorllm.checkpoint import Workspace, finish_publishing, is_done_already, write_shard
 from factorllm.disk import explain_full_disk, require_space
 from factorllm.evaluate import cost_of
 from factorllm.evaluate.cost import Cost
 from factorllm.hosts import Host, choose_host
-from factorllm.output import CHECKPOINT, check_output, is_done, located
+from factorllm.output import CHECKPOINT, check_output, located
 from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
@@ -103,11 +103,7 @@ def open_job(
     source = open_model(model)
     config = source.config
     shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
-    # The user's choice of host is for the student; the models that it is compared with take what fits them.
-    hosts = {
-        name: choose_host(settings.host if name == "student" else "auto", config, shape)
-        for name, shape in shapes.items()
-    }
+    hosts = _choose_hosts(shapes, settings.host, config)
     settings = settings.resolve(config)
     ranks = Ranks(settings)
     settings = settings.model_copy(update={"device": str(ranks.device)})
@@ -121,9 +117,7 @@ def open_job(
         "model": source.fingerprint,
         **common_identity(text, settings),
     }
-    if not overwrite and is_done(out, CHECKPOINT, identity):
-        if ranks.is_main:
-            remove_leftover(out, identity)
+    if not overwrite and is_done_already(out, identity, ranks.is_main):
         yield None
         return
     with explain_full_disk(out):
@@ -144,6 +138,11 @@ def open_job(
             yield job
         finally:
             work.close()
+
+
+def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:
+    """The user's choice of host is for the student; the models that it is compared with take what fits them."""
+    return {name: choose_host(wanted if name == "student" else "auto", config, shape) for name, shape in shapes.items()}
 
 
 def common_identity(text: str | None, settings: BaseModel) -> dict:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.checkpoint import Workspace, finish_publishing, remove_leftover, write_shard
+from factorllm.checkpoint import Workspace, finish_publishing, is_done_already, write_shard
 from factorllm.disk import explain_full_disk, require_space
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.heal.settings import HealSettings
 from factorllm.heal.students import check_learning
 from factorllm.inspection import load_student, read_partitions, read_provenance
 from factorllm.job import common_identity
-from factorllm.output import CHECKPOINT, PROVENANCE, check_output, is_done, located, own_files
+from factorllm.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.partition import Partition
 from factorllm.pretrained import load_generation_config
 from factorllm.ranks import Ranks
@@ -119,9 +119,7 @@ def open_heal_job(
         "teacher": source.fingerprint,
         **common_identity(text, settings.model_copy(update={"device": str(ranks.device)})),
     }
-    if not overwrite and is_done(out, CHECKPOINT, identity):
-        if ranks.is_main:
-            remove_leftover(out, identity)
+    if not overwrite and is_done_already(out, identity, ranks.is_main):
         yield None
         return
     with explain_full_disk(out):
