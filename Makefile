@@ -1,5 +1,7 @@
-# Two commands do everything on a clean clone: `make demo` and `make test`. Only Python 3.11 and make are needed.
-PYTHON ?= python3.11
+# Two commands do everything on a clean clone: `make demo` and `make test`. Only make and a Python from 3.11 on are needed.
+# The newest one that is there; `make PYTHON=...` takes another.
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet
@@ -20,6 +22,8 @@ VLLM_WHEEL := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo
 setup: $(READY)
 
 $(READY):
+	@test -n "$(PYTHON)" || { echo "no Python from 3.11 on, with its module venv, was found; install one, or name it:" \
+	  "make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# Plain `pip install torch` brings gigabytes of CUDA libraries; a machine without a GPU wants the CPU build.
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then :; \

@@ -1,6 +1,7 @@
 """GGUF files: what llama.cpp computes from them is what transformers computes from the checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import median
 from urllib.request import Request, urlopen
@@ -227,14 +228,54 @@ def test_the_top_k_of_overlapping_experts_is_not_changed(tmp_path, text_file, sm
         export_gguf(str(out), tmp_path / "out.gguf", top_k=2)
 
 
-def test_a_file_that_exists_is_kept(tmp_path):
+def test_only_a_gguf_file_is_replaced(tmp_path):
     save_model(CONFIGS["mha"], tmp_path / "dense")
     (tmp_path / "out.gguf").write_text("mine")
-    with pytest.raises(FactorLLMError, match="exists already"):
-        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
+    for overwrite in (False, True):
+        with pytest.raises(FactorLLMError, match="is not a GGUF file, so it is never replaced"):
+            export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", overwrite=overwrite)
     assert (tmp_path / "out.gguf").read_text() == "mine"
+    (tmp_path / "out.gguf").write_text("")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+    with pytest.raises(FactorLLMError, match=r"made with other type \(f32, now q8_0\).* add --overwrite"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
     export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", overwrite=True)
-    assert gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    assert {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors} == {"F32", "Q8_0"}
+
+
+def test_an_export_that_is_done_is_not_repeated(tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    out, said = tmp_path / "deep" / "out.gguf", []
+    export_gguf(str(tmp_path / "dense"), out)
+    made = out.stat()
+    assert export_gguf(str(tmp_path / "dense"), out, say=said.append).size == made.st_size
+    assert said[-1].startswith("done already")
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+def test_nothing_but_the_output_takes_space(tmp_path, monkeypatch):
+    """All tensors once went through TMPDIR, whose disk may be a small one in memory."""
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", None)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+    needed = (tmp_path / "out.gguf").stat().st_size
+    free = shutil.disk_usage(tmp_path)._replace(free=needed // 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(FactorLLMError, match=r"about 0\.\d+ MB are needed, 0\.\d+ MB are free; free some"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "other.gguf", "f32")
+    assert [path.name for path in tmp_path.glob("other*")] == []
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+
+    def short(self, tensor):
+        raise OSError(f"{tensor.size} requested and 17 written")  # as numpy says it, without an errno
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    with pytest.raises(FactorLLMError, match=r"no space left on the disk of .*out\.gguf; free some, or choose"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+    assert [path.name for path in tmp_path.glob("out*")] == []
 
 
 def test_a_gguf_file_can_be_written_as_another_type(tmp_path):

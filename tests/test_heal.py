@@ -373,7 +373,7 @@ def test_every_epoch_counts(student, dense_folder, text_file, tmp_path):
 def test_checkpoints_draw_no_bars_across_the_progress(student, dense_folder, text_file, tmp_path, capfd):
     settings = SAME.model_copy(update={"tokens": 1024, "epochs": 1})
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
-    assert capfd.readouterr().err.count("Writing model shards: 100%") == 1  # the student itself, at the end
+    assert not re.search("Writing model shards|Loading weights", "".join(capfd.readouterr()))
 
 
 @pytest.mark.engine

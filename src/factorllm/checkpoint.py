@@ -1,62 +1,79 @@
 """Writing a checkpoint so that a killed run resumes and ends with the same bytes, and half a checkpoint never looks
 whole.
 
-Everything is written into `OUT.partial`. A layer is journalled once its shards and hidden states are on disk. The last
-step renames the finished folder to `OUT`.
+Everything is written into a workspace (`output.workspace_folder`). A layer is journalled once its shards and hidden
+states are on disk. The last step renames the finished folder to `OUT`, or moves its files there, `config.json` last.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from factorllm.errors import FactorLLMError
+from factorllm.output import (
+    CHECKPOINT,
+    INSIDE,
+    Kind,
+    check_output,
+    first_difference,
+    is_done,
+    is_free,
+    is_own,
+    read_json,
+    workspace_folder,
+)
+
+_JOB = "job.json"
+_PUBLISHING = "publishing.json"
+"""Names the finished checkpoint and its files, while they are moved into an output folder that was there before."""
+
+_CHEAP = ("lock", _JOB, f"{_JOB}.tmp", "tokens.safetensors", "tokens.tmp")
+"""What is there before the first result: a workspace that holds nothing else keeps no work."""
+
+_LAST = "config.json"
+"""Without it, nothing takes a folder for a checkpoint."""
 
 
 class Workspace:
-    """The folder of an unfinished run, `OUT.partial`, locked against other processes.
+    """The folder of an unfinished run, locked against other processes.
 
     Args:
-        out: where the finished checkpoint will be.
+        out: where the finished checkpoint or file will be, checked by `output.check_output`.
+        kind: what it is.
         job: everything that decides the bytes of the result. A run resumes only under an equal job.
-        overwrite: replace an `out` that exists, at the very end, and discard an unfinished run of another job. An
-            unfinished run of the same job goes on in any case.
+        overwrite: replace an `out` that factorllm made, at the very end, and discard an unfinished run of another job.
+            An unfinished run of the same job goes on in any case.
         leads: whether this process writes. Another one that shares the work only reads what the leading one has opened.
 
     Raises:
-        FactorLLMError: when `out` exists, another process is at work, or the unfinished run is another job.
+        FactorLLMError: when another process is at work, or the unfinished run is another job.
     """
 
-    def __init__(self, out: Path, job: dict, overwrite: bool, leads: bool = True):
-        self.out, self._overwrite, self._leads = out, overwrite, leads
+    def __init__(self, out: Path, kind: Kind, job: dict, overwrite: bool, leads: bool = True):
+        self.out, self._kind, self._overwrite, self._leads = out, kind, overwrite, leads
         self.folder = workspace_folder(out)
-        self._replaced = self.folder / "replaced"
         if leads:
-            self._open(job)
+            self._open(json.loads(json.dumps(job)))
         self.journal = self._read_journal()
 
     def _open(self, job: dict) -> None:
-        if self._replaced.exists() and not self.out.exists():
-            self._replaced.rename(self.out)  # killed between the two renames of publish()
-        if not self._overwrite:
-            refuse_existing(self.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._lock = (self.folder / "lock").open("w")
         except OSError as error:
             raise FactorLLMError(f"cannot write to {self.folder}: {error.strerror}; choose another -o") from None
-        self._check_job(json.loads(json.dumps(job)))
+        _take(self._lock, self.folder)
+        self._check_job(job)
 
     @property
     def layers_done(self) -> int:
@@ -76,34 +93,38 @@ class Workspace:
             file.flush()
             os.fsync(file.fileno())
 
-    def publish(self, checkpoint: Path) -> None:
-        """Move the finished folder `checkpoint` to `out`, and remove the workspace."""
-        if not self._overwrite:
-            refuse_existing(self.out)
-        if self.out.exists():
-            self.out.rename(self._replaced)
-        checkpoint.rename(self.out)
-        shutil.rmtree(self.folder)
+    def publish(self, made: Path) -> None:
+        """Make the finished folder or file `made` the output, and remove the workspace.
+
+        Args:
+            made: in the workspace; it replaces what is at `out`.
+        """
+        if not self._overwrite and not is_free(self.out):
+            raise FactorLLMError(f"{self.out} was made by another process in the meantime; move it away and repeat")
+        check_output(self.out, self._kind)
+        _follow_umask(made)
+        if made.is_dir() and self.out.exists():
+            files = sorted(path.name for path in made.iterdir())
+            write_json(self.folder / _PUBLISHING, {"made": made.name, "files": files})
+            _move_in(made, files, self.out)
+        else:
+            made.replace(self.out)
+        _remove(self.folder)
         self._lock.close()
 
     def discard(self) -> None:
         """Remove the workspace; nothing is published."""
-        shutil.rmtree(self.folder)
+        _remove(self.folder)
 
     def close(self) -> None:
-        """Release the lock; the folder stays for a later run."""
+        """Release the lock; the folder stays for a later run if it keeps any work."""
         if self._leads:
+            if self.folder.exists() and self._is_idle():
+                _remove(self.folder)
             self._lock.close()
 
-    def _take_lock(self):
-        lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FactorLLMError(
-                f"another process is writing {self.folder}; wait for it, or choose another output folder"
-            ) from None
-        return lock
+    def _is_idle(self) -> bool:
+        return not any(path.is_file() and path.name not in _CHEAP for path in self.folder.rglob("*"))
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -113,20 +134,18 @@ class Workspace:
                 path.unlink()
 
     def _check_job(self, job: dict) -> None:
-        path = self.folder / "job.json"
+        path = self.folder / _JOB
         if path.exists():
-            before = json.loads(path.read_text())
-            changed = [key for key in job if before.get(key) != job[key]]
-            if not changed:
+            changed = first_difference(read_json(path) or {}, job)
+            if changed is None:
                 return
-            if not self._overwrite:
-                key = changed[0]
+            if not self._overwrite and not self._is_idle():
                 raise FactorLLMError(
-                    f"{self.folder} holds an unfinished run with other {key} ({before.get(key)}, now {job[key]}); "
-                    "repeat its command to finish it, add --overwrite to discard it, or choose another output folder"
+                    f"{self.folder} holds an unfinished run with {changed}; repeat its command to finish it, add "
+                    "--overwrite to discard it, or choose another output folder"
                 )
             self._clear()
-        elif any(path.name != "lock" for path in self.folder.iterdir()):
+        elif any(path.name not in _CHEAP for path in self.folder.iterdir()):
             raise FactorLLMError(
                 f"{self.folder} exists and is no unfinished run; remove it or choose another output folder"
             )
@@ -146,17 +165,70 @@ class Workspace:
         return entries
 
 
-def workspace_folder(out: Path) -> Path:
-    """The folder of the unfinished run that will become `out`."""
-    return out.with_name(out.name + ".partial")
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse to write over a file or a folder that is not empty."""
-    if out.is_dir() and not any(out.iterdir()):
+def finish_publishing(out: Path) -> None:
+    """Finish moving a checkpoint into `out`, if the process that did so was killed; it was complete before."""
+    folder = workspace_folder(out)
+    if not os.path.exists(folder / _PUBLISHING):
         return
-    if out.exists():
-        raise FactorLLMError(f"{out} exists already; choose another output folder, or add --overwrite to replace it")
+    with (folder / "lock").open("w") as lock:
+        _take(lock, folder)
+        if publishing := read_json(folder / _PUBLISHING):
+            _move_in(folder / publishing["made"], publishing["files"], out)
+            _remove(folder)
+
+
+def is_done_already(out: Path, job: dict, leads: bool) -> bool:
+    """Whether the checkpoint `out` was made by the same job; what a kill just after that left behind is removed.
+
+    Raises:
+        FactorLLMError: when it was made by another job.
+    """
+    if not is_done(out, CHECKPOINT, job):
+        return False
+    for folder in (out.parent / f"{out.name}.partial", out / INSIDE) if leads else ():
+        before = read_json(folder / _JOB)
+        if before and first_difference(before, job) is None:
+            _remove(folder)
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a workspace; by what goes last, one that is half removed is known."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _JOB):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def _take(lock: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FactorLLMError(
+            f"another process is writing {folder}; wait for it, or choose another output folder"
+        ) from None
+
+
+def _move_in(made: Path, files: list[str], out: Path) -> None:
+    """Replace the checkpoint in `out`, which may be none yet, by the `files` of `made`. Repeated, it goes on."""
+    if (made / _LAST).exists():
+        (out / _LAST).unlink(missing_ok=True)
+    for old in out.iterdir():
+        if old.name not in files and is_own(old):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for name in sorted(files, key=lambda name: name == _LAST):
+        new, place = made / name, out / name
+        if new.exists():
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            new.replace(place)
+
+
+def _follow_umask(made: Path) -> None:
+    """Give files the permissions that others of the user's have: safetensors are written for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (made, *made.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -192,19 +264,6 @@ def write_index(folder: Path) -> None:
 
 def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-@contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk into a refusal; what is journalled stays, so the run can go on later."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        raise FactorLLMError(
-            f"no space left on the disk of {folder}; free some and repeat the command: it goes on where it stopped"
-        ) from None
 
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}

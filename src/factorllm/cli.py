@@ -18,12 +18,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False, emoji=False)  # brackets and colons are parts of names
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
+_RESUMED = ("factorize", "heal", "sample", "demo")
+_WIDE = 200  # columns where nobody looks at a screen: no cell of a table is cut then
+_OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write the checkpoint to.")]
+
+def _path(text: str) -> Path:
+    if not text:
+        raise FactorLLMError("a path on the command line is empty; give one, . for the current folder")
+    return Path(os.path.expanduser(text))
+
+
+_IS_PATH = {"parser": _path, "metavar": "PATH"}
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write the checkpoint to.", **_IS_PATH)]
+Made = Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.", **_IS_PATH)]
 Text = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +51,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--resume/--overwrite",
-        help="Go on with an unfinished run and refuse an output that exists, or replace it at the end.",
+        help="Go on with an unfinished run and refuse an output that exists, or replace what factorllm made there.",
     ),
 ]
 
@@ -103,10 +116,10 @@ def factorize(
 
 @app.command()
 def heal(
-    student: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made; a static prune too.")],
+    student: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made; a static prune too.", **_IS_PATH)],
     teacher: Annotated[str, typer.Option(help="The dense model that it was made from.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: STUDENT-healed.")
+        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: STUDENT-healed.", **_IS_PATH)
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to train on, as for factorize.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 200_000,
@@ -136,6 +149,7 @@ def heal(
     """Fine-tune a STUDENT toward its dense model, by distillation and the Prior-Approximate loss."""
     from factorllm.heal import HealSettings
     from factorllm.heal import heal as run
+    from factorllm.output import located
     from factorllm.report.terminal import show_healed
 
     settings = HealSettings(
@@ -155,7 +169,8 @@ def heal(
         precision=precision,
         device=device,
     )
-    out = out or student.with_name(student.name + "-healed")
+    student = located(student)
+    out = out or student.parent / f"{student.name}-healed"
     healed = run(student, teacher, out, text=text, settings=settings, overwrite=not resume, console=console)
     if healed:
         show_healed(console, healed)
@@ -164,7 +179,7 @@ def heal(
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .jsonl file to write, for --text.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .jsonl file to write, for --text.", **_IS_PATH)],
     tokens: Annotated[int, typer.Option(help="Tokens to sample.")] = 200_000,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, in which documents follow one another.")] = 256,
     temperature: Annotated[float, typer.Option(help="Below 1: surer of itself and more fluent.")] = 1.0,
@@ -186,42 +201,47 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    checkpoint: Made,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = (
         "arc_easy,piqa,boolq,copa,lambada_openai"
     ),
     data: Annotated[
-        Path | None, typer.Option(help="Folder of local <task>.jsonl. Default: lm-eval's data from the hub.")
+        Path | None,
+        typer.Option(help="Folder of local <task>.jsonl. Default: lm-eval's data from the hub.", **_IS_PATH),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
     text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.", **_IS_PATH)] = None,
 ) -> None:
     """Score a checkpoint on benchmark tasks, and show what it kept of the dense model."""
     from dataclasses import asdict
 
-    from factorllm.checkpoint import explain_full_disk, write_json
+    from factorllm.checkpoint import write_json
+    from factorllm.disk import explain_full_disk
     from factorllm.evaluate.scores import evaluate as run
     from factorllm.evaluate.settings import EvalSettings
-    from factorllm.report import score_table
+    from factorllm.output import check_output, located
+    from factorllm.report import SCORES, score_table
 
-    if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
-        raise FactorLLMError(f"no file {out} can be written; choose another -o, in a folder that is there")
+    if out:
+        out = located(out)
+        check_output(out, SCORES, [checkpoint, against, data, text])
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     settings = EvalSettings(tasks=names, data=data, limit=limit, device=device, dtype=dtype)
     found = run(checkpoint, against=against, text=text, settings=settings, console=console)
     console.print(score_table(found))
     if out:
-        with explain_full_disk(out):
+        with explain_full_disk(out, "free some, or choose another -o"):
+            out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, asdict(found))
 
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    checkpoint: Made,
     prompt: Annotated[
         str | None, typer.Option(help="Show instead which experts run for each token of this text.")
     ] = None,
@@ -241,12 +261,12 @@ def inspect(
 
 @app.command()
 def report(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made.")],
+    checkpoint: Made,
     against: Annotated[str | None, typer.Option(help="The dense model, for sample generations side by side.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="JSON that factorllm eval -o wrote.")] = None,
-    speed: Annotated[Path | None, typer.Option(help="speed.json that factorllm bench -o wrote.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="JSON that factorllm eval -o wrote.", **_IS_PATH)] = None,
+    speed: Annotated[Path | None, typer.Option(help="speed.json that factorllm bench -o wrote.", **_IS_PATH)] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: CHECKPOINT/report.")
+        Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: CHECKPOINT/report.", **_IS_PATH)
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
 ) -> None:
@@ -257,18 +277,20 @@ def report(
 @app.command()
 def hosts() -> None:
     """Show the architectures that students can be written in, and where each loads."""
-    from factorllm.hosts.table import host_table
+    from factorllm.hosts.table import NARROWEST, host_table
 
-    console.print(host_table())
+    console.width = max(console.width, NARROWEST)
+    console.print(host_table(console.width))
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a dense or pruned model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file to write.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file to write.", **_IS_PATH)],
     file_type: FileType = "q8_0",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.")
+        Path | None,
+        typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.", **_IS_PATH),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Experts that run for a token (hosts glm4_moe and qwen2_moe).")
@@ -295,7 +317,9 @@ def bench(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype for transformers and vLLM.")] = None,
     experts: Annotated[str | None, typer.Option(help="transformers' back end: eager, batched_mm, grouped_mm.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for speed.json and speed.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for speed.json and speed.png.", **_IS_PATH)
+    ] = None,
 ) -> None:
     """Time a student, its dense model and its static prune in turns, in one engine."""
     from factorllm.bench import Plan, run_bench
@@ -318,11 +342,11 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Threads (llama.cpp).")] = None,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
-    from factorllm.engines import Options
+    from factorllm.serve import ServeSettings
     from factorllm.serve import serve as run
 
-    options = Options(context=context, batch=parallel, decode_threads=threads)
-    run(model, engine, file_type, host, port, options, _say)
+    settings = ServeSettings(host=host, port=port, context=context, parallel=parallel, threads=threads)
+    run(model, engine, file_type, settings, _say)
 
 
 @app.command()
@@ -359,17 +383,22 @@ def _write_report(
     out: Path | None = None,
     device: str = "cpu",
 ):
+    from factorllm.output import located
     from factorllm.report.findings import gather
-    from factorllm.report.page import write_report
+    from factorllm.report.page import check_report_folder, write_report
 
+    out = located(out or checkpoint / "report")
+    check_report_folder(out)
     found = gather(checkpoint, against, scores, speed, device, console)
-    page = write_report(checkpoint.resolve().name, found, out or checkpoint / "report")
+    page = write_report(checkpoint.resolve().name, found, out)
     _say(f"report: {page}")
     return found
 
 
 def main() -> None:
     """Entry point: refusals are one line on stderr and exit code 2; a fault of ours is one too, and exit code 1."""
+    if not console.is_terminal:
+        console.width = _WIDE
     try:
         code = app(standalone_mode=False)
     except (FactorLLMError, ValidationError, _UsageError) as error:
@@ -383,17 +412,26 @@ def main() -> None:
             1,
         )
     if code == _INTERRUPTED:
-        _end("interrupted; the same command goes on where it stopped", code)
+        _end("interrupted; " + _after_interruption(), code)
     raise SystemExit(code)
+
+
+def _after_interruption() -> str:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command in _RESUMED:
+        return "the same command goes on where it stopped"
+    return "tasks that were scored are kept" if command == "eval" else "nothing was written"
 
 
 def _message(error: Exception) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}"
+        option = str(problem["loc"][0]).replace("_", "-")
+        return f"--{_OPTIONS.get(option, option)}: {problem['msg']}"
     return error.format_message() if isinstance(error, _UsageError) else str(error)
 
 
 def _end(message: str, code: int) -> None:
-    typer.echo(" ".join(message.split()), err=True)
+    shown = " ".join(message.split()).encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+    typer.echo(shown, err=True)
     raise SystemExit(code)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorllm.checkpoint import workspace_folder
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.output import PROVENANCE, workspace_folder
 from factorllm.partition import Partition, partition_from_order
 from factorllm.pretrained import load_pretrained
 from factorllm.provenance import check_provenance
@@ -27,10 +27,10 @@ def read_provenance(folder: Path) -> dict:
         FactorLLMError: when the folder is not a finished checkpoint of factorllm.
     """
     partial = workspace_folder(folder)
-    path = folder / "factorllm.json"
+    path = folder / PROVENANCE
     if not path.exists():
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
-        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no factorllm.json{hint}")
+        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
     with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check_provenance(content)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 
-from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_shard
-from factorllm.errors import FactorLLMError
+from factorllm.checkpoint import Workspace, finish_publishing, is_done_already, write_shard
+from factorllm.disk import explain_full_disk, require_space
 from factorllm.evaluate import cost_of
+from factorllm.evaluate.cost import Cost
 from factorllm.hosts import Host, choose_host
+from factorllm.output import CHECKPOINT, check_output, located
 from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe, Shape
 from factorllm.settings import Settings
@@ -39,12 +43,23 @@ class Student:
     host: Host
     folder: Path
 
+    def cost(self, dense: PreTrainedConfig) -> Cost:
+        """What it holds and runs, in its host."""
+        return cost_of(dense, self.shape, head_apart=not self.host.ties_embeddings)
+
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the loop over layers needs, opened and checked."""
+    """Everything that the loop over layers needs, opened and checked.
+
+    Attributes:
+        identity: everything that decides the bytes of the result.
+        licence: what the dense model states, if it states one.
+    """
 
     source: ModelSource
+    identity: dict
+    licence: str | None
     text: CalibrationText
     students: list[Student]
     settings: Settings
@@ -70,45 +85,44 @@ class Job:
 @contextmanager
 def open_job(
     model: str,
-    out: Path,
+    out: str | Path,
     recipes: dict[str, Recipe],
     text: str | None,
     settings: Settings,
     overwrite: bool,
     console: Console | None,
-) -> Iterator[Job]:
+) -> Iterator[Job | None]:
     """Open and check everything, the cheap checks first; hold the workspace while the block runs.
 
-    Under `accelerate launch` every process gets the same job, and the first one writes.
+    Under `accelerate launch` every process gets the same job, and the first one writes. None stands for a job that is
+    done: `out` was made by the same one.
     """
-    if not overwrite:
-        refuse_existing(out)
+    out = located(out)
+    finish_publishing(out)
+    check_output(out, CHECKPOINT, [model, text])
     source = open_model(model)
     config = source.config
     shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
-    # The user's choice of host is for the student; the models that it is compared with take what fits them.
-    hosts = {
-        name: choose_host(settings.host if name == "student" else "auto", config, shape)
-        for name, shape in shapes.items()
-    }
+    hosts = _choose_hosts(shapes, settings.host, config)
     settings = settings.resolve(config)
     ranks = Ranks(settings)
     settings = settings.model_copy(update={"device": str(ranks.device)})
     console = ranks.console(console)
     tokenizer = source.tokenizer()
-    console.print(f"reading {source.label}")
+    console.print(f"reading {source.label}", markup=False)
     if source.note:
-        console.print(source.note, highlight=False, soft_wrap=True)
+        console.print(source.note, highlight=False, markup=False, soft_wrap=True)
     identity = {
         "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,
-        "text": {"name": text, "digest": file_digest(text)},
-        "settings": settings.model_dump(mode="json"),
-        "versions": versions(),
+        **common_identity(text, settings),
     }
+    if not overwrite and is_done_already(out, identity, ranks.is_main):
+        yield None
+        return
     with explain_full_disk(out):
         with ranks.main_first():
-            work = Workspace(out, identity, overwrite, leads=ranks.is_main)
+            work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
         try:
             students = [
                 Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
@@ -116,7 +130,7 @@ def open_job(
             ]
             with ranks.main_first():
                 calibration = _read_text(work, source, tokenizer, text, settings, console)
-            job = Job(source, calibration, students, settings, work, ranks, console)
+            job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
             _check_disk(job)
             with ranks.main_first():
                 if ranks.is_main and not work.layers_done:
@@ -124,6 +138,25 @@ def open_job(
             yield job
         finally:
             work.close()
+
+
+def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:
+    """The user's choice of host is for the student; the models that it is compared with take what fits them."""
+    return {name: choose_host(wanted if name == "student" else "auto", config, shape) for name, shape in shapes.items()}
+
+
+def common_identity(text: str | None, settings: BaseModel) -> dict:
+    """What decides the bytes of a result beside models and recipes.
+
+    A local text is known by its content, wherever it lies, and a device by its kind.
+    """
+    digest = file_digest(text and os.path.expanduser(text))
+    values = settings.model_dump(mode="json")
+    return {
+        "text": digest or text,
+        "settings": values | {"device": values["device"].partition(":")[0]},
+        "versions": versions(),
+    }
 
 
 def _read_text(
@@ -150,16 +183,13 @@ def _check_disk(job: Job) -> None:
     """Refuse before the work when the disk is plainly too small."""
     config, text = job.source.config, job.text
     stored = job.settings.stored_dtype.itemsize
-    weights = sum(cost_of(config, student.shape).total_parameters * stored for student in job.students)
+    weights = sum(student.cost(config).total_parameters * stored for student in job.students)
     streams = (
         2 * len(job.stream_names) * text.calibration.numel() * config.hidden_size * job.settings.compute_dtype.itemsize
     )
-    needed, free = weights + streams, shutil.disk_usage(job.work.folder).free
-    if job.work.layers_done == 0 and needed > free:
-        raise FactorLLMError(
-            f"no space left on the disk of {job.work.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB "
-            "are free; free some, choose another output folder, or use fewer --tokens"
-        )
+    if job.work.layers_done == 0:
+        instead = "free some, choose another output folder, or use fewer --tokens"
+        require_space(job.work.out, weights + streams, instead)
 
 
 def versions() -> dict[str, str]:

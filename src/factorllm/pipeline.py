@@ -20,19 +20,20 @@ from factorllm.checkpoint import (
     write_text,
 )
 from factorllm.convert import TOO_LARGE, LayerConversion, Streams, Workplace, passes
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.evaluate import cost_of, perplexity, refuse_infinite
 from factorllm.evaluate.cost import dense_shape
 from factorllm.hosts import StudentFFN
-from factorllm.inspection import PARTITION_FILE
+from factorllm.inspection import PARTITION_FILE, read_provenance
 from factorllm.job import Job, Student, open_job, versions
 from factorllm.memory import peak_memory, reuse_freed_memory
+from factorllm.output import PROVENANCE, located
 from factorllm.partition import Partition
 from factorllm.pretrained import load_pretrained
 from factorllm.progress import Clock, Meter, meter
 from factorllm.provenance import FORMAT
 from factorllm.recipe import Recipe, parse_recipe
-from factorllm.report import ModelRow, Spent, Summary, model_card
+from factorllm.report import RUN_FILE, ModelRow, Spent, Summary, model_card, read_summary
 from factorllm.settings import Settings
 from factorllm.sources.text import public_name
 from factorllm.stored import as_stored, refuse_unstorable
@@ -55,14 +56,15 @@ def factorize(
 ) -> Summary | None:
     """Turn a dense model into a sparse Mixture of Experts and write it to `out`.
 
-    A killed run goes on when it is called again with the same arguments, and ends with the same bytes. Under
-    `accelerate launch` the processes share the calibration text; only the main one returns a summary.
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes; a finished one
+    is not repeated. Under `accelerate launch` the processes share the calibration text; only the main one returns a
+    summary.
 
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         recipe: a `Recipe`, `S2A2E8`, `1R4E2K`, or the path of a YAML file.
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
-        overwrite: replace `out` if it exists, once the new checkpoint is complete.
+        overwrite: replace an `out` that factorllm made, once the new checkpoint is complete.
         console: where progress is shown; nothing is shown by default.
 
     Raises:
@@ -73,7 +75,10 @@ def factorize(
     recipes = {"student": recipe}
     if settings.baseline and not recipe.is_prune:
         recipes["pruned"] = recipe.static_prune()
-    with open_job(model, Path(out), recipes, text, settings, overwrite, console) as job:
+    with open_job(model, out, recipes, text, settings, overwrite, console) as job:
+        if job is None:
+            return read_summary(located(out), read_provenance(located(out)))
+        _write_companions(job)
         _convert_layers(job)
         return _finish(job, _temper(job)) if job.ranks.is_main else None
 
@@ -99,7 +104,7 @@ def compare(
     Returns:
         A row for the dense model and for each recipe, and for each recipe the statistics of its layers.
     """
-    with open_job(model, Path(work), recipes, text, settings or Settings(), False, console) as job:
+    with open_job(model, work, recipes, text, settings or Settings(), False, console) as job:
         _convert_layers(job)
         _temper(job)
         rows = _measure(job, visit)
@@ -136,6 +141,19 @@ def _convert_layers(job: Job) -> None:
                     _write_layer(job, student, index, ffn)
                 seconds[student.name] = clock.lap()
             _commit_layer(job, index, statistics, neurons, seconds)
+
+
+def _write_companions(job: Job) -> None:
+    """What stands beside the weights and comes from the dense model: what cannot be had is refused before the work."""
+    if not job.ranks.is_main:
+        return
+    for student in job.students:
+        _config(job, student)
+    folder, again = job.students[0].folder, "mend it, or use another copy"
+    with refusing(f"the tokenizer of {job.source.label}", again):
+        job.source.tokenizer().save_pretrained(folder)
+    with refusing(f"the generation config of {job.source.label}", again):
+        job.source.generation_config().save_pretrained(folder)
 
 
 def _convert(
@@ -248,8 +266,6 @@ def _finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     """Measure, complete the student's checkpoint, and publish it."""
     rows = _finite(job, _measure(job))
     student = job.students[0]
-    job.source.tokenizer().save_pretrained(student.folder)
-    job.source.generation_config().save_pretrained(student.folder)
     summary = Summary(
         base_model=public_name(job.source.label),
         out=job.work.out,
@@ -264,12 +280,12 @@ def _finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         layers=[entry["statistics"][student.name] for entry in job.work.journal],
     )
     made = _provenance(job, summary)
-    write_json(student.folder / "factorllm.json", made)
+    write_json(student.folder / PROVENANCE, made)
     write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.work.journal])
-    write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.source.licence))
+    write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.licence))
     spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
-    write_json(student.folder / "factorllm.run.json", asdict(spent) | {"machine": platform.platform()})
+    write_json(student.folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
     # config.json comes last: without it, no engine takes the folder for a checkpoint.
     write_json(student.folder / "config.json", _config(job, student).to_diff_dict())
     job.work.publish(student.folder)
@@ -308,7 +324,7 @@ def _measure(job: Job, visit: Callable[[ModelRow, PreTrainedModel], None] = lamb
                 dtype=settings.compute_dtype,
             ).to(settings.torch_device)
             value = perplexity(model, job.text.held_out, bar.advance)
-            rows.append(ModelRow(student.name, value, cost_of(dense, student.shape)))
+            rows.append(ModelRow(student.name, value, student.cost(dense)))
             visit(rows[-1], model)
     return rows
 
@@ -344,4 +360,5 @@ def _provenance(job: Job, summary: Summary) -> dict:
         "results": {row.name: row.as_dict() for row in summary.rows},
         "logit_scale": summary.logit_scale,
         "layers": summary.layers,
+        "job": job.identity,
     }

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from factorllm.errors import refusing
+from factorllm.progress import quiet_transformers
 
 _SAFE = {"trust_remote_code": False}
 """Without it transformers asks whether to run a folder's code, and on "y" it does."""
@@ -28,7 +29,7 @@ def load_config(folder: Path, label: str | None = None, **options) -> PreTrained
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
-    with refusing(label or f"{folder}/config.json", _AGAIN):
+    with quiet_transformers(), refusing(label or f"{folder}/config.json", _AGAIN):
         return AutoConfig.from_pretrained(folder, **_SAFE, **options)
 
 
@@ -38,7 +39,7 @@ def load_tokenizer(folder: Path, label: str | None = None, **options) -> PreTrai
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
-    with refusing(f"the tokenizer of {label or folder}", _AGAIN):
+    with quiet_transformers(), refusing(f"the tokenizer of {label or folder}", _AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFE, **options)
     tokenizer.init_kwargs.pop("auto_map", None)  # what is saved again must not ask its users to run code
     return tokenizer
@@ -50,7 +51,7 @@ def load_pretrained(folder: Path | str, **options) -> PreTrainedModel | tuple[Pr
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
-    with refusing(folder, _AGAIN):
+    with quiet_transformers(), refusing(folder, _AGAIN):
         return AutoModelForCausalLM.from_pretrained(folder, **_SAFE, **options)
 
 
@@ -60,5 +61,8 @@ def load_generation_config(folder: Path) -> GenerationConfig:
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
-    with refusing(f"{folder}/generation_config.json", "mend it, or remove it to generate as the config says"):
+    with (
+        quiet_transformers(),
+        refusing(f"{folder}/generation_config.json", "mend it, or remove it to generate as the config says"),
+    ):
         return GenerationConfig.from_pretrained(folder)

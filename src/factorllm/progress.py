@@ -51,13 +51,21 @@ class Meter:
 def meter(console: Console, what: str, total: int, done: int = 0) -> Iterator[Meter]:
     """A `Meter` that is shown while the block runs."""
     shown = Meter(console, what, total, done)
-    others = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # those of transformers would be drawn across ours
+    with quiet_transformers(), shown._bar:
+        yield shown
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no reports of transformers while the block runs: they would be drawn across ours, and in each log."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        with shown._bar:
-            yield shown
+        yield
     finally:
-        if others:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 

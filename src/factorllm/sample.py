@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_text
+from factorllm.checkpoint import Workspace, write_text
+from factorllm.disk import explain_full_disk
 from factorllm.errors import FactorLLMError
-from factorllm.job import versions
+from factorllm.job import common_identity
+from factorllm.output import Kind, check_output, is_done, located
 from factorllm.progress import meter
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import ModelSource, open_model
@@ -21,6 +23,9 @@ from factorllm.sources.sampling import batch_sizes, chat_opening, sample_from_mo
 
 _SHORTEST = 16
 """Tokens of the shortest document that is kept: what the end of a sequence cuts off is not one."""
+
+_SOURCE = "sampled"
+_LOWEST, _HIGHEST = 0.01, 100  # beyond, fp32 holds no probabilities but of one token, or of all alike
 
 
 def sample(
@@ -35,24 +40,26 @@ def sample(
 ) -> Path:
     """Write about `settings.tokens` tokens of text that the model says by itself, a JSON line for each document.
 
-    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes; a finished one
+    is not repeated.
 
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
-        out: a .jsonl file; its records have the keys `source` and `text`.
+        out: a .jsonl file; its records have the keys `source` and `text`, and the first one `job`, what made the file.
         temperature: what the logits are divided by; below 1 the text is surer of itself, and more fluent.
         chat: let the model say conversations, in its chat template, of one sequence each.
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
     """
-    out, console = Path(out), console or Console(quiet=True)
+    out, console = located(out), console or Console(quiet=True)
     if out.suffix != ".jsonl":
         raise FactorLLMError(f"{out} is no .jsonl file, so --text could not read it; choose such a name")
-    if not 0 < temperature < math.inf:
-        raise FactorLLMError(f"a temperature of {temperature} draws nothing; use 1, or less for more fluent text")
-    if not overwrite:
-        refuse_existing(out)
+    if not _LOWEST <= temperature <= _HIGHEST:
+        raise FactorLLMError(
+            f"a temperature of {temperature} draws nothing that is of use; choose one between {_LOWEST} and {_HIGHEST}"
+        )
+    check_output(out, SAMPLED, [model])
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
     tokenizer = source.tokenizer()
@@ -61,19 +68,40 @@ def sample(
         "model": source.fingerprint,
         "temperature": temperature,
         "chat": chat,
-        "settings": settings.model_dump(mode="json"),
-        "versions": versions(),
+        **common_identity(None, settings),
     }
+    if not overwrite and is_done(out, SAMPLED, identity):
+        console.print(f"done already, with the same arguments: {out}", markup=False)
+        return out
     with explain_full_disk(out):
-        work = Workspace(out, identity, overwrite)
+        work = Workspace(out, SAMPLED, identity, overwrite)
         try:
             _sample_missing(source, tokenizer, opening, temperature, settings, work, console)
             batches = sorted(work.folder.glob("batch-*.jsonl"))
-            write_text(work.folder / out.name, "".join(path.read_text(encoding="utf-8") for path in batches))
+            documents = "".join(path.read_text(encoding="utf-8") for path in batches)
+            write_text(work.folder / out.name, _signed(documents, identity))
             work.publish(work.folder / out.name)
         finally:
             work.close()
     return out
+
+
+def _read_sampled(path: Path) -> dict | None:
+    """The first record of a file that `sample` wrote, which also says what made it."""
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+        record = json.loads(file.readline())
+        if isinstance(record, dict) and record.get("source") == _SOURCE:
+            return record
+    return None
+
+
+SAMPLED = Kind("text that factorllm sampled", False, _read_sampled)
+
+
+def _signed(documents: str, identity: dict) -> str:
+    """The documents, with what made them in the first record: a file beside them would be lost sooner."""
+    first, end, others = documents.partition("\n")
+    return json.dumps(json.loads(first) | {"job": identity}) + end + others if first else documents
 
 
 def _sample_missing(
@@ -102,7 +130,7 @@ def _sample_missing(
                 documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
             else:
                 documents = tokenizer.batch_decode([opening + row for row in rows.tolist()])
-            write_text(path, "".join(json.dumps({"source": "sampled", "text": text}) + "\n" for text in documents))
+            write_text(path, "".join(json.dumps({"source": _SOURCE, "text": text}) + "\n" for text in documents))
 
 
 def _documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

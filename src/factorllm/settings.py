@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,18 +32,29 @@ def usable_device(device: str) -> str:
     return device
 
 
+MOST_TOKENS = 10**12
+LARGEST_SEED = 2**32 - 1
+"""What numpy takes; torch takes more."""
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
+Sequences = Annotated[int, Field(ge=1, le=65_536)]
+Passes = Annotated[int, Field(ge=1, le=10_000)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
 class Settings(BaseModel):
     """How a run is done. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(default=100_000, ge=1)
+    tokens: Tokens = 100_000
     """Calibration tokens."""
-    held_out_tokens: int = Field(default=16_384, ge=1)
+    held_out_tokens: Tokens = 16_384
     """Tokens kept apart for the before/after perplexity."""
-    length: int = Field(default=512, ge=8)
+    length: int = Field(default=512, ge=8, le=2**24)
     """Tokens in a packed sequence."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of everything random."""
     host: str = "auto"
     """Architecture of the student; `auto` takes the first that holds it exactly."""
@@ -53,9 +64,9 @@ class Settings(BaseModel):
     """Dtype of the written weights; `auto` keeps the dense model's."""
     baseline: bool = True
     """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
-    tune: int = Field(default=0, ge=0)
+    tune: int = Field(default=0, ge=0, le=10_000)
     """Passes over the calibration tokens that fit each layer's kept neurons by gradient, before the restore."""
-    memory_limit: int = Field(default=2 << 30, ge=0)
+    memory_limit: int = Field(default=2 << 30, ge=0, le=1 << 60)
     """Bytes that one kind of a layer's activations may take in memory before it spills to disk."""
 
     def resolve(self, config: PreTrainedConfig) -> Settings:

@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median, quantiles
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.console import Console
 from factorllm.bench.subjects import Subject
 from factorllm.engines import EngineProcess, Options
 from factorllm.progress import Meter, meter
+from factorllm.settings import Sequences, Threads, Tokens
 
 
 class Plan(BaseModel):
@@ -20,21 +22,21 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rounds: int = Field(default=7, ge=2)
+    rounds: int = Field(default=7, ge=2, le=10_000)
     """Turns of each model."""
-    prompts: tuple[int, ...] = (512, 2048)
+    prompts: tuple[Tokens, ...] = (512, 2048)
     """Lengths of the prompts of prefill, tokens."""
-    context: int = Field(default=256, ge=1)
+    context: Tokens = 256
     """Prompt before decoding, tokens."""
-    steps: int = Field(default=48, ge=2)
+    steps: int = Field(default=48, ge=2, le=1_000_000)
     """Steps of decoding that are timed."""
-    batches: tuple[int, ...] = (1, 8)
+    batches: tuple[Sequences, ...] = (1, 8)
     """Sequences that decode at once."""
-    threads: tuple[int, ...] = ()
+    threads: tuple[Threads, ...] = ()
     """Thread counts to choose from; empty for all powers of two up to the number of cores."""
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of weights that are not quantised."""
-    experts: str | None = None
+    experts: Literal["eager", "batched_mm", "grouped_mm"] | None = None
     """Back end of transformers' experts."""
 
     def thread_counts(self) -> tuple[int, ...]:

@@ -12,7 +12,11 @@ from factorllm.bench.measure import Plan, measure_speed
 from factorllm.bench.subjects import open_subjects
 from factorllm.bench.table import as_json, speed_table, write_plot
 from factorllm.checkpoint import write_json
+from factorllm.disk import explain_full_disk
 from factorllm.engines import engine_name
+from factorllm.output import check_own_files, located, read_json
+
+_NUMBERS, _PLOT = "speed.json", "speed.png"
 
 
 def run_bench(
@@ -34,12 +38,20 @@ def run_bench(
         FactorLLMError: when a model or the engine cannot be used.
     """
     engine = engine_name(engine)
+    if out:
+        out = located(out)
+        check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
     with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
         subjects = open_subjects(student, against, engine, file_type, Path(work), console)
         measures = measure_speed(subjects, engine, plan, console)
     title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "speed.json", as_json(measures, plan, engine))
-        write_plot(measures, plan, title, out / "speed.png")
+        with explain_full_disk(out, "free some, or choose another -o"):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / _NUMBERS, as_json(measures, plan, engine))
+            write_plot(measures, plan, title, out / _PLOT)
     return speed_table(measures, plan, title)
+
+
+def _is_ours(numbers: Path) -> bool:
+    return {"engine", "plan", "models"} <= (read_json(numbers) or {}).keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from factorllm.disk import IN_TMPDIR
 from factorllm.errors import FactorLLMError
 from factorllm.evaluate.cost import Cost, cost_of
 from factorllm.export import export_gguf
@@ -58,7 +59,7 @@ def _open(name: str, model: str, engine: str, file_type: str, work: Path, consol
     if engine == "llamacpp":
         path = work / f"{name.replace(' ', '-')}-{file_type}.gguf"
         console.print(f"writing {model} as {path.name}", highlight=False, soft_wrap=True)
-        export_gguf(model, path, file_type, overwrite=True, say=console.print)
+        export_gguf(model, path, file_type, say=console.print, when_full=IN_TMPDIR)
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))

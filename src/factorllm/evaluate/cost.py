@@ -29,10 +29,13 @@ class Cost:
     flops_per_token: int
 
 
-def cost_of(config: PreTrainedConfig, shape: Shape) -> Cost:
+def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) -> Cost:
     """The cost of a student of `shape` of the dense model that has `config`.
 
     The dense model itself is the shape with every neuron shared.
+
+    Args:
+        head_apart: whether the student's host holds the output head apart from the embeddings, tied or not.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     query = config.num_attention_heads * head_dim(config)
@@ -47,7 +50,7 @@ def cost_of(config: PreTrainedConfig, shape: Shape) -> Cost:
     active = layers * (attention + 3 * d * shape.active_width + router) + head
     held = layers * (attention + 3 * d * shape.kept_width + router) + head
     vectors = layers * (2 * d + biases + head_norms) + d
-    embedding = 0 if config.tie_word_embeddings else head
+    embedding = 0 if config.tie_word_embeddings and not head_apart else head
     return Cost(
         ffn_sparsity=shape.sparsity,
         total_parameters=held + vectors + embedding,

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from factorllm.checkpoint import explain_full_disk, refuse_existing
-from factorllm.errors import FactorLLMError
+from factorllm.disk import explain_full_disk, require_space
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.export.checkpoints import Checkpoint, open_checkpoint
 from factorllm.export.tensors import gguf_tensors
 from factorllm.export.tokenizer import add_tokenizer, copy_tokenizer
 from factorllm.families import head_dim, sliding_window
+from factorllm.output import Kind, check_output, is_done, located, own_files, workspace_folder
+from factorllm.report.summary import RUN_FILE
+from factorllm.sources.digest import digest_of
+from factorllm.sources.gguf import open_gguf
 from factorllm.sources.gguf_rope import rope_keys
+from factorllm.sources.safetensors import download
+from factorllm.sources.text import file_digest
 
 FILE_TYPES = {
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
@@ -29,6 +40,10 @@ FILE_TYPES = {
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 """Types by the names that llama.cpp has for them."""
+
+_MAGIC = b"GGUF"
+_JOB_KEY = "factorllm.job"
+"""The key that says what made a file: JSON."""
 
 _OUTER = ("token_embd.weight", "output.weight")
 _EXACT = ("ffn_gate_inp.weight",)  # routers: small, and they decide which experts run
@@ -50,13 +65,14 @@ class Exported:
 
 def export_gguf(
     model: str,
-    out: Path,
+    out: str | Path,
     file_type: str = "q8_0",
     *,
     tokenizer: Path | None = None,
     top_k: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    when_full: str = "free some, or choose another -o",
 ) -> Exported:
     """Write a student, or a dense or pruned model, as one GGUF file. It appears whole or not at all.
 
@@ -66,7 +82,9 @@ def export_gguf(
             and the output head are q8_0.
         tokenizer: a GGUF file to copy the tokenizer from, instead of building it.
         top_k: experts that run for a token, for hosts that let it be changed.
+        overwrite: replace a GGUF file at `out`.
         say: is told of tensors that take a larger type, before anything is written.
+        when_full: what to do when the disk is too small.
 
     Raises:
         FactorLLMError: when llama.cpp would compute something else, or the file cannot be written.
@@ -75,8 +93,8 @@ def export_gguf(
         raise FactorLLMError(
             f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For K-quants write f16 and run llama-quantize"
         )
-    if not overwrite:
-        refuse_existing(out)
+    out = located(out)
+    check_output(out, GGUF_FILE, [model, tokenizer])
     checkpoint = open_checkpoint(model)
     if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
         raise FactorLLMError(
@@ -85,50 +103,110 @@ def export_gguf(
         )
     if top_k is not None:
         checkpoint = checkpoint.with_top_k(top_k)
+    job = _job(model, file_type, tokenizer, top_k)
+    if not overwrite and is_done(out, GGUF_FILE, job):
+        say("done already, with the same arguments")
+        return Exported(out, out.stat().st_size, {})
     for message in _fallbacks(checkpoint, file_type):
         say(message)
-    partial = out.with_name(out.name + ".tmp")
-    with explain_full_disk(out):
-        try:
-            larger = _write(checkpoint, partial, file_type, tokenizer)
-            partial.replace(out)
-        except (PermissionError, FileNotFoundError) as error:
-            raise FactorLLMError(f"cannot write {out}: {error.strerror}; choose another -o") from None
-        finally:
-            partial.unlink(missing_ok=True)
+    larger = _write(checkpoint, out, file_type, tokenizer, job, when_full)
     return Exported(out, out.stat().st_size, larger)
 
 
-def _write(checkpoint: Checkpoint, path: Path, file_type: str, tokenizer: Path | None) -> dict[str, str]:
-    config = checkpoint.config
-    # The temporary file holds the tensors until their number and types are known: memory stays at one tensor.
-    writer = gguf.GGUFWriter(path, checkpoint.host.gguf(config), use_temp_file=True)
+def _job(model: str, file_type: str, tokenizer: Path | None, top_k: int | None) -> dict:
+    """Everything that decides the bytes of the file."""
+    return {
+        "model": _model_digest(model),
+        "type": file_type,
+        "tokenizer": tokenizer and file_digest(str(tokenizer)),
+        "top_k": top_k,
+        "versions": {package: version(package) for package in ("factorllm", "gguf")},
+    }
+
+
+def _model_digest(model: str) -> str:
+    path = Path(model).expanduser()
+    if path.is_file():
+        return digest_of([path])
+    folder = path if path.is_dir() else download(model)
+    beside = [file for file in own_files(folder) if file.name != RUN_FILE]
+    return digest_of([*beside, *sorted(folder.glob("*.safetensors"))])
+
+
+def _write(
+    checkpoint: Checkpoint, out: Path, file_type: str, tokenizer: Path | None, job: dict, when_full: str
+) -> dict[str, str]:
+    """Stream the tensors into a file beside `out`: their shapes are known first, so memory stays at one tensor, and
+    the disk at one file.
+
+    Returns:
+        Names of tensors that could not take the wanted type, with the type that they took.
+    """
+    partial = workspace_folder(out)
+    if partial.exists() and partial.stat().st_size and _read_gguf(partial) is None:
+        raise FactorLLMError(f"{partial} exists and is no unfinished file of factorllm; move it away")
+    writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
     _add_keys(writer, checkpoint, file_type)
+    writer.add_string(_JOB_KEY, json.dumps(job, sort_keys=True))
     if tokenizer:
-        copy_tokenizer(writer, tokenizer, config.vocab_size)
+        copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     else:
-        add_tokenizer(writer, checkpoint.tokenizer, config.vocab_size)
-    larger = {}
-    for name, tensor in gguf_tensors(checkpoint):
-        kind = _type_of(name, tensor, file_type)
-        if kind is Type.F16 and FILE_TYPES[file_type][0] is not Type.F16:
-            larger[name] = kind.name
-        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return larger
-
-
-def _type_of(name: str, tensor: Tensor, file_type: str) -> Type:
+        add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size)
+    shapes = {name: tensor.shape for name, tensor in gguf_tensors(replace(checkpoint, read=_without_data(checkpoint)))}
+    kinds = {name: _type_of(name, shape, file_type) for name, shape in shapes.items()}
+    sizes = {name: _size(shape, kinds[name]) for name, shape in shapes.items()}
+    require_space(out, sum(sizes.values()), when_full)
+    for name, shape in shapes.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kinds[name])
+    with refusing(out, "choose another -o"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(out, when_full):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, tensor in gguf_tensors(checkpoint):
+                writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name]))
+            writer.close()
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
     wanted = FILE_TYPES[file_type][0]
-    if tensor.dim() == 1 or name.endswith(_EXACT):
+    return {name: kind.name for name, kind in kinds.items() if kind is Type.F16 and wanted is not Type.F16}
+
+
+def _without_data(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    """A way to read that gives shapes only, and refuses what cannot be read before anything is written."""
+    return lambda name: checkpoint.read(name).to("meta")
+
+
+def _size(shape: Sequence[int], kind: Type) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * size
+
+
+def _read_gguf(path: Path) -> dict | None:
+    """What made a GGUF file, under `job` if it was factorllm; None for a file of another kind."""
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            return None
+    with suppress(FactorLLMError, ValueError):
+        field = open_gguf(path).fields.get(_JOB_KEY)
+        return {"job": json.loads(field.contents())} if field else {}
+    return {}
+
+
+GGUF_FILE = Kind("a GGUF file", False, _read_gguf)
+
+
+def _type_of(name: str, shape: Sequence[int], file_type: str) -> Type:
+    wanted = FILE_TYPES[file_type][0]
+    if len(shape) == 1 or name.endswith(_EXACT):
         return Type.F32
     if name in _OUTER and wanted not in (Type.F32, Type.F16, Type.BF16):
         wanted = Type.Q8_0
     block = gguf.GGML_QUANT_SIZES[wanted][0]
-    return wanted if tensor.shape[-1] % block == 0 else Type.F16
+    return wanted if shape[-1] % block == 0 else Type.F16
 
 
 def _fallbacks(checkpoint: Checkpoint, file_type: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +14,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.checkpoint import Workspace, explain_full_disk, refuse_existing, write_shard
-from factorllm.errors import FactorLLMError
+from factorllm.checkpoint import Workspace, finish_publishing, is_done_already, write_shard
+from factorllm.disk import explain_full_disk, require_space
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.heal.settings import HealSettings
+from factorllm.heal.students import check_learning
 from factorllm.inspection import load_student, read_partitions, read_provenance
-from factorllm.job import versions
+from factorllm.job import common_identity
+from factorllm.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.partition import Partition
+from factorllm.pretrained import load_generation_config
 from factorllm.ranks import Ranks
 from factorllm.recipe import Recipe
 from factorllm.settings import Settings, has_bfloat16
 from factorllm.sources import CalibrationText, ModelSource, open_model
 from factorllm.sources.digest import digest_of
 from factorllm.sources.parts import Parts, open_text, sequences_of
-from factorllm.sources.text import file_digest, hold_out, refuse_too_few, say_notes, text_origin
+from factorllm.sources.text import hold_out, refuse_too_few, say_notes, text_origin
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class HealJob:
 
     Attributes:
         made: the student's `factorllm.json`.
+        identity: everything that decides the result.
+        licence: what the teacher states, if it states one.
         partitions: each layer's experts; empty for a static prune.
         made_with: the settings that the student was made with, on this machine's device.
         text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
@@ -42,6 +51,8 @@ class HealJob:
 
     student: Path
     made: dict
+    identity: dict
+    licence: str | None
     recipe: Recipe
     partitions: list[Partition]
     teacher: ModelSource
@@ -56,6 +67,11 @@ class HealJob:
     @property
     def device(self) -> torch.device:
         return self.ranks.device
+
+    @property
+    def companions(self) -> Path:
+        """What stands beside the student's weights."""
+        return self.work.folder_at("companions")
 
     @property
     def bfloat16(self) -> bool:
@@ -73,45 +89,77 @@ class HealJob:
 def open_heal_job(
     student: Path,
     teacher: str,
-    out: Path,
+    out: str | Path,
     text: str | None,
     settings: HealSettings,
     overwrite: bool,
     console: Console | None,
-) -> Iterator[HealJob]:
-    """Open and check everything, the cheap checks first; the main process holds the workspace while the block runs."""
-    if not overwrite:
-        refuse_existing(out)
+) -> Iterator[HealJob | None]:
+    """Open and check everything, the cheap checks first; the main process holds the workspace while the block runs.
+
+    None stands for a job that is done: `out` was made by the same one.
+    """
+    out = located(out)
+    finish_publishing(out)
+    check_output(out, CHECKPOINT, [student, teacher, text])
     made = read_provenance(student)
     recipe = Recipe(**made["recipe"])
     source = open_model(teacher)
     _check_teacher(student, made, source)
     shape = recipe.shape(source.config.intermediate_size)
     settings = settings.settled(shape)
+    check_learning(settings, recipe)
     partitions = [] if recipe.is_prune else read_partitions(student, shape)
     made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
     ranks = Ranks(made_with)
     _check_batch(settings, ranks.count)
     console = ranks.console(console)
     identity = {
-        "student": digest_of([student / "factorllm.json", *sorted(student.glob("*.safetensors"))]),
+        "student": digest_of([student / PROVENANCE, *sorted(student.glob("*.safetensors"))]),
         "teacher": source.fingerprint,
-        "text": {"name": text, "digest": file_digest(text)},
-        "settings": settings.model_dump(mode="json"),
-        "versions": versions(),
+        **common_identity(text, settings.model_copy(update={"device": str(ranks.device)})),
     }
+    if not overwrite and is_done_already(out, identity, ranks.is_main):
+        yield None
+        return
     with explain_full_disk(out):
         with ranks.main_first():
-            work = Workspace(out, identity, overwrite, leads=ranks.is_main)
+            work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
         try:
             with ranks.main_first():
                 tokens = _read_text(work, source, made, text, settings, made_with, console)
             origin = text_origin(text, cut=bool(tokens.pop("cut")))
-            yield HealJob(
-                student, made, recipe, partitions, source, settings, made_with, tokens, origin, work, ranks, console
-            )
+            job = HealJob(
+                student, made, identity, source.licence, recipe, partitions, source, settings, made_with, tokens,
+                origin, work, ranks, console,
+            )  # fmt: skip
+            if ranks.is_main:
+                _check_disk(job)
+                _copy_companions(job)
+            yield job
         finally:
             work.close()
+
+
+def _copy_companions(job: HealJob) -> None:
+    """Keep what stands beside the student's weights, for it is written beside the healed ones."""
+    if (job.student / _GENERATION).exists():  # transformers writes it with the weights, or refuses to
+        with refusing(job.student / _GENERATION, "mend it"):
+            load_generation_config(job.student).save_pretrained(job.companions)
+    for path in own_files(job.student):
+        shutil.copy(path, job.companions)
+
+
+def _check_disk(job: HealJob) -> None:
+    """Refuse before the work when the disk is plainly too small: for two of the Trainer's checkpoints, at their least,
+    the healed weights, and what the teacher says of each token."""
+    parameters = job.made["results"]["student"]["total_parameters"]
+    weights = parameters * (2 * torch.float32.itemsize + job.made_with.stored_dtype.itemsize)
+    likely = job.settings.vocabulary * (torch.int32.itemsize + torch.float16.itemsize)
+    priors = sum(len(partition.experts) for partition in job.partitions) * torch.float16.itemsize
+    needed = weights + job.text["train"].numel() * (likely + priors)
+    if not (job.work.folder / "targets").exists():
+        require_space(job.work.out, needed, "free some, choose another output folder, or use fewer --tokens")
 
 
 def _check_teacher(student: Path, made: dict, source: ModelSource) -> None:

@@ -23,8 +23,10 @@ from factorllm.heal.settings import HealSettings
 from factorllm.heal.students import set_learning
 from factorllm.heal.targets import Asked, Targets
 from factorllm.heal.trainer import FactorTrainer, ProgressCallback
+from factorllm.inspection import read_provenance
 from factorllm.memory import reuse_freed_memory
-from factorllm.progress import meter, minutes
+from factorllm.output import PROVENANCE, located
+from factorllm.progress import meter, minutes, quiet_transformers
 from factorllm.report import model_card
 from factorllm.route.loaded import Routers
 from factorllm.stored import as_stored
@@ -44,7 +46,7 @@ class Healed:
     Attributes:
         results: for `dense`, `student` (before) and `healed`, as in `report.result_table`; the static prune too, if it
             was measured on the same held-out text.
-        seconds: wall time of teacher and training, of this run.
+        seconds: wall time of teacher and training, of this run; None when it was done before.
     """
 
     out: Path
@@ -52,7 +54,7 @@ class Healed:
     tokens: int
     held_out_tokens: int
     text_origin: str
-    seconds: float
+    seconds: float | None
 
 
 def heal(
@@ -67,8 +69,8 @@ def heal(
 ) -> Healed | None:
     """Fine-tune a student toward its dense model, and write it to `out` as the same host architecture.
 
-    A killed run goes on when it is called again with the same arguments, with the same losses. Under `accelerate
-    launch` the processes share the work; only the main one returns a result.
+    A killed run goes on when it is called again with the same arguments, with the same losses; a finished one is not
+    repeated. Under `accelerate launch` the processes share the work; only the main one returns a result.
 
     Args:
         student: a checkpoint that `factorize` or `heal` made, a static prune among them.
@@ -80,7 +82,9 @@ def heal(
     """
     settings = settings or HealSettings()
     reuse_freed_memory()
-    with open_heal_job(Path(student), teacher, Path(out), text, settings, overwrite, console) as job:
+    with open_heal_job(Path(student), teacher, out, text, settings, overwrite, console) as job:
+        if job is None:
+            return _read_healed(located(out))
         start = time.monotonic()
         targets = _ask_teacher(job)
         trainer = _train(job, targets)
@@ -236,10 +240,10 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     tied = model.all_tied_weights_keys
     state = {name: tensor for name, tensor in state.items() if name not in tied}
     stored = as_stored(state, job.made_with.stored_dtype, f"the training has diverged; {_STEADIER}")
-    model.save_pretrained(folder, state_dict=stored)
-    for path in job.student.iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copy(path, folder)
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=stored)
+    for path in job.companions.iterdir():
+        shutil.copy(path, folder)
 
 
 def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> Healed:
@@ -250,18 +254,27 @@ def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> 
         "results": results,
         "healing": {
             "tokens": tokens,
+            "held_out_tokens": job.text["held_out"].numel(),
             "text": job.text_origin,
             "settings": job.settings.model_dump(mode="json"),
             "curve": _curve(history),
         },
+        "job": job.identity,
     }
-    write_json(folder / "factorllm.json", made)
-    write_text(folder / "README.md", model_card(job.work.out.name, made, job.teacher.licence))
+    write_json(folder / PROVENANCE, made)
+    write_text(folder / "README.md", model_card(job.work.out.name, made, job.licence))
     runs = job.work.folder / "trainer" / "runs"
     if runs.exists():
         runs.rename(folder / "runs")
     job.work.publish(folder)
     return Healed(job.work.out, results, tokens, job.text["held_out"].numel(), job.text_origin, seconds)
+
+
+def _read_healed(out: Path) -> Healed:
+    """What a healing gave that was done before."""
+    made = read_provenance(out)
+    healing = made["healing"]
+    return Healed(out, made["results"], healing["tokens"], healing["held_out_tokens"], healing["text"], None)
 
 
 def _curve(history: list[dict]) -> list[dict]:

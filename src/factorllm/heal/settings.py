@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from factorllm.recipe import Shape
+from factorllm.settings import Passes, Sequences, Tokens
 
 Train = Literal["router", "experts", "ffn", "all", "lora"]
 
@@ -20,9 +21,9 @@ class HealSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    tokens: int = Field(default=200_000, ge=1)
+    tokens: Tokens = 200_000
     """Tokens to train on."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: Passes = 1
     """Times that each token is trained on."""
     train: Train = "all"
     """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
@@ -30,33 +31,33 @@ class HealSettings(BaseModel):
     gates: Literal["straight-through", "soft"] = "straight-through"
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
     soft ones of the host."""
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. None: what suits the student, `settled`."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of teacher and student in the KL divergence."""
-    vocabulary: int = Field(default=64, ge=1)
+    vocabulary: int = Field(default=64, ge=1, le=65_536)
     """Most likely tokens of the teacher that are compared one by one; the others are compared as one."""
-    pa_weight: float = Field(default=0.1, ge=0)
+    pa_weight: float = Field(default=0.1, ge=0, le=1e6)
     """Weight of the Prior-Approximate loss."""
-    balance_weight: float = Field(default=0.001, ge=0)
+    balance_weight: float = Field(default=0.001, ge=0, le=1e6)
     """Weight of the loss that evens the experts' load."""
-    label_weight: float = Field(default=0.0, ge=0)
+    label_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the cross-entropy of the text itself, which also fits the student to that kind of text."""
-    hidden_weight: float = Field(default=0.0, ge=0)
+    hidden_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the distance to the teacher's residual stream; 0 keeps no streams on disk."""
-    hidden_layers: int = Field(default=6, ge=1)
+    hidden_layers: int = Field(default=6, ge=1, le=65_536)
     """Layers after which the streams are compared, evenly spaced; each is 2 bytes a channel on disk for a token."""
-    batch: int = Field(default=2, ge=1)
+    batch: Sequences = 2
     """Sequences in a step, over all processes."""
-    micro_batch: int = Field(default=2, ge=1)
+    micro_batch: Sequences = 2
     """Sequences that one process runs at once; the rest of the batch is accumulated."""
-    validation_tokens: int = Field(default=4096, ge=1)
+    validation_tokens: Tokens = 4096
     """Tokens kept from training, on which the best checkpoint is chosen. They are not the held-out ones."""
-    evaluations: int = Field(default=8, ge=1)
+    evaluations: Passes = 8
     """Times that the validation loss is measured and a checkpoint for resuming is written."""
-    patience: int = Field(default=3, ge=1)
+    patience: Passes = 3
     """Evaluations without a better validation loss after which training stops."""
-    lora_rank: int = Field(default=16, ge=1)
+    lora_rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters of `train="lora"`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for memory."""

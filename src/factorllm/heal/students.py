@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from factorllm.errors import FactorLLMError
 from factorllm.heal.settings import HealSettings
+from factorllm.recipe import Recipe
 from factorllm.route.loaded import is_router
 
 _LEARNS = {
@@ -17,32 +20,37 @@ _LEARNS = {
 }
 
 
+def check_learning(settings: HealSettings, recipe: Recipe) -> None:
+    """Refuse before the work what could not be trained.
+
+    Raises:
+        FactorLLMError: when there would be nothing to learn, or peft is not installed.
+    """
+    if settings.train in ("router", "experts") and recipe.is_prune:
+        raise FactorLLMError(
+            f"a static prune has no {settings.train} to train, it is a plain dense model; use --train ffn or all"
+        )
+    if settings.train == "lora" and find_spec("peft") is None:
+        raise FactorLLMError("--train lora needs peft: pip install 'factorllm[train]'")
+
+
 def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     """Freeze what shall not learn; for `lora`, add the adapters.
 
     Returns:
         The model to train.
-
-    Raises:
-        FactorLLMError: when there would be nothing to learn, or peft is not installed.
     """
     if settings.train == "lora":
         return _with_adapters(model, settings.lora_rank)
     learns = _LEARNS[settings.train]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns(name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise FactorLLMError(
-            f"a static prune has no {settings.train} to train, it is a plain dense model; use --train ffn or all"
-        )
     return model
 
 
 def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise FactorLLMError("--train lora needs peft: pip install 'factorllm[train]'") from None
+    from peft import LoraConfig, get_peft_model
+
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     experts = {
         ".".join(name.split(".")[-2:])

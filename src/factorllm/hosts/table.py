@@ -5,12 +5,22 @@ from rich.table import Table
 
 from factorllm.hosts import HOSTS, MoeHost
 
+NARROWEST = 80
+"""Columns that the table needs at least: with fewer, words would be cut off."""
 
-def host_table() -> Table:
-    """One row a host: the families that it holds exactly, its engines, and how its gates are made."""
+_WIDEST = 132
+_NARROW = {"dense families": len("families"), "engines": len("transformers,"), "gate weights": len("selected")}
+
+
+def host_table(columns: int) -> Table:
+    """One row a host: the families that it holds exactly, its engines, and how its gates are made.
+
+    Args:
+        columns: of the terminal.
+    """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in ("host", "dense families", "shared", "engines", "gate weights", "down x", "top-k"):
-        table.add_column(column, min_width=12 if column == "engines" else 5, no_wrap=column == "host")
+        table.add_column(column, width=_NARROW.get(column) if columns < _WIDEST else None)
     for host in HOSTS.values():
         if isinstance(host, MoeHost):
             table.add_row(

@@ -1,7 +1,18 @@
 """What a conversion cost and gained, for people: the table in the terminal and the model card."""
 
 from factorllm.report.card import model_card
-from factorllm.report.scores import score_table
-from factorllm.report.summary import ModelRow, Spent, Summary, layer_table, result_table
+from factorllm.report.scores import SCORES, score_table
+from factorllm.report.summary import RUN_FILE, ModelRow, Spent, Summary, layer_table, read_summary, result_table
 
-__all__ = ["ModelRow", "Spent", "Summary", "layer_table", "model_card", "result_table", "score_table"]
+__all__ = [
+    "RUN_FILE",
+    "SCORES",
+    "ModelRow",
+    "Spent",
+    "Summary",
+    "layer_table",
+    "model_card",
+    "read_summary",
+    "result_table",
+    "score_table",
+]

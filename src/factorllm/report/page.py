@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from factorllm.checkpoint import write_text
 from factorllm.evaluate.tasks import TASKS, Score, retention
+from factorllm.output import check_own_files
 from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
 from factorllm.report.plots import (
@@ -26,6 +27,24 @@ from factorllm.report.template import read_template
 
 SPECIALISED = 1.5
 """From this many times the difference within one text on, experts are said to depend on the kind."""
+
+PAGE = "index.html"
+FIGURES = ("quality", "routing", "error", "load", "kinds", "healing")
+_SIGN = ": FactorLLM report</title>"
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder in which the page or a figure would replace a file of the user's.
+
+    Raises:
+        FactorLLMError: naming the file, or saying why nothing can be written there.
+    """
+    check_own_files(folder, (PAGE, *(f"{name}.png" for name in FIGURES)), _is_ours)
+
+
+def _is_ours(folder: Path) -> bool:
+    page = folder / PAGE
+    return page.is_file() and _SIGN in page.read_text(encoding="utf-8", errors="replace")
 
 
 def write_report(name: str, found: Findings, folder: Path) -> Path:
@@ -56,8 +75,8 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         tasks=_task_rows(found.scores),
         measured_speed=found.speed is not None,
     )
-    write_text(folder / "index.html", page)
-    return folder / "index.html"
+    write_text(folder / PAGE, page)
+    return folder / PAGE
 
 
 def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:

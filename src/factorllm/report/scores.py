@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from factorllm.evaluate.scores import Evaluation
 from factorllm.evaluate.tasks import TASKS, Score, retention
+from factorllm.output import Kind, read_json
+
+
+def _read_scores(path: Path) -> dict | None:
+    content = read_json(path) or {}
+    return content if {"scores", "perplexity", "agreement"} <= content.keys() else None
+
+
+SCORES = Kind("what factorllm eval wrote", False, _read_scores)
 
 
 def score_table(found: Evaluation) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
 
@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from factorllm.evaluate.cost import Cost
+from factorllm.output import read_json
 from factorllm.recipe import Recipe
 
 
@@ -49,6 +50,7 @@ class Summary:
         logit_scale: factor on the student's logits (`temperature.fit_logit_scale`), 1 when nothing was restored.
         layers: per layer, the student's statistics (see `convert.LayerConversion.run`).
         spent: what the run took, once it has ended.
+        done_already: whether it was made before, by a call with the same arguments.
     """
 
     base_model: str
@@ -63,6 +65,7 @@ class Summary:
     logit_scale: float
     layers: list[dict]
     spent: Spent | None = None
+    done_already: bool = False
 
     def row(self, name: str) -> ModelRow:
         return next(row for row in self.rows if row.name == name)
@@ -70,6 +73,38 @@ class Summary:
     def ratio(self, name: str) -> float:
         """Perplexity of a model divided by the dense model's."""
         return self.row(name).perplexity / self.row("dense").perplexity
+
+
+RUN_FILE = "factorllm.run.json"
+"""The file of a checkpoint that says what its making took."""
+
+
+def read_summary(out: Path, made: dict) -> Summary:
+    """The summary of a checkpoint that `factorize` made before.
+
+    Args:
+        made: the content of its `factorllm.json`.
+    """
+    spent = read_json(out / RUN_FILE) or {}
+    rows = [
+        ModelRow(name, row["perplexity"], Cost(**{key: value for key, value in row.items() if key != "perplexity"}))
+        for name, row in made["results"].items()
+    ]
+    return Summary(
+        base_model=made["base_model"]["name"],
+        out=out,
+        recipe=Recipe(**made["recipe"]),
+        host=made["host"],
+        engines=tuple(made["engines"]),
+        text_origin=made["data"]["origin"],
+        calibration_tokens=made["data"]["calibration_tokens"],
+        held_out_tokens=made["data"]["held_out_tokens"],
+        rows=rows,
+        logit_scale=made["logit_scale"],
+        layers=made["layers"],
+        spent=Spent(**{field.name: spent.get(field.name, 0) for field in fields(Spent)}),
+        done_already=True,
+    )
 
 
 LABELS = {"dense": "dense", "student": "student", "healed": "healed", "pruned": "static prune"}

@@ -24,16 +24,16 @@ def show_summary(console: Console, summary: Summary) -> None:
         f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB",
         soft_wrap=True,
     )
-    console.print(f"written: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
+    written = "done already" if summary.done_already else "written"
+    console.print(f"{written}: {summary.out} ({summary.host}; loads in {', '.join(summary.engines)})", soft_wrap=True)
 
 
 def show_healed(console: Console, healed) -> None:
     """The table of a healing (`heal.Healed`)."""
     title = f"perplexity on {healed.held_out_tokens:,} held-out tokens: {healed.text_origin}"
     console.print(result_table(healed.results, title))
-    console.print(
-        f"healed on {healed.tokens:,} tokens in {healed.seconds:.0f} s; written: {healed.out}", soft_wrap=True
-    )
+    written = "done already" if healed.seconds is None else f"in {healed.seconds:.0f} s; written"
+    console.print(f"healed on {healed.tokens:,} tokens, {written}: {healed.out}", soft_wrap=True)
 
 
 def show_provenance(console: Console, checkpoint: Path, made: dict) -> None:

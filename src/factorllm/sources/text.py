@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import xxhash
@@ -116,7 +116,9 @@ def text_origin(text: str | None, cut: bool = False) -> str:
 
 def public_name(path_or_id: str) -> str:
     """A name to publish: the last part of a local path, or the hub id as it is."""
-    return Path(path_or_id).name if local_path(path_or_id) else path_or_id
+    path = os.path.abspath(os.path.expanduser(path_or_id))  # `.` has no name of its own
+    # Bytes of a name that are no UTF-8 could not be written into a card.
+    return os.fsencode(os.path.basename(path)).decode(errors="replace") if os.path.exists(path) else path_or_id
 
 
 def file_digest(text: str | None) -> str | None:

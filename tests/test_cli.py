@@ -1,0 +1,189 @@
+"""The command line at its edges: options out of range, odd paths, what is printed, and how a command ends."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_outputs import SETTINGS, made, names, own  # noqa: F401  fixtures
+from test_refusals import cli  # noqa: F401  a fixture
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from factorllm import factorize
+from factorllm.cli import app
+from factorllm.hosts import HOSTS, MoeHost
+from factorllm.hosts.table import NARROWEST, host_table
+from factorllm.inspection import read_provenance
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def printed(*words: object, **options) -> str:
+    """What a command prints, in a process of its own; nothing of it may be on stderr."""
+    command = [sys.executable, "-m", "factorllm", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+OUT_OF_RANGE = [
+    *(("factorize", "--seed", n) for n in (-1, 2**32, 10**20)),
+    *(("factorize", "--tokens", n) for n in (0, 10**20)),
+    *(("factorize", "--tune", n) for n in (-1, 10**20)),
+    *(("factorize", "--memory-limit", n) for n in (-1, 10**20)),
+    *(("sample", "--length", n) for n in (1, 10**20)),
+    *(("sample", "--temperature", n) for n in (0, 1e-300, 1e300, "nan")),
+    *(("heal", "--epochs", n) for n in (0, 10**20)),
+    *(("heal", option, n) for option in ("--batch", "--micro-batch", "--tokens") for n in (0, 10**20)),
+    *(("heal", "--learning-rate", n) for n in (0, -1, 1e300, "inf")),
+    *(("heal", "--temperature", n) for n in (0, 1e-300, "nan")),
+    *(("heal", f"--{name}-weight", n) for name in ("pa", "balance", "label", "hidden") for n in (-1, 1e300, "nan")),
+    *(("bench", option, n) for option in ("--rounds", "--batch", "--threads") for n in (0, -1, 10**20)),
+    ("bench", "--dtype", "float3"),
+    ("bench", "--experts", "many"),
+    *(("serve", option, n) for option in ("--port", "--context", "--parallel", "--threads") for n in (0, 10**20)),
+    ("serve", "--port", 65_536),
+    ("export", "--top-k", 10**20),
+    *(("inspect", "--layer", n) for n in (-1, 10**20)),
+    ("report", "--device", "meta"),
+    ("report", "--device", "abacus"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), OUT_OF_RANGE)
+def test_an_option_out_of_range_is_refused(command, option, value, made, dense_folder, tmp_path, cli):  # noqa: F811
+    words = {
+        "factorize": [dense_folder, "-o", tmp_path / "out"],
+        "sample": [dense_folder, "-o", tmp_path / "out.jsonl"],
+        "heal": [made, "--teacher", dense_folder, "-o", tmp_path / "out"],
+        "bench": [made, "--against", dense_folder],
+        "export": [made, "-o", tmp_path / "out.gguf"],
+        "inspect": [made, "--prompt", "the router"],
+    }
+    code, error = cli(command, *words.get(command, [made]), option, value)
+    assert code == 2
+    assert re.fullmatch(r"error: .*(--[a-z-]+: Input should|temperature of|top-k|no layer|device).*\n", error)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("where", ["here", "below", "trailing", "home"])
+def test_odd_paths(where, made, dense_folder, text_file, tmp_path, monkeypatch, cli):  # noqa: F811
+    """The model's folder as `.`, an output that is the current folder, one above it, one with a slash, one in `~`."""
+    home = shutil.copytree(dense_folder, tmp_path / "a [" / "b] :x: 'n' é")
+    (tmp_path / "new").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(home)
+    out = {"here": "../new", "below": "sub/new", "trailing": f"{tmp_path}/new/", "home": "~/new"}[where]
+    if where == "here":
+        monkeypatch.chdir(tmp_path / "new")
+    model, out = (f"../a [/{home.name}/", ".") if where == "here" else (".", out)
+    code, error = cli("factorize", model, "-o", out, "--text", text_file, "--tokens", 2048, "--no-baseline")
+    assert (code, error) == (0, "")
+    made = home / "sub" / "new" if where == "below" else tmp_path / "new"
+    assert read_provenance(made)["base_model"]["name"] == home.name
+    assert f"from the dense model `{home.name}`" in (made / "README.md").read_text()
+    assert (made / "README.md").read_text().partition("# ")[2].startswith("new\n")
+    assert names(tmp_path) == {"new", "a ["}
+
+
+def test_names_that_are_no_utf8(dense_folder, text_file, tmp_path, cli):  # noqa: F811
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    shutil.copy(text_file, odd)
+    factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=odd, settings=SETTINGS)
+    assert "Text: \N{REPLACEMENT CHARACTER}.txt, 2,048" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code, error = cli("factorize", dense_folder, "-o", odd[:-4], "--text", text_file, "--tokens", 2048)
+    assert code == 2
+    assert "choose a name in UTF-8" in error
+
+
+def test_outputs_that_are_no_place_to_write(made, dense_folder, tmp_path, monkeypatch, cli):  # noqa: F811
+    (tmp_path / "full" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "full" / "sub")
+    for out, says in (("", "is empty"), ("..", "so it is never replaced"), ("/", "which this command reads")):
+        code, error = cli("factorize", dense_folder, "-o", out)
+        assert code == 2
+        assert says in error
+    for command in (["export", dense_folder], ["eval", made], ["sample", dense_folder]):
+        code, error = cli(*command, "-o", tmp_path / "full" / "sub")
+        assert code == 2
+        assert re.search("is a folder, and -o is a file|is no .jsonl file", error)
+    assert names(tmp_path) == {"full"}
+
+
+def test_an_output_inside_an_input_folder_loses_nothing(own, dense_folder, text_file):  # noqa: F811
+    model = shutil.copytree(dense_folder, own.parent / "dense")
+    before = names(model)
+    factorize(str(model), model / "student", "S2A2E8", text=str(text_file), settings=SETTINGS)
+    assert names(model) == before | {"student"}
+    AutoModelForCausalLM.from_pretrained(model)
+
+
+def test_a_conversion_prints_nothing_of_transformers(dense_folder, text_file, tmp_path):
+    words = ["--text", text_file, "--tokens", 2048]
+    said = printed("factorize", dense_folder, "-o", tmp_path / "out", *words)
+    said += printed("report", tmp_path / "out", "--against", dense_folder)
+    assert not re.search("Loading weights|Writing model|LOAD REPORT|transformers]", said)
+
+
+def test_all_of_the_table_of_hosts_can_be_read():
+    wide = printed("hosts", env=os.environ | {"COLUMNS": "40"})
+    for host in (host for host in HOSTS.values() if isinstance(host, MoeHost)):
+        for cell in (host.name, ", ".join(host.families), ", ".join(host.all_engines), host.gates.rule):
+            assert cell in wide
+    console = Console(width=NARROWEST, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(host_table(NARROWEST))
+    narrow = console.export_text()
+    assert "…" not in narrow
+    for word in re.findall(r"\w\S*", wide):
+        assert word in narrow
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"factorllm {version('factorllm')}\n"
+
+
+def test_ctrl_c_ends_a_server(made):  # noqa: F811
+    pytest.importorskip("xllamacpp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = "import factorllm.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
+    code += "xllamacpp.Server = lambda params: types.SimpleNamespace(listening_address='here');"
+    code += "from factorllm.cli import main; main()"
+    command = [sys.executable, "-uc", code, "serve", str(made), "--port", port]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "stop with Ctrl-C" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, error = process.communicate()
+    assert (process.returncode, said, error) == (0, "stopped\n", "")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_takes_the_newest_python(tmp_path):
+    for name, status in (("python3.14", 1), ("python3.13", 0), ("python3.11", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("sh", "cksum", "cut"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    make = [shutil.which("make"), "-n", "-C", str(REPOSITORY), "setup", "VENV=none"]
+    only_those = {"PATH": str(tmp_path)}
+    assert "python3.13 -m venv none" in subprocess.run(make, env=only_those, capture_output=True, text=True).stdout
+    named = subprocess.run([*make, "PYTHON=mine"], env=only_those, capture_output=True, text=True).stdout
+    assert "mine -m venv none" in named
+    (tmp_path / "python3.13").unlink()
+    (tmp_path / "python3.11").unlink()
+    make.remove("-n")
+    done = subprocess.run(make, env=only_those, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no Python from 3.11 on" in done.stderr
