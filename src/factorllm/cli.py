@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from factorllm.engines.process import SAFE_PATH
 from factorllm.errors import FactorLLMError, one_line
 
 app = typer.Typer(
@@ -399,6 +400,7 @@ def main() -> None:
     """Entry point: refusals are one line on stderr and exit code 2; a fault of ours is one too, and exit code 1."""
     if not console.is_terminal:
         console.width = _WIDE
+    os.environ |= SAFE_PATH  # lm-eval starts a Python too
     try:
         code = app(standalone_mode=False)
     except (FactorLLMError, ValidationError, _UsageError) as error:

@@ -23,6 +23,7 @@ from factorllm.convert import TOO_LARGE, LayerConversion, Streams, Workplace, pa
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.evaluate import cost_of, perplexity, refuse_infinite
 from factorllm.evaluate.cost import dense_shape
+from factorllm.finite import is_finite
 from factorllm.hosts import StudentFFN
 from factorllm.inspection import PARTITION_FILE, read_provenance
 from factorllm.job import Job, Student, open_job, versions
@@ -172,7 +173,7 @@ def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> Non
     before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
         states = layer.forward(before.read(run, job.settings.torch_device))
-        if not torch.isfinite(states).all():
+        if not is_finite(states):
             raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")
         after.write(run, states)
         bar.advance(run.stop - run.start)

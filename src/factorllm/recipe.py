@@ -219,7 +219,7 @@ def _read_yaml(path: Path) -> Recipe:
         raise FactorLLMError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise FactorLLMError(f"recipe file {path} must hold keys such as `shared: 2`, `active: 2`, `parts: 8`")
-    return Recipe(**content)
+    return Recipe.model_validate(content)
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from factorllm.disk import IN_TMPDIR
 from factorllm.engines import Options, engine_name, installed
-from factorllm.engines.process import how_to_install, python_of
+from factorllm.engines.process import SAFE_PATH, how_to_install, python_of
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.export import export_gguf
@@ -143,6 +144,6 @@ def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None])
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     status = 0
     with suppress(KeyboardInterrupt):
-        status = subprocess.call([python_of("vllm"), *server, *arguments])
+        status = subprocess.call([python_of("vllm"), *server, *arguments], env=os.environ | SAFE_PATH)
     if status:
         raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")

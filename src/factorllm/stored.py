@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from factorllm.errors import FactorLLMError
+from factorllm.finite import is_finite
 
 _LOST = 2.0**-6
 """Share of a tensor's norm that may be lost in a cast to float16, which loses numbers under 6e-8: a router that is
@@ -60,12 +61,12 @@ def refuse_unquantisable(name: str, tensor: Tensor, kind: str) -> None:
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype, spoilt: str) -> Tensor:
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise FactorLLMError(f"tensor {name} has come out with NaN or infinity in it: {spoilt}")
     stored, kind = tensor.to(dtype), str(dtype).removeprefix("torch.")
     if tensor.dtype == dtype:
         return stored
-    if not torch.isfinite(stored).all():
+    if not is_finite(stored):
         raise FactorLLMError(
             f"tensor {name} reaches {_peak(tensor):.5g}, and {kind} holds {torch.finfo(dtype).max:.5g} at most, so the "
             f"checkpoint would hold infinity; {_WIDER}"

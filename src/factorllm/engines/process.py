@@ -29,6 +29,11 @@ VLLM_PYTHON = "FACTORLLM_VLLM_PYTHON"
 """Environment variable: the Python of the environment that vLLM is installed in."""
 
 
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Environment of every Python that is started. Without it `-m` takes modules from the folder that the command is given
+in: a json.py there would be run."""
+
+
 def engine_name(name: str) -> str:
     """The engine that a user means.
 
@@ -78,8 +83,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            # Else `-m` takes modules from the folder that the command is given in: a json.py there would be run.
-            env=os.environ | {"PYTHONPATH": str(self._folder), "PYTHONSAFEPATH": "1"},
+            env=os.environ | {"PYTHONPATH": str(self._folder)} | SAFE_PATH,
         )
         try:
             self._read()

@@ -28,6 +28,7 @@ from factorllm.sources.gguf import open_gguf
 from factorllm.sources.gguf_rope import rope_keys
 from factorllm.sources.safetensors import download
 from factorllm.sources.text import file_digest
+from factorllm.stored import refuse_unquantisable
 
 FILE_TYPES = {
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
@@ -166,6 +167,7 @@ def _write(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, tensor in gguf_tensors(checkpoint):
+                refuse_unquantisable(name, tensor, kinds[name].name)
                 writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name]))
             writer.close()
             partial.replace(out)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.sources.gguf import GGUFSource
 from factorllm.sources.model import ModelSource
 from factorllm.sources.safetensors import SafetensorsSource, download
@@ -17,7 +17,9 @@ def open_model(model: str) -> ModelSource:
     Raises:
         FactorLLMError: when there is no such model, it is damaged, or its family is not supported.
     """
-    path = Path(model).expanduser()
+    with refusing(model, "it is no path that can be there: check it"):
+        path = Path(model).expanduser()
+        path.exists()
     if path.is_dir():
         return SafetensorsSource(path)
     if path.is_file():

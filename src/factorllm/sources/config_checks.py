@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PreTrainedConfig
 
 from factorllm.errors import FactorLLMError
@@ -42,7 +44,7 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
     Raises:
         FactorLLMError: with the key, and why.
     """
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown")
         raise FactorLLMError(
             f"{label} is quantised ({method}) and cannot be read tensor by tensor; give the unquantised "
@@ -58,6 +60,11 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
             f"{label} has biases in its FFN (mlp_bias), and no host architecture has them in its experts; "
             "only models without FFN biases can be factorised exactly"
         )
+    for key in ("output_attentions", "output_hidden_states", "return_dict", "use_cache"):
+        if not isinstance(getattr(config, key, None), bool | None):
+            raise FactorLLMError(
+                f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
+            )
     _check_others(label, config)
     _check_rope(label, config)
 
@@ -76,8 +83,11 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
 
 def _check_rope(label: str, config: PreTrainedConfig) -> None:
     rope = config.rope_parameters
-    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
-        raise FactorLLMError(f"the config of {label} says no rope_theta, by which positions are rotated; mend it")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise FactorLLMError(
+            f"the config of {label} says no rope_theta above 0, by which positions are rotated; mend it"
+        )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise FactorLLMError(
             f"the config of {label} rotates a part of each head only (partial_rotary_factor), and no host does; "

@@ -30,6 +30,8 @@ def read_config(
     Raises:
         FactorLLMError: when a key is missing, damaged, or changes the model in a way that is not applied.
     """
+    if (layers := keys.integer("block_count")) > len(names):  # before anything is made for each of them
+        raise keys.refusal("block_count", layers, f"is more than the {len(names)} tensors of the file have")
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     if hidden % heads and "attention.key_length" not in keys:
         raise keys.refusal("attention.head_count", heads, f"does not divide the hidden size, {hidden}")
@@ -37,7 +39,7 @@ def read_config(
     context = keys.integer("context_length")
     fields = {
         "max_position_embeddings": context,
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": layers,
         "intermediate_size": keys.integer("feed_forward_length"),
         "hidden_size": hidden,
         "num_attention_heads": heads,

@@ -21,6 +21,7 @@ from transformers import (
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.families import FAMILIES
+from factorllm.finite import is_finite
 from factorllm.sources.config_checks import check_config
 from factorllm.sources.digest import digest_of
 
@@ -193,7 +194,7 @@ def check_finite(value: torch.Tensor, name: str, label: str) -> torch.Tensor:
     Raises:
         FactorLLMError: when it holds NaN or infinity.
     """
-    if not torch.isfinite(value).all():
+    if not is_finite(value):
         raise FactorLLMError(
             f"{label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
             "the file is damaged or the model diverged: use another copy"

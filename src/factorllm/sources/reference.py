@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.errors import FactorLLMError
+from factorllm.finite import is_finite
 from factorllm.memory import available_memory
 from factorllm.sources.gguf import GGUFSource
 from factorllm.sources.model import ModelSource
@@ -106,7 +107,7 @@ def _compare_with_transformers(
     places = ["the embeddings", *(f"layer {index}" for index in range(len(streamed.hidden) - 2)), "the logits"]
     ours = [*streamed.hidden[:-1], streamed.logits]
     for place, got, wanted in zip(places, ours, [*found.hidden_states[:-1], found.logits], strict=True):
-        if not torch.isfinite(wanted).all():
+        if not is_finite(wanted):
             raise FactorLLMError(
                 f"{source.label} computes NaN or infinity in float32 ({place}), so nothing can be fitted to it; the "
                 "file is damaged or the model diverged: use another copy"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ class TensorFolder:
     def files(self) -> list[Path]:
         return sorted(set(self._where.values()))
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._where
 
     def read(self, name: str) -> torch.Tensor:
@@ -92,7 +92,9 @@ class TensorFolder:
                 "save_pretrained(), which writes safetensors"
             )
         shards = sorted(set(self._index().values()))
-        if missing := [shard for shard in shards if not (self.folder / shard).is_file()]:
+        with refusing(self.folder / _INDEX, "it is damaged: fetch it again"):
+            missing = [shard for shard in shards if not (self.folder / shard).is_file()]
+        if missing:
             raise FactorLLMError(
                 f"{self.label}: {missing[0]} is missing, though the index names it; fetch the checkpoint again"
             )
@@ -126,6 +128,11 @@ class SafetensorsSource(ModelSource):
         self.label = label or str(folder)
         self.config = read_config(folder, self.label)
         self._tensors = TensorFolder(folder, self.label)
+        if self.config.num_hidden_layers > len(self._tensors.names()):  # before anything is made for each of them
+            raise FactorLLMError(
+                f"the config of {self.label} says {self.config.num_hidden_layers} layers, more than its files have "
+                "tensors; fetch both again"
+            )
         if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
             self.note = (
                 f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
