@@ -150,12 +150,17 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
+def free_port() -> int:
+    """A port that no one listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def served(model: str, *options: str) -> Iterator[tuple[openai.OpenAI, Callable[[], str]]]:
     """A model behind `factorllm serve`: a client that can reach it, and what the server has printed so far."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "factorllm", "serve", model, "--port", str(port), *options]
     with tempfile.NamedTemporaryFile("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import words
+from conftest import free_port, words
 from fuzzing import DENSE, digest, run, tokenizer_with_merges
 from rich.console import Console
 from test_bench import TINY
@@ -29,7 +29,7 @@ from factorllm import FactorLLMError
 from factorllm.bench import run_bench
 from factorllm.engines import EngineProcess, Options
 from factorllm.inspection import load_student
-from factorllm.serve import vllm_arguments
+from factorllm.serve import ServeSettings, vllm_arguments
 from factorllm.sources import open_model
 
 AUTO_MAP = {
@@ -258,7 +258,7 @@ def test_serve(student, monkeypatch):
     waited = []
     event = types.SimpleNamespace(wait=lambda: waited.append(True))
     monkeypatch.setattr("factorllm.serve.threading", types.SimpleNamespace(Event=lambda: event))
-    made("serve", student, "--engine", "llamacpp", "--type", "f32", "--context", 64, "--port", 0)
+    made("serve", student, "--engine", "llamacpp", "--type", "f32", "--context", 64, "--port", free_port())
     assert waited
 
 
@@ -325,7 +325,7 @@ def test_vllm_is_told_not_to_run_code(clean, traps, monkeypatch):
 
 def test_the_server_of_vllm_is_not_told_to_run_code(clean, traps, monkeypatch):
     for gpus in (0, 1, 4):
-        arguments = vllm_arguments(clean / "dense", "127.0.0.1", 8080, Options(context=64), gpus)
+        arguments = vllm_arguments(clean / "dense", ServeSettings(context=64), gpus)
         assert not [word for word in arguments if "trust" in word]
     calls = []
     monkeypatch.setattr("factorllm.serve.installed", lambda engine: True)

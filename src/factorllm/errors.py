@@ -38,7 +38,7 @@ def refusing(what: object, instead: str) -> Iterator[None]:
 
 
 def _is_of_input(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+    if getattr(error, "errno", None) == errno.ENOSPC:
         return False
     # Panics of libraries written in Rust (tokenizers, safetensors) are no Exceptions.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -49,4 +49,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
         return ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
     return " ".join(str(error).split())[:200] or type(error).__name__

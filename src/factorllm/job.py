@@ -109,6 +109,7 @@ def open_job(
     settings = settings.model_copy(update={"device": str(ranks.device)})
     console = ranks.console(console)
     tokenizer = source.tokenizer()
+    source.generation_config()  # needed at the end only, but a damaged one must be refused before the work
     console.print(f"reading {source.label}", markup=False)
     if source.note:
         console.print(source.note, highlight=False, markup=False, soft_wrap=True)

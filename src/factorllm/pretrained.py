@@ -20,6 +20,9 @@ from factorllm.progress import quiet_transformers
 _SAFE = {"trust_remote_code": False}
 """Without it transformers asks whether to run a folder's code, and on "y" it does."""
 
+_ATTENTION = {"attn_implementation": "sdpa"}
+"""Else a config can name a kernel on the hub, which is code too."""
+
 _AGAIN = "it is damaged, or made by code that is not part of transformers, which is never run: use another copy"
 
 
@@ -52,7 +55,7 @@ def load_pretrained(folder: Path | str, **options) -> PreTrainedModel | tuple[Pr
         FactorLLMError: when transformers cannot use it.
     """
     with quiet_transformers(), refusing(folder, _AGAIN):
-        return AutoModelForCausalLM.from_pretrained(folder, **_SAFE, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, **_SAFE, **_ATTENTION, **options)
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

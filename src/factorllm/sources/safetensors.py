@@ -161,7 +161,7 @@ class SafetensorsSource(ModelSource):
 
     def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
         # From the files, not from the tensors that are read here: that is what is to be compared.
-        return load_pretrained(self.folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+        return load_pretrained(self.folder, config=config, dtype=torch.float32)
 
     @property
     def licence(self) -> str | None:
