@@ -275,7 +275,7 @@ _GGUF_NAMES = {
 def model_of_gguf(path: Path) -> PreTrainedModel:
     """The truth of a GGUF file, made anew from its keys and tensors as llama.cpp takes them."""
     reader = gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
+    fields = {key: _of_all_layers(field.contents()) for key, field in reader.fields.items()}
     architecture = fields["general.architecture"]
     config = _gguf_config(
         architecture, {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}, reader.tensors
@@ -296,6 +296,12 @@ def model_of_gguf(path: Path) -> PreTrainedModel:
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
     return model
+
+
+def _of_all_layers(value: object) -> object:
+    """A number that is said for each layer, and is the same for all."""
+    alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
+    return value[0] if alike and isinstance(value[0], int) else value
 
 
 def check_student_of_gguf(out: Path, path: Path) -> None:

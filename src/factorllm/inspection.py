@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.families import FAMILIES
+from factorllm.hosts import HOSTS
 from factorllm.output import PROVENANCE, workspace_folder
 from factorllm.partition import Partition, partition_from_order
 from factorllm.pretrained import load_pretrained
 from factorllm.provenance import check_provenance
 from factorllm.recipe import Shape
-from factorllm.sources.safetensors import TensorFolder
+from factorllm.sources.safetensors import TensorFolder, read_config
 
 PARTITION_FILE = "factorllm.partition.json"
 """For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
@@ -50,6 +52,24 @@ def load_student(
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
     return model.to(device).eval()
+
+
+def check_shape(folder: Path, shape: Shape) -> None:
+    """Check that a student has the experts that its recipe says.
+
+    Raises:
+        FactorLLMError: when its config says others.
+    """
+    config = read_config(folder, str(folder))
+    with refusing(f"{folder}/config.json", "make the checkpoint again"):
+        found = HOSTS["dense" if config.model_type in FAMILIES else config.model_type].shape(config)
+    if (found.experts, found.top_k) != (shape.experts, shape.top_k) or (
+        shape.experts and found.expert_width != shape.expert_width
+    ):
+        raise FactorLLMError(
+            f"{folder} has {found.experts} experts of {found.expert_width} neurons, {found.top_k} active, but its "
+            f"factorllm.json says {shape.experts} of {shape.expert_width}, {shape.top_k} active; make it again"
+        )
 
 
 def read_partitions(folder: Path, shape: Shape) -> list[Partition]:

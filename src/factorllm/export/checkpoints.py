@@ -15,7 +15,7 @@ from factorllm.export.layout import check_layout
 from factorllm.families import FAMILIES
 from factorllm.hosts import HOSTS, Host
 from factorllm.inspection import read_provenance
-from factorllm.sources import open_model
+from factorllm.sources import local_path, open_model
 from factorllm.sources.model import check_finite
 from factorllm.sources.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
 
@@ -71,7 +71,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     Raises:
         FactorLLMError: when it is not there, damaged, or of an architecture that is neither host nor dense family.
     """
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if (folder / "config.json").is_file():
         config = read_config(folder, model)
         if config.model_type not in FAMILIES and config.model_type in HOSTS:

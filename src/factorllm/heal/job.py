@@ -19,7 +19,7 @@ from factorllm.disk import explain_full_disk, require_space
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.heal.settings import HealSettings
 from factorllm.heal.students import check_learning
-from factorllm.inspection import load_student, read_partitions, read_provenance
+from factorllm.inspection import check_shape, load_student, read_partitions, read_provenance
 from factorllm.job import common_identity
 from factorllm.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.partition import Partition
@@ -107,6 +107,7 @@ def open_heal_job(
     source = open_model(teacher)
     _check_teacher(student, made, source)
     shape = recipe.shape(source.config.intermediate_size)
+    check_shape(student, shape)
     settings = settings.settled(shape)
     check_learning(settings, recipe)
     partitions = [] if recipe.is_prune else read_partitions(student, shape)

@@ -8,7 +8,19 @@ from factorllm.sources.model import ModelSource
 from factorllm.sources.safetensors import SafetensorsSource, download
 from factorllm.sources.text import CalibrationText, read_calibration_text
 
-__all__ = ["CalibrationText", "ModelSource", "open_model", "read_calibration_text"]
+__all__ = ["CalibrationText", "ModelSource", "local_path", "open_model", "read_calibration_text"]
+
+
+def local_path(model: str) -> Path:
+    """A model's path on this machine, if it is one.
+
+    Raises:
+        FactorLLMError: for what no path can be: a name that is too long.
+    """
+    with refusing(model, "it is no path that can be there: check it"):
+        path = Path(model).expanduser()
+        (path / "config.json").exists()
+    return path
 
 
 def open_model(model: str) -> ModelSource:
@@ -17,9 +29,7 @@ def open_model(model: str) -> ModelSource:
     Raises:
         FactorLLMError: when there is no such model, it is damaged, or its family is not supported.
     """
-    with refusing(model, "it is no path that can be there: check it"):
-        path = Path(model).expanduser()
-        path.exists()
+    path = local_path(model)
     if path.is_dir():
         return SafetensorsSource(path)
     if path.is_file():

@@ -32,7 +32,7 @@ def build_tokenizer(field: Field, label: str, context: int) -> PreTrainedTokeniz
     """
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = field("ggml.model")
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise FactorLLMError(
             f"{label} has a tokenizer of the kind {kind!r}, which is not read ({', '.join(builders)} are); use the "
             "model's safetensors checkpoint"

@@ -142,6 +142,11 @@ class ModelSource(ABC):
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_family(self.label, self.config.model_type)
         check_config(self.label, self.config)
+        if not is_finite(self.skeleton().model.rotary_emb.inv_freq):
+            raise FactorLLMError(
+                f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "
+                f"{self.config.rope_parameters}); mend it, or use another copy"
+            )
         self._check_names()
         self._check_shapes()
 
@@ -174,9 +179,12 @@ class ModelSource(ABC):
 
     def _checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A tokenizer, all of whose tokens for text, and its end token, have a row in the embedding table."""
-        rows, special = self.config.vocab_size, set(tokenizer.all_special_ids)
-        past = [index for index in tokenizer.get_vocab().values() if index >= rows and index not in special]
-        if past or any((index or 0) >= rows for index in (tokenizer.eos_token_id, tokenizer.bos_token_id)):
+        rows = self.config.vocab_size
+        with refusing(f"the tokenizer of {self.label}", "it is damaged: use another copy"):
+            special = set(tokenizer.all_special_ids)
+            past = [index for index in tokenizer.get_vocab().values() if index >= rows and index not in special]
+            past += [index for index in (tokenizer.eos_token_id, tokenizer.bos_token_id) if (index or 0) >= rows]
+        if past:
             raise FactorLLMError(
                 f"the tokenizer of {self.label} has {len(tokenizer)} tokens, but the embedding table has {rows} rows; "
                 "use the tokenizer that belongs to these weights"

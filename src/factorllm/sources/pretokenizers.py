@@ -64,7 +64,7 @@ def known_name(name: object, label: str) -> str:
         FactorLLMError: when the file has no name, or one that stands for no known way.
     """
     aliases = {other: known for known, others in _SAME.items() for other in others}
-    known = aliases.get(name, name)
+    known = aliases.get(name, name) if isinstance(name, str) else None
     if known not in PRE_TOKENIZERS:
         said = f"says that its tokenizer cuts text as {name!r}" if name else "does not say how its tokenizer cuts text"
         raise FactorLLMError(

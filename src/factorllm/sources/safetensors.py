@@ -17,6 +17,7 @@ from factorllm.sources.model import ModelSource
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MOST_LABELS = 1 << 20  # transformers makes a name for each
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "it is not a whole safetensors file: truncated or damaged; fetch it again"
 
@@ -187,6 +188,10 @@ def read_config(folder: Path, label: str) -> PreTrainedConfig:
     """The config of a transformers folder."""
     if not (folder / "config.json").is_file():
         raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
+    with refusing(f"{label}/config.json", "it is damaged: use another copy"):
+        labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_labels")
+    if isinstance(labels, int | float) and labels > _MOST_LABELS:
+        raise FactorLLMError(f"{label}/config.json says num_labels = {labels}, which no language model has; remove it")
     return load_config(folder, f"{label}/config.json")
 
 
