@@ -307,7 +307,8 @@ def _of_all_layers(value: object) -> object:
 def check_student_of_gguf(out: Path, path: Path) -> None:
     """The same for a student of a GGUF file."""
     scale = json.loads((out / "factorllm.json").read_text())["logit_scale"]
-    check_same(logits_of(as_transformers_reads(out).float()) / scale, logits_of(model_of_gguf(path)))
+    # A flipped bit can make a weight so large that the closed-form repair rounds; another model is off by far more.
+    check_same(logits_of(as_transformers_reads(out).float()) / scale, logits_of(model_of_gguf(path)), 1e-2)
 
 
 def _transformers_name(name: str) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -37,6 +38,7 @@ _JOB = "job.json"
 _PUBLISHING = "publishing.json"
 """Names the finished checkpoint and its files, while they are moved into an output folder that was there before."""
 
+_STREAMS = "streams"  # of a conversion that has begun with its first layer
 _CHEAP = ("lock", _JOB, f"{_JOB}.tmp", "tokens.safetensors", "tokens.tmp")
 """What is there before the first result: a workspace that holds nothing else keeps no work."""
 
@@ -117,9 +119,13 @@ class Workspace:
         _remove(self.folder)
 
     def close(self) -> None:
-        """Release the lock; the folder stays for a later run if it keeps any work."""
+        """Release the lock; the folder stays for a later run if it keeps any work.
+
+        What a refusal leaves before the first layer is done would be refused again, and stands in another try's way.
+        """
         if self._leads:
-            if self.folder.exists() and self._is_idle():
+            refused = isinstance(sys.exc_info()[1], FactorLLMError) and not self.journal
+            if self.folder.exists() and (self._is_idle() or (refused and (self.folder / _STREAMS).exists())):
                 _remove(self.folder)
             self._lock.close()
 

@@ -30,7 +30,9 @@ def read_provenance(folder: Path) -> dict:
     """
     partial = workspace_folder(folder)
     path = folder / PROVENANCE
-    if not path.exists():
+    with refusing(folder, "it is no path that can be there: check it"):
+        there = path.exists()
+    if not there:
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
         raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
     with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):

@@ -65,6 +65,8 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
             raise FactorLLMError(
                 f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
             )
+    if getattr(config, "return_dict", True) is False:
+        raise FactorLLMError(f"the config of {label} says return_dict = False, which hides the logits' name; remove it")
     _check_others(label, config)
     _check_rope(label, config)
 

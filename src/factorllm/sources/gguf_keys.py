@@ -51,7 +51,7 @@ class Keys:
             FactorLLMError: when it is missing without a default, or is none.
         """
         value = self._get(key, default)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.refusal(key, value, "is no number")
         return float(f"{value:.7g}")  # the fp32 of 9.99e-06 was 1e-05 where the model was made
 

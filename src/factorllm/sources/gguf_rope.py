@@ -28,7 +28,7 @@ def read_rope(keys: Keys, context: int, factors: Tensor | None, head_dim: int) -
         FactorLLMError: for a kind of scaling that transformers has not, or that is said twice.
     """
     rope = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
-    keys.number("rope.scaling.finetuned", 0)  # changes nothing
+    keys.refuse_unless("rope.scaling.finetuned", False, True)  # it changes nothing
     kind = keys.text("rope.scaling.type", "linear")  # llama.cpp's default too; without a factor it scales nothing
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
     if kind == "yarn":
