@@ -28,10 +28,9 @@ def read_provenance(folder: Path) -> dict:
     Raises:
         FactorLLMError: when the folder is not a finished checkpoint of factorllm.
     """
-    partial = workspace_folder(folder)
     path = folder / PROVENANCE
     with refusing(folder, "it is no path that can be there: check it"):
-        there = path.exists()
+        there, partial = path.exists(), workspace_folder(folder)
     if not there:
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
         raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
