@@ -275,11 +275,10 @@ _GGUF_NAMES = {
 def model_of_gguf(path: Path) -> PreTrainedModel:
     """The truth of a GGUF file, made anew from its keys and tensors as llama.cpp takes them."""
     reader = gguf.GGUFReader(path)
-    fields = {key: _of_all_layers(field.contents()) for key, field in reader.fields.items()}
-    architecture = fields["general.architecture"]
-    config = _gguf_config(
-        architecture, {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}, reader.tensors
-    )
+    architecture = reader.fields["general.architecture"].contents()
+    below = {key.removeprefix(f"{architecture}."): field for key, field in reader.fields.items()}
+    keys = {key: _of_all_layers(field.contents()) for key, field in below.items() if key not in reader.fields}
+    config = _gguf_config(architecture, keys, reader.tensors)
     weights = {}
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":

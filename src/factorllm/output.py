@@ -61,11 +61,14 @@ def located(path: str | Path) -> Path:
     """The absolute path that an output is at, symlinks followed: what is written, and what may be lost there.
 
     Raises:
-        FactorLLMError: for an empty path, which as a path would be the current folder.
+        FactorLLMError: for an empty path, which as a path would be the current folder, and for what no path can be.
     """
     if not str(path):
         raise FactorLLMError("the output's path is empty; say where to write with -o, . for the current folder")
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    found = Path(os.path.realpath(os.path.expanduser(path)))
+    with refusing(found, "it is no path that can be there: choose a shorter name"):
+        found.exists()
+    return found
 
 
 def workspace_folder(out: Path) -> Path:

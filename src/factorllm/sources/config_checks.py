@@ -65,6 +65,11 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
             raise FactorLLMError(
                 f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
             )
+    if not 0 < config.rms_norm_eps < math.inf:
+        raise FactorLLMError(f"the config of {label} says rms_norm_eps = {config.rms_norm_eps}, not above 0; mend it")
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and not (attention and isinstance(attention, str)):
+        raise FactorLLMError(f"the config of {label} says attn_implementation = {attention!r}, no name; remove it")
     if getattr(config, "return_dict", True) is False:
         raise FactorLLMError(f"the config of {label} says return_dict = False, which hides the logits' name; remove it")
     _check_others(label, config)
