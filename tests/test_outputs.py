@@ -306,7 +306,7 @@ def test_a_refused_try_leaves_nothing_behind(run, own, dense_folder, text_file, 
 
 def test_a_run_that_was_killed_while_it_read_its_text_blocks_nothing(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module.Workspace, "close", lambda self: self._lock.close())
+        patch.setattr(module.Workspace, "__exit__", lambda self, *_: self._lock.close())
         with pytest.raises(FactorLLMError):
             run(tmp_path / "out", text=tmp_path / "wrods.txt")
     assert (tmp_path / "out.partial" / "job.json").exists()

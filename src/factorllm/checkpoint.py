@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +23,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.output import (
     CHECKPOINT,
     INSIDE,
+    JOB,
     Kind,
     check_output,
     first_difference,
@@ -34,12 +34,11 @@ from factorllm.output import (
     workspace_folder,
 )
 
-_JOB = "job.json"
 _PUBLISHING = "publishing.json"
 """Names the finished checkpoint and its files, while they are moved into an output folder that was there before."""
 
 _STREAMS = "streams"  # of a conversion that has begun with its first layer
-_CHEAP = ("lock", _JOB, f"{_JOB}.tmp", "tokens.safetensors", "tokens.tmp")
+_CHEAP = ("lock", JOB, f"{JOB}.tmp", "tokens.safetensors", "tokens.tmp")
 """What is there before the first result: a workspace that holds nothing else keeps no work."""
 
 _LAST = "config.json"
@@ -47,7 +46,7 @@ _LAST = "config.json"
 
 
 class Workspace:
-    """The folder of an unfinished run, locked against other processes.
+    """The folder of an unfinished run, locked against other processes until its block ends.
 
     Args:
         out: where the finished checkpoint or file will be, checked by `output.check_output`.
@@ -118,13 +117,16 @@ class Workspace:
         """Remove the workspace; nothing is published."""
         _remove(self.folder)
 
-    def close(self) -> None:
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
         """Release the lock; the folder stays for a later run if it keeps any work.
 
         What a refusal leaves before the first layer is done would be refused again, and stands in another try's way.
         """
         if self._leads:
-            refused = isinstance(sys.exc_info()[1], FactorLLMError) and not self.journal
+            refused = isinstance(error, FactorLLMError) and not self.journal
             if self.folder.exists() and (self._is_idle() or (refused and (self.folder / _STREAMS).exists())):
                 _remove(self.folder)
             self._lock.close()
@@ -140,7 +142,7 @@ class Workspace:
                 path.unlink()
 
     def _check_job(self, job: dict) -> None:
-        path = self.folder / _JOB
+        path = self.folder / JOB
         if path.exists():
             changed = first_difference(read_json(path) or {}, job)
             if changed is None:
@@ -192,7 +194,7 @@ def is_done_already(out: Path, job: dict, leads: bool) -> bool:
     if not is_done(out, CHECKPOINT, job):
         return False
     for folder in (out.parent / f"{out.name}.partial", out / INSIDE) if leads else ():
-        before = read_json(folder / _JOB)
+        before = read_json(folder / JOB)
         if before and first_difference(before, job) is None:
             _remove(folder)
     return True
@@ -200,7 +202,7 @@ def is_done_already(out: Path, job: dict, leads: bool) -> bool:
 
 def _remove(folder: Path) -> None:
     """Remove a workspace; by what goes last, one that is half removed is known."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == _JOB):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == JOB):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.rmdir()
 

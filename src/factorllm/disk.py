@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from factorllm.errors import FactorLLMError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from factorllm.errors import DISK_FULL, FactorLLMError
 
 # What libraries say that keep the number of the error to themselves: safetensors, numpy's tofile, torch.save.
 _SAYS_FULL = ("os error 28", "os error 122", " requested and ", "PytorchStreamWriter failed", "No space left on device")
@@ -61,7 +58,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _SAYS_FULL)
+    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in _SAYS_FULL)
 
 
 def _shown(size: int) -> str:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of errors of a disk, or a quota, that is full."""
+
 
 class FactorLLMError(Exception):
     """A refusal with a message meant for the user. The CLI prints it on one line and exits with code 2."""
@@ -38,7 +41,7 @@ def refusing(what: object, instead: str) -> Iterator[None]:
 
 
 def _is_of_input(error: BaseException) -> bool:
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if getattr(error, "errno", None) in DISK_FULL:
         return False
     # Panics of libraries written in Rust (tokenizers, safetensors) are no Exceptions.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

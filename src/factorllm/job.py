@@ -124,7 +124,7 @@ def open_job(
     with explain_full_disk(out):
         with ranks.main_first():
             work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
-        try:
+        with work:
             students = [
                 Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
                 for name, recipe in recipes.items()
@@ -137,8 +137,6 @@ def open_job(
                 if ranks.is_main and not work.layers_done:
                     check_against_references(source, tokenizer, settings.length, ranks.device, console)
             yield job
-        finally:
-            work.close()
 
 
 def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:

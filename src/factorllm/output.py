@@ -23,7 +23,8 @@ PROVENANCE = "factorllm.json"
 INSIDE = ".partial"
 """The folder of the unfinished run in an output folder that was there before."""
 
-_JOB = "job.json"
+JOB = "job.json"
+"""What a workspace says that it is for."""
 
 _FILES = (
     "README.md", "config.json", "generation_config.json", "factorllm.json", "factorllm.run.json",
@@ -79,7 +80,7 @@ def workspace_folder(out: Path) -> Path:
     """
     out = located(out)
     beside = out.parent / f"{out.name}.partial"
-    if not os.path.isdir(out) or ((beside / _JOB).exists() and beside.stat().st_dev == out.stat().st_dev):
+    if not os.path.isdir(out) or ((beside / JOB).exists() and beside.stat().st_dev == out.stat().st_dev):
         return beside
     return out / INSIDE
 

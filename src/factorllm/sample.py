@@ -73,16 +73,12 @@ def sample(
     if not overwrite and is_done(out, SAMPLED, identity):
         console.print(f"done already, with the same arguments: {out}", markup=False)
         return out
-    with explain_full_disk(out):
-        work = Workspace(out, SAMPLED, identity, overwrite)
-        try:
-            _sample_missing(source, tokenizer, opening, temperature, settings, work, console)
-            batches = sorted(work.folder.glob("batch-*.jsonl"))
-            documents = "".join(path.read_text(encoding="utf-8") for path in batches)
-            write_text(work.folder / out.name, _signed(documents, identity))
-            work.publish(work.folder / out.name)
-        finally:
-            work.close()
+    with explain_full_disk(out), Workspace(out, SAMPLED, identity, overwrite) as work:
+        _sample_missing(source, tokenizer, opening, temperature, settings, work, console)
+        batches = sorted(work.folder.glob("batch-*.jsonl"))
+        documents = "".join(path.read_text(encoding="utf-8") for path in batches)
+        write_text(work.folder / out.name, _signed(documents, identity))
+        work.publish(work.folder / out.name)
     return out
 
 

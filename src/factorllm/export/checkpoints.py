@@ -28,6 +28,7 @@ class Checkpoint:
         host: the architecture that it is in.
         names: transformers names of its tensors.
         read: a tensor by its name.
+        shape: the shape of a tensor by its name, without reading it.
         overlaps: whether its experts share neurons.
     """
 
@@ -36,6 +37,7 @@ class Checkpoint:
     host: Host
     names: frozenset[str]
     read: Callable[[str], torch.Tensor]
+    shape: Callable[[str], tuple[int, ...]]
     tokenizer: PreTrainedTokenizerBase
     licence: str | None
     overlaps: bool = False
@@ -79,7 +81,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
-    return Checkpoint(name, source.config, HOSTS["dense"], names, source.tensor, source.tokenizer(), source.licence)
+    return Checkpoint(
+        name, source.config, HOSTS["dense"], names, source.tensor, source.shape, source.tokenizer(), source.licence
+    )
 
 
 def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpoint:
@@ -93,6 +97,7 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpo
         host,
         frozenset(tensors.names()),
         lambda name: check_finite(tensors.read(name), name, label),
+        tensors.shape,
         read_tokenizer(folder, label),
         licence_of_card(folder / "README.md"),
         _overlaps(folder),

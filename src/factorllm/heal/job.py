@@ -126,7 +126,7 @@ def open_heal_job(
     with explain_full_disk(out):
         with ranks.main_first():
             work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
-        try:
+        with work:
             with ranks.main_first():
                 tokens = _read_text(work, source, made, text, settings, made_with, console)
             origin = text_origin(text, cut=bool(tokens.pop("cut")))
@@ -138,8 +138,6 @@ def open_heal_job(
                 _check_disk(job)
                 _copy_companions(job)
             yield job
-        finally:
-            work.close()
 
 
 def _copy_companions(job: HealJob) -> None:

@@ -38,6 +38,16 @@ _OF_OTHERS: dict[str, tuple] = {
 key ignores it without a word, and so would the student."""
 
 
+def check_depth(label: str, layers: int, tensors: int) -> None:
+    """Refuse more layers than a model's files have tensors, before anything is made for each of them.
+
+    Raises:
+        FactorLLMError: when there are more.
+    """
+    if layers > tensors:
+        raise FactorLLMError(f"{label} says {layers} layers, and its files have {tensors} tensors; fetch both again")
+
+
 def check_config(label: str, config: PreTrainedConfig) -> None:
     """Refuse a dense config that no host could follow, or of which transformers follows only a part.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 
 import gguf
@@ -40,7 +39,11 @@ class GGUFSource(ModelSource):
         self._check_kind()
         self._tensors = {tensor.name: tensor for reader in self._readers.values() for tensor in reader.tensors}
         self.config = self._read_config()
-        self._where = self._map_names()
+        shapes = self.parameter_shapes()
+        self._where = self._map_names(shapes)
+        # llama.cpp takes the biases that a file lacks as zero.
+        absent = (name for name in shapes if name.endswith(".bias") and name not in self._where)
+        self._absent_biases = {name: shapes[name] for name in absent}
         self._check()
 
     @property
@@ -102,11 +105,11 @@ class GGUFSource(ModelSource):
             rope_freqs = self._dequantised(self._tensors.pop(_ROPE_FREQS))
         return read_config(keys, family, ids, set(self._tensors), rope_freqs)
 
-    def _map_names(self) -> dict[str, str]:
+    def _map_names(self, names: Iterable[str]) -> dict[str, str]:
         layers = self.config.num_hidden_layers
         table = gguf.get_tensor_name_map(_ARCHITECTURES[FAMILIES[self.config.model_type].gguf], layers)
         where = {}
-        for name in self.parameter_names():
+        for name in names:
             gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
             if gguf_name in self._tensors:
                 where[name] = gguf_name
@@ -116,12 +119,6 @@ class GGUFSource(ModelSource):
                 f"{unknown[0]} among them; leaving them out would change the model: use its safetensors checkpoint"
             )
         return where
-
-    @cached_property
-    def _absent_biases(self) -> dict[str, tuple[int, ...]]:
-        """Biases that the file lacks, which llama.cpp then takes as zero, with their shapes."""
-        shapes = self.parameter_shapes()
-        return {name: shapes[name] for name in shapes if name.endswith(".bias") and name not in self._where}
 
     def _lacks(self, name: str) -> bool:
         return super()._lacks(name) and name not in self._absent_biases

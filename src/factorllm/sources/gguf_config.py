@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.families import FAMILIES
+from factorllm.sources.config_checks import check_depth
 from factorllm.sources.gguf_keys import Keys
 from factorllm.sources.gguf_rope import read_rope
 
@@ -30,8 +31,8 @@ def read_config(
     Raises:
         FactorLLMError: when a key is missing, damaged, or changes the model in a way that is not applied.
     """
-    if (layers := keys.integer("block_count")) > len(names):  # before anything is made for each of them
-        raise keys.refusal("block_count", layers, f"is more than the {len(names)} tensors of the file have")
+    layers = keys.integer("block_count")
+    check_depth(keys.label, layers, len(names))
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     if hidden % heads and "attention.key_length" not in keys:
         raise keys.refusal("attention.head_count", heads, f"does not divide the hidden size, {hidden}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -111,7 +111,7 @@ class ModelSource(ABC):
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The same with their shapes."""
-        return {name: tuple(parameter.shape) for name, parameter in self.skeleton().named_parameters()}
+        return _shapes(self.skeleton())
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
@@ -120,7 +120,7 @@ class ModelSource(ABC):
     def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole dense model, for evaluation and for sampling text."""
         model = self.skeleton()
-        for name in self.parameter_names():
+        for name in _shapes(model):
             module, _, leaf = name.rpartition(".")
             weight = torch.nn.Parameter(self.tensor(name).to(device, dtype), requires_grad=False)
             setattr(model.get_submodule(module), leaf, weight)
@@ -142,16 +142,18 @@ class ModelSource(ABC):
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_family(self.label, self.config.model_type)
         check_config(self.label, self.config)
-        if not is_finite(self.skeleton().model.rotary_emb.inv_freq):
+        skeleton = self.skeleton()
+        if not is_finite(skeleton.model.rotary_emb.inv_freq):
             raise FactorLLMError(
                 f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "
                 f"{self.config.rope_parameters}); mend it, or use another copy"
             )
-        self._check_names()
-        self._check_shapes()
+        shapes = _shapes(skeleton)
+        self._check_names(shapes)
+        self._check_shapes(shapes)
 
-    def _check_names(self) -> None:
-        have, want = set(self.names()), self.parameter_names()
+    def _check_names(self, want: Collection[str]) -> None:
+        have = set(self.names())
         have = {name for name in have if not name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             have.discard("lm_head.weight")
@@ -169,8 +171,8 @@ class ModelSource(ABC):
     def _lacks(self, name: str) -> bool:
         return name not in self.names()
 
-    def _check_shapes(self) -> None:
-        for name, wanted in self.parameter_shapes().items():
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, wanted in shapes.items():
             if (shape := self.shape(name)) != wanted:
                 raise FactorLLMError(
                     f"{self.label}: tensor {name} is {_sizes(shape)}, but its config says {_sizes(wanted)}; fetch both "
@@ -190,6 +192,10 @@ class ModelSource(ABC):
                 "use the tokenizer that belongs to these weights"
             )
         return tokenizer
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

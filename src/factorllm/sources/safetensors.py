@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
+from factorllm.sources.config_checks import check_depth
 from factorllm.sources.model import ModelSource
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,8 +38,15 @@ class TensorFolder:
                 f"{self.label} holds an adapter beside its weights (adapter_config.json), which would be left out; "
                 "merge it into them (peft's merge_and_unload), or remove it"
             )
-        self._where = {name: path for path in self._shards() for name in _names(path)}
-        self._check_index()
+        # transformers takes the single file where there is one, even beside an index.
+        index = {} if (folder / _SINGLE).is_file() else self._index()
+        paths = self._shards(index) if index else [folder / _SINGLE]
+        # It loads all tensors of the shards, so what counts is in them; the index must not know of more.
+        self._where = {name: path for path in paths for name in _names(path)}
+        if lost := sorted(index.keys() - self._where.keys()):
+            raise FactorLLMError(
+                f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
+            )
         self._open: tuple[Path, safe_open] | None = None
 
     @property
@@ -83,16 +91,8 @@ class TensorFolder:
             self._open = (path, _open_safetensors(path))
         return self._open[1], path
 
-    def _shards(self) -> list[Path]:
-        """transformers takes the single file where there is one, even beside an index."""
-        if (self.folder / _SINGLE).is_file():
-            return [self.folder / _SINGLE]
-        if not (self.folder / _INDEX).is_file():
-            raise FactorLLMError(
-                f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
-                "save_pretrained(), which writes safetensors"
-            )
-        shards = sorted(set(self._index().values()))
+    def _shards(self, index: dict[str, str]) -> list[Path]:
+        shards = sorted(set(index.values()))
         with refusing(self.folder / _INDEX, "it is damaged: fetch it again"):
             missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
@@ -103,6 +103,11 @@ class TensorFolder:
 
     def _index(self) -> dict[str, str]:
         path = self.folder / _INDEX
+        if not path.is_file():
+            raise FactorLLMError(
+                f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
+                "save_pretrained(), which writes safetensors"
+            )
         with refusing(path, "it is damaged: fetch it again"):
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = content["weight_map"]
@@ -110,15 +115,6 @@ class TensorFolder:
             if not isinstance(content["metadata"], dict) or kinds != {str}:
                 raise ValueError("its metadata is none, or its weight_map does not map names to files")
             return shards
-
-    def _check_index(self) -> None:
-        """transformers loads all tensors of the shards, so what counts is in them; the index must not know of more."""
-        if (self.folder / _SINGLE).is_file():
-            return
-        if lost := sorted(self._index().keys() - self._where.keys()):
-            raise FactorLLMError(
-                f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
-            )
 
 
 class SafetensorsSource(ModelSource):
@@ -129,11 +125,7 @@ class SafetensorsSource(ModelSource):
         self.label = label or str(folder)
         self.config = read_config(folder, self.label)
         self._tensors = TensorFolder(folder, self.label)
-        if self.config.num_hidden_layers > len(self._tensors.names()):  # before anything is made for each of them
-            raise FactorLLMError(
-                f"the config of {self.label} says {self.config.num_hidden_layers} layers, more than its files have "
-                "tensors; fetch both again"
-            )
+        check_depth(self.label, self.config.num_hidden_layers, len(self._tensors.names()))
         if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
             self.note = (
                 f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
