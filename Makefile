@@ -40,13 +40,17 @@ $(READY):
 demo: setup
 	$(BIN)/factorllm demo -o demo-out --overwrite
 
+# A worker a core, each with one thread: together they keep the cores busy, which single tests do not. A file's tests
+# share what is expensive, so they stay in one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 # tests/test_fuzz.py draws 2,000 damaged inputs in `make test`, the same ones every time, and 10,000 new ones in
 # `make test-slow`; FACTORLLM_FUZZ sets another number.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-vllm: setup
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

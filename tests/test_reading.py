@@ -91,7 +91,7 @@ def test_a_gguf_file_is_read_as_llamacpp_reads_it(written):
 
 
 def rewrite(source: Path, target: Path, drop: tuple[str, ...] = (), **changes) -> None:
-    """Another GGUF file with some keys changed, and tensors changed or left out (their names have a dot)."""
+    """Another GGUF file with some keys changed, and keys or tensors left out."""
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
@@ -320,12 +320,21 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
         ({"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"return_dict": False}, "return_dict"),
     ],
 )
 def test_a_config_that_is_not_applied_is_refused_by_name(tmp_path, changes, named):
     save_dense(CONFIGS["gqa-tied"], tmp_path / "dense")
     edit_json(tmp_path / "dense/config.json", **changes)
     with pytest.raises(FactorLLMError, match=named):
+        open_model(str(tmp_path / "dense"))
+
+
+def test_layers_with_a_window_that_is_not_given_are_refused(tmp_path):
+    save_dense(CONFIGS["qwen2"], tmp_path / "dense")
+    edit_json(tmp_path / "dense/config.json", layer_types=["sliding_attention"] * 3)
+    with pytest.raises(FactorLLMError, match="no sliding_window in use"):
         open_model(str(tmp_path / "dense"))
 
 
@@ -377,6 +386,18 @@ def test_a_gguf_file_that_llamacpp_computes_otherwise_stops_the_run(plain, tmp_p
     monkeypatch.setattr("factorllm.sources.gguf.GGUFSource._read", damaged)
     with pytest.raises(FactorLLMError, match=r"not the model that llama\.cpp computes"):
         factorize(str(plain), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
+
+
+@pytest.mark.engine
+def test_a_gguf_file_with_which_llamacpp_computes_no_number_is_refused(tmp_path, text_file, small):
+    save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight *= 1e6  # llama.cpp keeps values in fp16
+    model.save_pretrained(tmp_path / "dense")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "dense.gguf", "f32")
+    with pytest.raises(FactorLLMError, match=r"llama\.cpp computes NaN or infinity"):
+        factorize(str(tmp_path / "dense.gguf"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
 
 
 @pytest.fixture(scope="module")

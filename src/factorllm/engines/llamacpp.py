@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
@@ -51,7 +52,8 @@ class LlamaCpp(Engine):
         # made to take a plain one; the log-probabilities are those before sampling.
         answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[self._plain_token, 1000]])
         found = answer["completion_probabilities"][0]["top_logprobs"]
-        return [(item["id"], item["logprob"]) for item in found]
+        # What is no number, JSON has as null.
+        return [(item["id"], math.nan if item["logprob"] is None else item["logprob"]) for item in found]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text's tokens, without those that begin or end a text."""

@@ -7,6 +7,7 @@ import math
 from transformers import PreTrainedConfig
 
 from factorllm.errors import FactorLLMError
+from factorllm.families import sliding_window
 
 _OF_OTHERS: dict[str, tuple] = {
     "attention_bias": (False,),
@@ -36,6 +37,12 @@ _OF_OTHERS: dict[str, tuple] = {
 }
 """Keys of other families, with the values beside None that change nothing. transformers' class of a family that lacks a
 key ignores it without a word, and so would the student."""
+
+_OUTPUTS = (
+    ("return_dict", False, "which hides the logits' name"),
+    ("output_attentions", True, "for which transformers' sdpa, which is used here, has no way"),
+)
+"""What a config can ask a model to give back that it cannot give here, and why."""
 
 
 def check_depth(label: str, layers: int, tensors: int) -> None:
@@ -80,8 +87,14 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None and not (attention and isinstance(attention, str)):
         raise FactorLLMError(f"the config of {label} says attn_implementation = {attention!r}, no name; remove it")
-    if getattr(config, "return_dict", True) is False:
-        raise FactorLLMError(f"the config of {label} says return_dict = False, which hides the logits' name; remove it")
+    for key, value, why in _OUTPUTS:
+        if getattr(config, key, None) is value:
+            raise FactorLLMError(f"the config of {label} says {key} = {value}, {why}; remove it")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not sliding_window(config):
+        raise FactorLLMError(
+            f"the config of {label} says layer_types with sliding_attention and no sliding_window in use; give the "
+            "window, or say full_attention"
+        )
     _check_others(label, config)
     _check_rope(label, config)
 

@@ -145,7 +145,13 @@ def _compare_with_llamacpp(
 def _compare_next(source: GGUFSource, logits: Tensor, wanted: list[tuple[int, float]]) -> None:
     ids, log_probs = zip(*wanted, strict=True)
     got = logits.double().log_softmax(-1)[list(ids)].cpu()
-    error = (got - torch.tensor(log_probs, dtype=torch.float64)).abs().mean().item()
+    theirs = torch.tensor(log_probs, dtype=torch.float64)
+    if not is_finite(theirs):
+        raise FactorLLMError(
+            f"llama.cpp computes NaN or infinity with {source.label}, which it would with a student as well; the file "
+            "is damaged or its activations overflow float16: use another copy, or its safetensors checkpoint"
+        )
+    error = (got - theirs).abs().mean().item()
     exact = source.stored_types <= _EXACT_TYPES
     if not error < (_CLOSE_EXACT if exact else _CLOSE_QUANTISED):
         raise FactorLLMError(
