@@ -293,6 +293,9 @@ def model_of_gguf(path: Path) -> PreTrainedModel:
         weights[name] = values
     model = AutoModelForCausalLM.from_config(config)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    for name, parameter in model.named_parameters():  # biases that a file lacks are zero in llama.cpp
+        if name.endswith(".bias"):
+            weights.setdefault(name, torch.zeros_like(parameter))
     model.load_state_dict(weights)
     return model
 

@@ -316,6 +316,7 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
         ({"intermediate_size": 128}, "gate_proj.weight is 64 x 32"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"sliding_window": 16}, "sliding_window"),
+        ({"sliding_window": [None]}, "sliding_window"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),

@@ -158,6 +158,11 @@ def test_no_tokenizer(refused, own_dense):
     assert "has no tokenizer" in refused(own_dense)
 
 
+def test_sequences_of_one_token(refused, own_dense):
+    edit_json(own_dense / "config.json", max_position_embeddings=1)
+    assert "sequences of one token" in refused(own_dense)
+
+
 def test_ffn_biases_and_other_activations(refused, tmp_path):
     save_dense(LlamaConfig(**BASE | {"mlp_bias": True}), tmp_path / "biased")
     assert "biases in its FFN" in refused(tmp_path / "biased")

@@ -73,7 +73,7 @@ class Settings(BaseModel):
         """The same settings with every `auto` decided for a model.
 
         Raises:
-            FactorLLMError: when the device is not there.
+            FactorLLMError: when the device is not there, or the model's sequences or dtype are none to work with.
         """
         dtype = self.dtype
         if dtype == "auto":
@@ -83,6 +83,8 @@ class Settings(BaseModel):
         device = usable_device(self.device)
         limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
         length = min(limit for limit in limits if limit)
+        if length < 2:
+            raise FactorLLMError("the model reads sequences of one token, in which there is no next one to learn from")
         return self.model_copy(update={"dtype": dtype, "device": device, "length": length})
 
     @property

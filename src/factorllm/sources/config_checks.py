@@ -38,6 +38,8 @@ _OF_OTHERS: dict[str, tuple] = {
 """Keys of other families, with the values beside None that change nothing. transformers' class of a family that lacks a
 key ignores it without a word, and so would the student."""
 
+_OF_EACH_LAYER = {"layer_types", "no_rope_layers"}
+
 _OUTPUTS = (
     ("return_dict", False, "which hides the logits' name"),
     ("output_attentions", True, "for which transformers' sdpa, which is used here, has no way"),
@@ -103,7 +105,7 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
     known = type(config)().to_dict()
     for key in sorted(_OF_OTHERS.keys() & config.to_dict().keys() - known.keys()):
         value = getattr(config, key)
-        said = value if isinstance(value, list) else [value]
+        said = value if isinstance(value, list) and key in _OF_EACH_LAYER else [value]
         if any(one is not None and one not in _OF_OTHERS[key] for one in said):
             raise FactorLLMError(
                 f"the config of {label} says {key} = {str(value)[:80]}, which a {config.model_type} has not and which "
