@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from factorllm.checkpoint import write_text
+from factorllm.runs.workspace import write_text
 
 
 def replace_part(page: Path, mark: str, content: str) -> None:

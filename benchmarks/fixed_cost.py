@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from factorllm import parse_recipe
 from factorllm.engines import EngineProcess, Options
-from factorllm.export import export_gguf
+from factorllm.exporting import export_gguf
 
 NARROW = {
     "vocab_size": 512,

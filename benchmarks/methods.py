@@ -15,14 +15,14 @@ from common import commit, markdown_table, replace_part
 from rich.console import Console
 
 from factorllm import Recipe
+from factorllm.convert.factorize import compare
+from factorllm.convert.partition import METHODS
+from factorllm.convert.route import ROUTERS
 from factorllm.demo import demo_model, demo_text
-from factorllm.partition import METHODS
-from factorllm.pipeline import compare
 from factorllm.report import ModelRow
 from factorllm.report.summary import mean_agreement
-from factorllm.route import ROUTERS
-from factorllm.settings import Settings
-from factorllm.sources.text import public_name
+from factorllm.runs.settings import Settings
+from factorllm.text.calibration import public_name
 
 S2A2E8 = {"shared": 2, "active": 2, "parts": 8}
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from factorllm.demo import demo_text
-from factorllm.sources.text import read_documents
+from factorllm.text.calibration import read_documents
 
 PAGE = 4000
 """Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain."""

@@ -22,18 +22,19 @@ from transformers import PreTrainedModel
 from factorllm import Recipe, parse_recipe
 from factorllm.baselines import block_influence, depth_prune, flap_prune, layers_to_drop
 from factorllm.baselines.depth import shortened_cost
-from factorllm.checkpoint import write_json
+from factorllm.convert.factorize import compare
 from factorllm.demo import demo_model
-from factorllm.evaluate import Cost, cost_of, perplexity
-from factorllm.evaluate.agreement import agreement
-from factorllm.evaluate.cost import dense_shape
-from factorllm.evaluate.tasks import Score, check_tasks, retention, run_task
-from factorllm.pipeline import compare
-from factorllm.progress import Clock
+from factorllm.dense import ModelSource, open_model
+from factorllm.measure import Cost, cost_of, perplexity
+from factorllm.measure.agreement import agreement
+from factorllm.measure.cost import dense_shape
+from factorllm.measure.tasks import Score, check_tasks, retention, run_task
 from factorllm.report import ModelRow
-from factorllm.settings import Settings
-from factorllm.sources import CalibrationText, ModelSource, open_model, read_calibration_text
-from factorllm.sources.text import public_name
+from factorllm.runs.progress import Clock
+from factorllm.runs.settings import Settings
+from factorllm.runs.workspace import write_json
+from factorllm.text import CalibrationText, read_calibration_text
+from factorllm.text.calibration import public_name
 
 ACTIVE_PARTS = {25: 6, 50: 4, 75: 2}
 """Parts of 8 that run for a token, by FFN sparsity in percent."""

@@ -17,10 +17,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import Recipe, factorize, parse_recipe
-from factorllm.bench import Plan, run_bench
-from factorllm.settings import Settings
-from factorllm.sources.pretokenizers import PRE_TOKENIZERS
-from factorllm.sources.text import read_documents
+from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
+from factorllm.measure.speed import Plan, run_bench
+from factorllm.runs.settings import Settings
+from factorllm.text.calibration import read_documents
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32000,

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from factorllm import factorize, parse_recipe
 from factorllm.demo import demo_model
-from factorllm.evaluate import cost_of, perplexity
-from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
-from factorllm.sources.text import public_name
+from factorllm.dense import open_model
+from factorllm.measure import cost_of, perplexity
+from factorllm.runs.settings import Settings
+from factorllm.text import read_calibration_text
+from factorllm.text.calibration import public_name
 
 
 def main() -> None:

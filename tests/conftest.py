@@ -31,7 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from factorllm.settings import Settings
+from factorllm.runs.settings import Settings
 
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 

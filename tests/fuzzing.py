@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from factorllm import cli, factorize
+from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.errors import FactorLLMError
-from factorllm.export import export_gguf
-from factorllm.settings import Settings
-from factorllm.sources.pretokenizers import PRE_TOKENIZERS
+from factorllm.exporting import export_gguf
+from factorllm.runs.settings import Settings
 
 ALL_RUN = "S2A6E8"
 """A recipe whose students are the dense model itself."""

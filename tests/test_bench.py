@@ -9,10 +9,10 @@ from rich.console import Console
 from test_export import factorized
 
 from factorllm import factorize
-from factorllm.bench import Plan, run_bench
-from factorllm.bench.measure import Measure
-from factorllm.bench.subjects import Subject
-from factorllm.evaluate.cost import Cost
+from factorllm.measure.cost import Cost
+from factorllm.measure.speed import Plan, run_bench
+from factorllm.measure.speed.subjects import Subject
+from factorllm.measure.speed.timing import Measure
 
 TINY = Plan(rounds=2, prompts=(8, 16), context=8, steps=2, batches=(1, 2), threads=(1,))
 

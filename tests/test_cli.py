@@ -22,7 +22,7 @@ from factorllm import factorize
 from factorllm.cli import app
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.hosts.table import NARROWEST, host_table
-from factorllm.inspection import read_provenance
+from factorllm.student.read import read_provenance
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_a_server(made):  # noqa: F811
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = "import factorllm.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
+    code = "import factorllm.engines.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
     code += "xllamacpp.Server = lambda params: types.SimpleNamespace(listening_address='here');"
     code += "from factorllm.cli import main; main()"
     command = [sys.executable, "-uc", code, "serve", str(made), "--port", port]

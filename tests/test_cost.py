@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from factorllm import factorize, parse_recipe
-from factorllm.evaluate import cost_of
-from factorllm.evaluate.cost import dense_shape
+from factorllm.measure import cost_of
+from factorllm.measure.cost import dense_shape
 
 ATTENTION_PRODUCTS = ("scaled_dot_product", "bmm", "_sdp")
 

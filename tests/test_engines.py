@@ -7,7 +7,7 @@ from test_export import save_model
 
 from factorllm import FactorLLMError
 from factorllm.engines import EngineProcess, Options, engine_name
-from factorllm.export import export_gguf
+from factorllm.exporting import export_gguf
 
 
 @pytest.fixture(scope="module")

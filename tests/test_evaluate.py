@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
-from factorllm.evaluate import scores
-from factorllm.evaluate.agreement import agreement
-from factorllm.evaluate.scores import evaluate
-from factorllm.evaluate.settings import EvalSettings
-from factorllm.evaluate.tasks import TASKS, Score, check_tasks, local_task, retention, run_task
-from factorllm.inspection import read_provenance
+from factorllm.measure import scores
+from factorllm.measure.agreement import agreement
+from factorllm.measure.scores import evaluate
+from factorllm.measure.settings import EvalSettings
+from factorllm.measure.tasks import TASKS, Score, check_tasks, local_task, retention, run_task
 from factorllm.report import score_table
-from factorllm.settings import Settings
+from factorllm.runs.settings import Settings
+from factorllm.student.read import read_provenance
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -108,7 +108,7 @@ def test_the_harness_scores_as_lm_evals_own_model_does(dense_folder):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from factorllm.evaluate.harness import Harness
+    from factorllm.measure.harness import Harness
 
     contexts = ["A", "The moon is", "Which of these is a metal?\nAnswer:", "x" * 70, *string.digits]
     continuations = [*string.printable, " a", " iron", " a long answer with many words", "y" * 40]

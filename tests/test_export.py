@@ -15,11 +15,11 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params
-from factorllm.export import FILE_TYPES, export_gguf
+from factorllm.exporting import FILE_TYPES, export_gguf
 from factorllm.hosts import HOSTS
-from factorllm.sources.pretokenizers import PRE_TOKENIZERS
 
 VOCABULARY = 300
 PROMPTS = 12

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from factorllm import Recipe, factorize
-from factorllm.partition import METHODS
-from factorllm.route import ROUTERS
-from factorllm.settings import Settings
-from factorllm.sources import read_calibration_text
+from factorllm.convert.partition import METHODS
+from factorllm.convert.route import ROUTERS
+from factorllm.runs.settings import Settings
+from factorllm.text import read_calibration_text
 
 
 def contents(folder) -> dict[str, bytes]:

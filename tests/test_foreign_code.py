@@ -23,14 +23,14 @@ from rich.console import Console
 from test_bench import TINY
 
 import factorllm
+import factorllm.engines.serve
 import factorllm.engines.vllm
-import factorllm.serve
 from factorllm import FactorLLMError
-from factorllm.bench import run_bench
+from factorllm.dense import open_model
 from factorllm.engines import EngineProcess, Options
-from factorllm.inspection import load_student
-from factorllm.serve import ServeSettings, vllm_arguments
-from factorllm.sources import open_model
+from factorllm.engines.serve import ServeSettings, vllm_arguments
+from factorllm.measure.speed import run_bench
+from factorllm.student.read import load_student
 
 AUTO_MAP = {
     "AutoConfig": "configuration_x.XConfig",
@@ -214,7 +214,7 @@ def test_eval_report_and_inspect(student, dense, tmp_path, text):
 
 def test_a_task_that_is_scored(student, dense, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setitem(factorllm.evaluate.scores.evaluate.__kwdefaults__, "cache", tmp_path / "cache")
+    monkeypatch.setitem(factorllm.measure.scores.evaluate.__kwdefaults__, "cache", tmp_path / "cache")
     question = {"query": "the router", "choices": ["a token", "an expert"], "gold": 0}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copa.jsonl").write_text("\n".join([json.dumps(question)] * 4))
@@ -257,7 +257,7 @@ def test_serve(student, monkeypatch):
     """Up to where it would wait for clients."""
     waited = []
     event = types.SimpleNamespace(wait=lambda: waited.append(True))
-    monkeypatch.setattr("factorllm.serve.threading", types.SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr("factorllm.engines.serve.threading", types.SimpleNamespace(Event=lambda: event))
     made("serve", student, "--engine", "llamacpp", "--type", "f32", "--context", 64, "--port", free_port())
     assert waited
 
@@ -328,7 +328,7 @@ def test_the_server_of_vllm_is_not_told_to_run_code(clean, traps, monkeypatch):
         arguments = vllm_arguments(clean / "dense", ServeSettings(context=64), gpus)
         assert not [word for word in arguments if "trust" in word]
     calls = []
-    monkeypatch.setattr("factorllm.serve.installed", lambda engine: True)
+    monkeypatch.setattr("factorllm.engines.serve.installed", lambda engine: True)
     monkeypatch.setattr(subprocess, "call", lambda command, **options: calls.append((command, options)) or 0)
     made("serve", clean / "dense", "--engine", "vllm", "--context", 64)
     (command, options), *_ = calls

@@ -54,11 +54,12 @@ from mutations import (
 )
 from safetensors.torch import load_file
 
+from factorllm.dense import open_model
 from factorllm.hosts import choose_host
-from factorllm.inspection import read_partitions, read_provenance
 from factorllm.recipe import parse_recipe
-from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
+from factorllm.runs.settings import Settings
+from factorllm.student.read import read_partitions, read_provenance
+from factorllm.text import read_calibration_text
 
 IN_CI, SLOWLY = 2_000, 10_000
 FEW = ("--tokens", 64, "--no-baseline", "--device", "cpu")
@@ -958,13 +959,13 @@ _STUDENT_CONFIG = {
 def _students(bases: Bases) -> Sampled:
     made, partition = (
         bases.json("students/sparse/factorllm.json"),
-        bases.json("students/sparse/factorllm.partition.json"),
+        bases.json("students/sparse/factorllm.convert.partition.json"),
     )
     config = bases.json("students/sparse/config.json")
     likely_partition = {(0,): ([], None, [0] * 64), (0, 0): (-1, 64, 1, 0.5, None), (1,): (MISSING,)}
     files = {
         "factorllm.json": edits_of(made, _MADE),
-        "factorllm.partition.json": edits_of(partition, likely_partition),
+        "factorllm.convert.partition.json": edits_of(partition, likely_partition),
         "config.json": edits_of(config, _STUDENT_CONFIG),
     }
     edited = [

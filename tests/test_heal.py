@@ -23,18 +23,19 @@ from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from factorllm import FactorLLMError, Recipe, factorize
-from factorllm.evaluate import perplexity
-from factorllm.heal import HealSettings, heal
-from factorllm.heal.experts import use_autocast
-from factorllm.heal.job import open_heal_job
-from factorllm.heal.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
-from factorllm.heal.students import set_learning
-from factorllm.inspection import load_student
+from factorllm.convert.route import pa_loss
+from factorllm.dense import open_model
+from factorllm.healing import HealSettings, heal
+from factorllm.healing.experts import use_autocast
+from factorllm.healing.job import open_heal_job
+from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
+from factorllm.healing.students import set_learning
+from factorllm.measure import perplexity
 from factorllm.recipe import parse_recipe
-from factorllm.route import pa_loss
-from factorllm.route.loaded import Routers, is_router
-from factorllm.settings import Settings
-from factorllm.sources import open_model, read_calibration_text
+from factorllm.runs.settings import Settings
+from factorllm.student.read import load_student
+from factorllm.student.routers import Routers, is_router
+from factorllm.text import read_calibration_text
 
 MADE_WITH = Settings(tokens=4096, held_out_tokens=512, length=64, baseline=False)
 QUICK = HealSettings(
@@ -399,10 +400,10 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
     refused("too short", settings=QUICK.model_copy(update={"tokens": 10_000_000}))
     older = tmp_path / "older"
     shutil.copytree(student, older)
-    (older / "factorllm.partition.json").write_text("[[1, 1]]")
+    (older / "factorllm.convert.partition.json").write_text("[[1, 1]]")
     refused("is damaged", student=older)
-    (older / "factorllm.partition.json").unlink()
-    refused("has no factorllm.partition.json", student=older)
+    (older / "factorllm.convert.partition.json").unlink()
+    refused("has no factorllm.convert.partition.json", student=older)
     for name, value in {"label_weight": math.inf, "learning_rate": math.nan, "rate": 1e-4}.items():
         with pytest.raises(ValidationError, match=name):
             HealSettings(**{name: value})

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
 from factorllm.hosts import choose_host
-from factorllm.inspection import read_partitions
+from factorllm.student.read import read_partitions
 
 HOSTS_OF = {
     **dict.fromkeys(CONFIGS, ("mixtral", "granitemoeshared", "qwen2_moe", "glm4_moe")),

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, factorize
 from factorllm import checkpoint as module
-from factorllm.export import export_gguf
-from factorllm.heal import HealSettings, heal
-from factorllm.sample import sample
-from factorllm.settings import Settings
+from factorllm.exporting import export_gguf
+from factorllm.healing import HealSettings, heal
+from factorllm.runs.settings import Settings
+from factorllm.text.sample import sample
 
 SETTINGS = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
 HEALING = HealSettings(tokens=1024, validation_tokens=256, evaluations=1, precision="float32")
@@ -239,7 +239,7 @@ def test_a_kill_just_after_publishing_leaves_nothing(run, tmp_path, monkeypatch)
 def test_overwrite_replaces_only_at_the_end(run, own, monkeypatch):
     before = contents(own)
     with monkeypatch.context() as patch:
-        patch.setattr("factorllm.pipeline._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("factorllm.convert.factorize._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(own, recipe="S1A1E4", overwrite=True)
     assert {name: data for name, data in tree(own).items() if name in before} == before
@@ -269,13 +269,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run, tmp_pa
 def test_what_is_needed_at_the_end_is_looked_at_before_the_work(run, tmp_path, monkeypatch):
     save_dense(CONFIGS["gqa-tied"], tmp_path / "dense")
     (tmp_path / "dense" / "generation_config.json").write_text('{"num_return_sequences": 3}')
-    monkeypatch.setattr("factorllm.pipeline._convert_layers", None)
+    monkeypatch.setattr("factorllm.convert.factorize._convert_layers", None)
     with pytest.raises(FactorLLMError, match="num_return_sequences"):
         run(tmp_path / "out", model=tmp_path / "dense")
 
 
 def test_healing_looks_at_the_end_before_the_work(own, dense_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorllm.heal.run._ask_teacher", None)
+    monkeypatch.setattr("factorllm.healing.run._ask_teacher", None)
     options = {"text": str(text_file), "settings": HEALING}
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     with monkeypatch.context() as patch:
@@ -415,7 +415,7 @@ def test_healing_copies_what_belongs_to_a_checkpoint(own, dense_folder, text_fil
 def test_an_interruption_says_what_becomes_of_the_work(command, says, dense_folder, text_file, tmp_path):
     words = command.format(model=dense_folder, out=tmp_path / "out", text=text_file).split()
     hang = (
-        "import factorllm.sources.model as m, time; m.ModelSource._check = lambda self: (print('here'), time.sleep(60))"
+        "import factorllm.dense.model as m, time; m.ModelSource._check = lambda self: (print('here'), time.sleep(60))"
     )
     code = f"{hang}; from factorllm.cli import main; main()"
     process = subprocess.Popen(

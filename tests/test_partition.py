@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from factorllm.ffn import FFN, neuron_energy
-from factorllm.partition import METHODS, keep_top_energy, partition, partition_from_labels, partition_from_order
-from factorllm.partition.balanced import balanced_assignment
-from factorllm.partition.energy import expert_picks
+from factorllm.convert.partition import METHODS, keep_top_energy, partition, partition_from_labels, partition_from_order
+from factorllm.convert.partition.balanced import balanced_assignment
+from factorllm.convert.partition.energy import expert_picks
+from factorllm.dense.ffn import FFN, neuron_energy
 from factorllm.recipe import Shape
 
 

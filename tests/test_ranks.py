@@ -10,7 +10,7 @@ import torch
 from conftest import LAUNCH_TWO, relative_error
 from safetensors.torch import load_file
 
-from factorllm.inspection import PARTITION_FILE
+from factorllm.student.read import PARTITION_FILE
 
 BATCH = 2048  # tokens
 ONE = ["-m", "factorllm"]

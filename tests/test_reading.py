@@ -15,11 +15,11 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense import open_model
+from factorllm.dense.layer import DenseLayer
 from factorllm.engines import EngineProcess, Options
-from factorllm.export import export_gguf
-from factorllm.settings import Settings
-from factorllm.sources import open_model
-from factorllm.stream import DenseLayer
+from factorllm.exporting import export_gguf
+from factorllm.runs.settings import Settings
 
 CPU = torch.device("cpu")
 FEW = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
@@ -369,7 +369,7 @@ def test_a_streamed_model_that_is_not_the_one_of_transformers_stops_the_run(
 def test_a_model_that_does_not_fit_in_memory_is_compared_in_its_first_layers(
     dense_folder, tmp_path, text_file, small, monkeypatch
 ):
-    monkeypatch.setattr("factorllm.sources.reference.available_memory", lambda: 0)
+    monkeypatch.setattr("factorllm.dense.reference.available_memory", lambda: 0)
     attend, seen = DenseLayer.attend, []
     monkeypatch.setattr(DenseLayer, "attend", lambda layer, stream: seen.append(layer) or attend(layer, stream))
     out = tmp_path / "out"
@@ -384,7 +384,7 @@ def test_a_gguf_file_that_llamacpp_computes_otherwise_stops_the_run(plain, tmp_p
     def damaged(source, name):
         return read(source, name) * (1.5 if name.endswith("layers.1.mlp.up_proj.weight") else 1)
 
-    monkeypatch.setattr("factorllm.sources.gguf.GGUFSource._read", damaged)
+    monkeypatch.setattr("factorllm.dense.gguf.file.GGUFSource._read", damaged)
     with pytest.raises(FactorLLMError, match=r"not the model that llama\.cpp computes"):
         factorize(str(plain), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
 

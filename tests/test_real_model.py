@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from factorllm import Recipe, factorize
 from factorllm.demo import demo_model, demo_text
-from factorllm.evaluate import complete
-from factorllm.inspection import load_student
-from factorllm.settings import Settings
-from factorllm.sources import open_model
+from factorllm.dense import open_model
+from factorllm.measure import complete
+from factorllm.runs.settings import Settings
+from factorllm.student.read import load_student
 
 PROMPTS = (
     "The capital of France is",

@@ -14,12 +14,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
-from factorllm.evaluate.routing import route_prompt, specialisation
-from factorllm.evaluate.tasks import Score
+from factorllm.measure.routing import route_prompt, specialisation
+from factorllm.measure.tasks import Score
 from factorllm.report.findings import gather
 from factorllm.report.page import write_report
 from factorllm.report.tokens import coloured_tokens, legend
-from factorllm.settings import Settings
+from factorllm.runs.settings import Settings
 
 QUIET = Console(quiet=True)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)

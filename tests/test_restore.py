@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from factorllm.ffn import FFN
+from factorllm.convert.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
+from factorllm.dense.ffn import FFN
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
-from factorllm.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
 
 SHAPE = Shape(20, 8, 4, 3, 2)
 ONE_EXPERT, NONE_SHARED = Shape(20, 8, 4, 3, 1), Shape(20, 0, 4, 5, 1)

@@ -14,7 +14,7 @@ from test_factorize import contents
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
-from factorllm.settings import Settings
+from factorllm.runs.settings import Settings
 
 LAYERS = 8
 SETTINGS = Settings(tokens=12_288, held_out_tokens=512, length=64, tune=1)
@@ -34,7 +34,7 @@ def run(deep_folder, out, text_file, **options):
 SCRIPT = """
 import sys
 from factorllm import factorize
-from factorllm.settings import Settings
+from factorllm.runs.settings import Settings
 settings = Settings(**{settings!r})
 factorize(sys.argv[1], sys.argv[2], "S2A2E8", text=sys.argv[3], settings=settings)
 """
@@ -150,7 +150,7 @@ def test_a_foreign_partial_folder_is_left_alone(deep_folder, text_file, tmp_path
 def test_a_full_disk_is_explained_and_the_run_goes_on_later(deep_folder, text_file, tmp_path, monkeypatch):
     import errno
 
-    import factorllm.pipeline as pipeline
+    import factorllm.convert.factorize as pipeline
 
     out, write = tmp_path / "out", pipeline.write_shard
 

@@ -1,12 +1,9 @@
 import pytest
 import torch
 
-from factorllm.ffn import FFN
-from factorllm.hosts.gates import SIGMOID, SOFTMAX_OF_ALL, SOFTMAX_OF_SELECTED
-from factorllm.partition import partition
-from factorllm.partition.energy import expert_picks
-from factorllm.recipe import Shape
-from factorllm.route import (
+from factorllm.convert.partition import partition
+from factorllm.convert.partition.energy import expert_picks
+from factorllm.convert.route import (
     FLATTEN,
     can_refine,
     expert_scores,
@@ -17,6 +14,9 @@ from factorllm.route import (
     refine_router,
     set_errors,
 )
+from factorllm.dense.ffn import FFN
+from factorllm.hosts.gates import SIGMOID, SOFTMAX_OF_ALL, SOFTMAX_OF_SELECTED
+from factorllm.recipe import Shape
 
 SHAPE = Shape(48, 12, 6, 6, 2)
 

@@ -6,12 +6,12 @@ import torch
 from conftest import byte_tokenizer
 
 from factorllm import sample as module
+from factorllm.dense import open_model
 from factorllm.errors import FactorLLMError
-from factorllm.sample import sample
-from factorllm.settings import Settings
-from factorllm.sources import open_model
-from factorllm.sources.sampling import BATCH, chat_opening, sample_from_model, start_token
-from factorllm.sources.text import read_documents
+from factorllm.runs.settings import Settings
+from factorllm.text.calibration import read_documents
+from factorllm.text.sample import sample
+from factorllm.text.sampling import BATCH, chat_opening, sample_from_model, start_token
 
 SETTINGS = Settings(tokens=2 * BATCH * 32, length=32)
 

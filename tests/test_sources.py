@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
 
-from factorllm.sources import open_model
-from factorllm.sources.text import read_documents
+from factorllm.dense import open_model
+from factorllm.text.calibration import read_documents
 
 DOCUMENTS = ["first document", "second one", "the third"]
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from factorllm import FactorLLMError, factorize, pipeline
-from factorllm.heal import HealSettings, heal
-from factorllm.heal.run import FactorTrainer
-from factorllm.route.loaded import is_router
-from factorllm.settings import Settings
-from factorllm.stored import refuse_unquantisable
+from factorllm.healing import HealSettings, heal
+from factorllm.healing.run import FactorTrainer
+from factorllm.runs.settings import Settings
+from factorllm.runs.stored import refuse_unquantisable
+from factorllm.student.routers import is_router
 
 SMALL = Settings(tokens=1024, held_out_tokens=256, length=64, baseline=False)
 DOWN = "model.layers.0.mlp.down_proj.weight"

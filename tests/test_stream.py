@@ -2,8 +2,9 @@ import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
 
-from factorllm.sources import open_model
-from factorllm.stream import LayerLoader, Rows
+from factorllm.dense import open_model
+from factorllm.dense.layer import LayerLoader
+from factorllm.runs.rows import Rows
 
 
 @pytest.mark.parametrize("name", CONFIGS)

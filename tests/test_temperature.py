@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from factorllm.temperature import fit_logit_scale
+from factorllm.convert.temperature import fit_logit_scale
 
 TEACHER = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
 

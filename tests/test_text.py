@@ -14,12 +14,12 @@ from conftest import byte_tokenizer
 from rich.console import Console
 
 from factorllm import FactorLLMError, factorize
-from factorllm.evaluate.scores import evaluate
-from factorllm.evaluate.settings import EvalSettings
-from factorllm.settings import Settings
-from factorllm.sources import read_calibration_text
-from factorllm.sources.parts import open_text
-from factorllm.sources.text import read_documents
+from factorllm.measure.scores import evaluate
+from factorllm.measure.settings import EvalSettings
+from factorllm.runs.settings import Settings
+from factorllm.text import read_calibration_text
+from factorllm.text.calibration import read_documents
+from factorllm.text.parts import open_text
 
 END = 257
 SMALL = Settings(tokens=512, held_out_tokens=128, length=32)

@@ -9,7 +9,7 @@ __all__ = ["FactorLLMError", "Recipe", "Shape", "factorize", "parse_recipe"]
 def __getattr__(name: str):
     # torch and transformers take seconds to import; `factorllm --help` needs neither.
     if name == "factorize":
-        from factorllm.pipeline import factorize
+        from factorllm.convert.factorize import factorize
 
         return factorize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

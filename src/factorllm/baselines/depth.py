@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
-from factorllm.evaluate.cost import Cost, cost_of, dense_shape
+from factorllm.measure.cost import Cost, cost_of, dense_shape
 
 
 @torch.inference_mode()

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
+from factorllm.dense.ffn import FFN
 from factorllm.errors import FactorLLMError
-from factorllm.ffn import FFN
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import time
 import torch
 from transformers import Cache, DynamicCache
 
+from factorllm.dense.pretrained import load_pretrained
 from factorllm.engines.base import Engine, Options, random_tokens
-from factorllm.evaluate.generate import next_logits
-from factorllm.pretrained import load_pretrained
+from factorllm.measure.generate import next_logits
 
 
 class Transformers(Engine):

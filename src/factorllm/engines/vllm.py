@@ -7,9 +7,9 @@ import os
 import time
 from pathlib import Path
 
+from factorllm.dense.families import head_dim
+from factorllm.dense.pretrained import load_config
 from factorllm.engines.base import Engine, Options, random_tokens
-from factorllm.families import head_dim
-from factorllm.pretrained import load_config
 
 _CACHE_SLACK = 256  # tokens of a sequence beyond its context: vLLM gives memory in blocks
 

@@ -12,7 +12,7 @@ import os
 import sys
 
 from factorllm.engines.base import Engine, Options
-from factorllm.memory import peak_memory
+from factorllm.runs.memory import peak_memory
 
 CLASSES = {"transformers": "Transformers", "llamacpp": "LlamaCpp", "vllm": "Vllm"}
 """Engine classes by the name of their module."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.families import head_dim, normalises_heads, sliding_window
-from factorllm.ffn import FFN
+from factorllm.dense.families import head_dim, normalises_heads, sliding_window
+from factorllm.dense.ffn import FFN
+from factorllm.dense.gguf.rope import reason_against_rope
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
-from factorllm.sources.gguf_rope import reason_against_rope
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.families import FAMILIES
+from factorllm.dense.families import FAMILIES
 from factorllm.hosts.base import Host, Stored, StudentFFN
 from factorllm.recipe import Shape
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads
+from factorllm.dense.families import biased_projections, head_dim, normalises_heads
 from factorllm.hosts.base import (
     MoeHost,
     Stored,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim
+from factorllm.dense.families import biased_projections, head_dim
 from factorllm.hosts.base import (
     MoeHost,
     Stored,

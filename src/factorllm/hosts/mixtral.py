@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from factorllm.families import biased_projections, head_dim, sliding_window
+from factorllm.dense.families import biased_projections, head_dim, sliding_window
 from factorllm.hosts.base import (
     MoeHost,
     Stored,

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, Qwen2MoeConfig
 
-from factorllm.families import biased_projections, head_dim, sliding_window
-from factorllm.ffn import FFN
+from factorllm.dense.families import biased_projections, head_dim, sliding_window
+from factorllm.dense.ffn import FFN
 from factorllm.hosts.base import (
     MoeHost,
     Stored,

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from factorllm.families import biased_projections, head_dim, normalises_heads
+from factorllm.dense.families import biased_projections, head_dim, normalises_heads
 from factorllm.hosts.base import (
     MoeHost,
     Stored,

@@ -14,16 +14,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.dense import open_model
+from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.evaluate import complete
-from factorllm.evaluate.routing import Specialisation, expert_picks_for, specialisation
-from factorllm.evaluate.tasks import TASKS, Score
-from factorllm.inspection import load_student, read_provenance
-from factorllm.progress import meter
-from factorllm.route.loaded import Routers
-from factorllm.settings import usable_device
-from factorllm.sources import open_model
-from factorllm.sources.safetensors import read_tokenizer
+from factorllm.measure import complete
+from factorllm.measure.routing import Specialisation, expert_picks_for, specialisation
+from factorllm.measure.tasks import TASKS, Score
+from factorllm.runs.progress import meter
+from factorllm.runs.settings import usable_device
+from factorllm.student.read import load_student, read_provenance
+from factorllm.student.routers import Routers
 
 _INSTEAD = "give the file that factorllm eval -o wrote with --scores, and speed.json of bench -o with --speed"
 

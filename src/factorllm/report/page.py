@@ -7,9 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from factorllm.checkpoint import write_text
-from factorllm.evaluate.tasks import TASKS, Score, retention
-from factorllm.output import check_own_files
+from factorllm.measure.tasks import TASKS, Score, retention
 from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
 from factorllm.report.plots import (
@@ -24,6 +22,8 @@ from factorllm.report.plots import (
 )
 from factorllm.report.summary import LABELS, mean_agreement
 from factorllm.report.template import read_template
+from factorllm.runs.output import check_own_files
+from factorllm.runs.workspace import write_text
 
 SPECIALISED = 1.5
 """From this many times the difference within one text on, experts are said to depend on the kind."""

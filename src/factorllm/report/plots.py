@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from factorllm.evaluate.routing import Specialisation
+from factorllm.measure.routing import Specialisation
 from factorllm.report.summary import LABELS
 
 _NARROW = (4.2, 3.0)  # inches; its text can still be read on a phone

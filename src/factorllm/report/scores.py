@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from factorllm.evaluate.scores import Evaluation
-from factorllm.evaluate.tasks import TASKS, Score, retention
-from factorllm.output import Kind, read_json
+from factorllm.measure.scores import Evaluation
+from factorllm.measure.tasks import TASKS, Score, retention
+from factorllm.runs.output import Kind, read_json
 
 
 def _read_scores(path: Path) -> dict | None:

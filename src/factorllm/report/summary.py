@@ -9,9 +9,9 @@ from statistics import mean
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from factorllm.evaluate.cost import Cost
-from factorllm.output import read_json
+from factorllm.measure.cost import Cost
 from factorllm.recipe import Recipe
+from factorllm.runs.output import read_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from factorllm.evaluate.routing import RoutedPrompt
+from factorllm.measure.routing import RoutedPrompt
 from factorllm.report.summary import Summary, layer_table, result_table
 from factorllm.report.tokens import coloured_tokens, legend
 

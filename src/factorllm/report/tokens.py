@@ -8,7 +8,7 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from factorllm.evaluate.routing import RoutedPrompt
+from factorllm.measure.routing import RoutedPrompt
 
 
 def coloured_tokens(routed: RoutedPrompt, in_colour: bool) -> Text:

@@ -1,0 +1,1 @@
+"""From a dense model to a sparse one, layer by layer."""

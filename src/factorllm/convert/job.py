@@ -1,0 +1,175 @@
+"""A run, opened and checked: the dense model, the text, the students, and the workspace that it may go on in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig
+
+from factorllm.dense import ModelSource, open_model
+from factorllm.dense.reference import check_against_references
+from factorllm.hosts import Host, choose_host
+from factorllm.measure import cost_of
+from factorllm.measure.cost import Cost
+from factorllm.recipe import Recipe, Shape
+from factorllm.runs.disk import explain_full_disk, require_space
+from factorllm.runs.identity import common_identity
+from factorllm.runs.output import CHECKPOINT, check_output, located
+from factorllm.runs.ranks import Ranks
+from factorllm.runs.rows import Rows
+from factorllm.runs.settings import Settings
+from factorllm.runs.workspace import Workspace, finish_publishing, is_done_already, write_shard
+from factorllm.text import CalibrationText, read_calibration_text
+
+
+@dataclass(frozen=True)
+class Student:
+    """One model that is being made: the factorised one, or the static prune that it is compared with.
+
+    Attributes:
+        folder: the unfinished checkpoint.
+    """
+
+    name: str
+    recipe: Recipe
+    shape: Shape
+    host: Host
+    folder: Path
+
+    def cost(self, dense: PreTrainedConfig) -> Cost:
+        """What it holds and runs, in its host."""
+        return cost_of(dense, self.shape, head_apart=not self.host.ties_embeddings)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop over layers needs, opened and checked.
+
+    Attributes:
+        identity: everything that decides the bytes of the result.
+        licence: what the dense model states, if it states one.
+    """
+
+    source: ModelSource
+    identity: dict
+    licence: str | None
+    text: CalibrationText
+    students: list[Student]
+    settings: Settings
+    work: Workspace
+    ranks: Ranks
+    console: Console
+
+    @property
+    def layers(self) -> int:
+        return self.source.config.num_hidden_layers
+
+    def stream(self, name: str, layer: int) -> Rows:
+        """Hidden states of `name` before `layer`, on disk."""
+        path = self.work.folder_at("streams") / f"{name}.{layer:04d}.rows"
+        sequences, length = self.text.calibration.shape
+        return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype, self.ranks)
+
+    @property
+    def stream_names(self) -> list[str]:
+        return ["teacher", *(student.name for student in self.students)]
+
+
+@contextmanager
+def open_job(
+    model: str,
+    out: str | Path,
+    recipes: dict[str, Recipe],
+    text: str | None,
+    settings: Settings,
+    overwrite: bool,
+    console: Console | None,
+) -> Iterator[Job | None]:
+    """Open and check everything, the cheap checks first; hold the workspace while the block runs.
+
+    Under `accelerate launch` every process gets the same job, and the first one writes. None stands for a job that is
+    done: `out` was made by the same one.
+    """
+    out = located(out)
+    finish_publishing(out)
+    check_output(out, CHECKPOINT, [model, text])
+    source = open_model(model)
+    config = source.config
+    shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
+    hosts = _choose_hosts(shapes, settings.host, config)
+    settings = settings.resolve(config)
+    ranks = Ranks(settings)
+    settings = settings.model_copy(update={"device": str(ranks.device)})
+    console = ranks.console(console)
+    tokenizer = source.tokenizer()
+    source.generation_config()  # needed at the end only, but a damaged one must be refused before the work
+    console.print(f"reading {source.label}", markup=False)
+    if source.note:
+        console.print(source.note, highlight=False, markup=False, soft_wrap=True)
+    identity = {
+        "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
+        "model": source.fingerprint,
+        **common_identity(text, settings),
+    }
+    if not overwrite and is_done_already(out, identity, ranks.is_main):
+        yield None
+        return
+    with explain_full_disk(out):
+        with ranks.main_first():
+            work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
+        with work:
+            students = [
+                Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
+                for name, recipe in recipes.items()
+            ]
+            with ranks.main_first():
+                calibration = _read_text(work, source, tokenizer, text, settings, console)
+            job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
+            _check_disk(job)
+            with ranks.main_first():
+                if ranks.is_main and not work.layers_done:
+                    check_against_references(source, tokenizer, settings.length, ranks.device, console)
+            yield job
+
+
+def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:
+    """The user's choice of host is for the student; the models that it is compared with take what fits them."""
+    return {name: choose_host(wanted if name == "student" else "auto", config, shape) for name, shape in shapes.items()}
+
+
+def _read_text(
+    work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
+) -> CalibrationText:
+    """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
+    path = work.folder / "tokens.safetensors"
+    if path.exists():
+        return CalibrationText.from_tensors(load_file(path), text)
+    if text is None:
+        console.print("no --text given: sampling calibration text from the model itself")
+    read = read_calibration_text(
+        text,
+        tokenizer,
+        settings,
+        load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+        console=console,
+    )
+    write_shard(path, read.tensors())
+    return read
+
+
+def _check_disk(job: Job) -> None:
+    """Refuse before the work when the disk is plainly too small."""
+    config, text = job.source.config, job.text
+    stored = job.settings.stored_dtype.itemsize
+    weights = sum(student.cost(config).total_parameters * stored for student in job.students)
+    streams = (
+        2 * len(job.stream_names) * text.calibration.numel() * config.hidden_size * job.settings.compute_dtype.itemsize
+    )
+    if job.work.layers_done == 0:
+        instead = "free some, choose another output folder, or use fewer --tokens"
+        require_space(job.work.out, weights + streams, instead)

@@ -1,0 +1,49 @@
+"""How sure a student is of its next token. Its last hidden states carry the errors of all layers, and a softmax takes
+errors for evidence, so a student is surer than it should be. One factor on its logits repairs that."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, rms_norm
+
+from factorllm.runs.rows import Rows
+
+_LOGITS = 1 << 26  # elements to fit on: 256 MiB in fp32, 1,365 tokens of a vocabulary of 49,152
+_BOUNDS = (0.25, 2.0)
+_TOLERANCE = 1e-3
+
+
+def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
+    """The factor on the student's logits that brings its distributions nearest to the teacher's.
+
+    It is the inverse of the temperature of temperature scaling (arXiv 1706.04599), fitted on the teacher's
+    distributions instead of labels. `KL(teacher || student)` is convex in it.
+
+    Args:
+        teacher: (n, vocabulary) logits, fp32.
+        student: (n, vocabulary) logits for the same tokens, fp32.
+    """
+    wanted = teacher.softmax(dim=1)
+
+    def loss(scale: float) -> float:
+        return kl_div(log_softmax(student * scale, dim=1), wanted, reduction="batchmean").item()
+
+    best = minimize_scalar(loss, bounds=_BOUNDS, method="bounded", options={"xatol": _TOLERANCE})
+    return float(best.x) if best.fun < loss(1.0) else 1.0
+
+
+def sample_logits(stream: Rows, norm: Tensor, eps: float, head: Tensor) -> Tensor:
+    """Logits of as many tokens, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
+
+    Args:
+        stream: hidden states after the last layer, (sequences, length, d).
+        norm: (d,) weight of the final norm.
+        eps: of the final norm.
+        head: (vocabulary, d).
+    """
+    tokens = max(_LOGITS // len(head), 1)
+    stride = -(-stream.sequences * stream.length // tokens)
+    rows = torch.cat([stream.read(run, head.device).flatten(0, 1)[::stride] for run in stream.all_runs()]).float()
+    return rms_norm(rows, norm.shape, norm.float(), eps) @ head.float().T

@@ -1,0 +1,40 @@
+"""A dense model, read lazily, tensor by tensor: from a folder of safetensors, a GGUF file, or the hub."""
+
+from pathlib import Path
+
+from factorllm.dense.gguf.file import GGUFSource
+from factorllm.dense.model import ModelSource
+from factorllm.dense.safetensors import SafetensorsSource, download
+from factorllm.errors import FactorLLMError, refusing
+
+__all__ = ["ModelSource", "local_path", "open_model"]
+
+
+def local_path(model: str) -> Path:
+    """A model's path on this machine, if it is one.
+
+    Raises:
+        FactorLLMError: for what no path can be: a name that is too long.
+    """
+    with refusing(model, "it is no path that can be there: check it"):
+        path = Path(model).expanduser()
+        (path / "config.json").exists()
+    return path
+
+
+def open_model(model: str) -> ModelSource:
+    """Open a dense model: the path of a folder or of a `.gguf` file, or a hub id `owner/name`.
+
+    Raises:
+        FactorLLMError: when there is no such model, it is damaged, or its family is not supported.
+    """
+    path = local_path(model)
+    if path.is_dir():
+        return SafetensorsSource(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GGUFSource(path)
+        raise FactorLLMError(f"{model} is a file, but not a .gguf; give a model folder, a .gguf file or a hub id")
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise FactorLLMError(f"no such model: {model} is neither a folder, a .gguf file nor a hub id (owner/name)")
+    return SafetensorsSource(download(model), label=model)

@@ -1,0 +1,127 @@
+"""What a config can say that changes the model and that is not applied here: each is a refusal that names it."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedConfig
+
+from factorllm.dense.families import sliding_window
+from factorllm.errors import FactorLLMError
+
+_OF_OTHERS: dict[str, tuple] = {
+    "attention_bias": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (0,),
+    "clip_qkv": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (0,),
+    "layer_types": ("full_attention",),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "n_routed_experts": (0, 1),
+    "no_rope_layers": (1,),  # 0 leaves a layer without positions
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "partial_rotary_factor": (1,),
+    "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "rotary_pct": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "sliding_window": (0,),
+    "transformers_weights": (),
+    "use_parallel_residual": (False,),
+    "use_qk_norm": (False,),
+}
+"""Keys of other families, with the values beside None that change nothing. transformers' class of a family that lacks a
+key ignores it without a word, and so would the student."""
+
+_OF_EACH_LAYER = {"layer_types", "no_rope_layers"}
+
+_OUTPUTS = (
+    ("return_dict", False, "which hides the logits' name"),
+    ("output_attentions", True, "for which transformers' sdpa, which is used here, has no way"),
+)
+"""What a config can ask a model to give back that it cannot give here, and why."""
+
+
+def check_depth(label: str, layers: int, tensors: int) -> None:
+    """Refuse more layers than a model's files have tensors, before anything is made for each of them.
+
+    Raises:
+        FactorLLMError: when there are more.
+    """
+    if layers > tensors:
+        raise FactorLLMError(f"{label} says {layers} layers, and its files have {tensors} tensors; fetch both again")
+
+
+def check_config(label: str, config: PreTrainedConfig) -> None:
+    """Refuse a dense config that no host could follow, or of which transformers follows only a part.
+
+    Raises:
+        FactorLLMError: with the key, and why.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "unknown")
+        raise FactorLLMError(
+            f"{label} is quantised ({method}) and cannot be read tensor by tensor; give the unquantised "
+            "checkpoint, or a GGUF file, whose quantisation can be undone"
+        )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise FactorLLMError(
+            f"{label} uses the activation {config.hidden_act!r}; the engines compute SiLU experts only, "
+            "so the student would be wrong in them: there is no host for it"
+        )
+    if getattr(config, "mlp_bias", False):
+        raise FactorLLMError(
+            f"{label} has biases in its FFN (mlp_bias), and no host architecture has them in its experts; "
+            "only models without FFN biases can be factorised exactly"
+        )
+    for key in ("output_attentions", "output_hidden_states", "return_dict", "use_cache"):
+        if not isinstance(getattr(config, key, None), bool | None):
+            raise FactorLLMError(
+                f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
+            )
+    if not 0 < config.rms_norm_eps < math.inf:
+        raise FactorLLMError(f"the config of {label} says rms_norm_eps = {config.rms_norm_eps}, not above 0; mend it")
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and not (attention and isinstance(attention, str)):
+        raise FactorLLMError(f"the config of {label} says attn_implementation = {attention!r}, no name; remove it")
+    for key, value, why in _OUTPUTS:
+        if getattr(config, key, None) is value:
+            raise FactorLLMError(f"the config of {label} says {key} = {value}, {why}; remove it")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not sliding_window(config):
+        raise FactorLLMError(
+            f"the config of {label} says layer_types with sliding_attention and no sliding_window in use; give the "
+            "window, or say full_attention"
+        )
+    _check_others(label, config)
+    _check_rope(label, config)
+
+
+def _check_others(label: str, config: PreTrainedConfig) -> None:
+    known = type(config)().to_dict()
+    for key in sorted(_OF_OTHERS.keys() & config.to_dict().keys() - known.keys()):
+        value = getattr(config, key)
+        said = value if isinstance(value, list) and key in _OF_EACH_LAYER else [value]
+        if any(one is not None and one not in _OF_OTHERS[key] for one in said):
+            raise FactorLLMError(
+                f"the config of {label} says {key} = {str(value)[:80]}, which a {config.model_type} has not and which "
+                "is not applied; if the model does compute with it, it is of another family, and if not, remove the key"
+            )
+
+
+def _check_rope(label: str, config: PreTrainedConfig) -> None:
+    rope = config.rope_parameters
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise FactorLLMError(
+            f"the config of {label} says no rope_theta above 0, by which positions are rotated; mend it"
+        )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise FactorLLMError(
+            f"the config of {label} rotates a part of each head only (partial_rotary_factor), and no host does; "
+            "there is no host for it"
+        )

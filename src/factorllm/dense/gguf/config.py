@@ -1,0 +1,89 @@
+"""The transformers config of a dense model in a GGUF file, from its keys: as llama.cpp reads them, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from factorllm.dense.config_checks import check_depth
+from factorllm.dense.families import FAMILIES
+from factorllm.dense.gguf.keys import Keys
+from factorllm.dense.gguf.rope import read_rope
+from factorllm.errors import FactorLLMError, refusing
+
+_SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def read_config(
+    keys: Keys, family: str, tokens: Mapping[str, int], names: set[str], rope_freqs: Tensor | None
+) -> PreTrainedConfig:
+    """The config of a dense model.
+
+    Args:
+        keys: the file's, below its architecture.
+        family: the model's `model_type` in transformers.
+        tokens: ids of special tokens and the `vocabulary`'s size, as far as the file says them.
+        names: all tensors in the file.
+        rope_freqs: what llama3 RoPE scaling divides frequencies by; None when it is not there.
+
+    Raises:
+        FactorLLMError: when a key is missing, damaged, or changes the model in a way that is not applied.
+    """
+    layers = keys.integer("block_count")
+    check_depth(keys.label, layers, len(names))
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    if hidden % heads and "attention.key_length" not in keys:
+        raise keys.refusal("attention.head_count", heads, f"does not divide the hidden size, {hidden}")
+    head_dim = keys.integer("attention.key_length", hidden // heads)
+    context = keys.integer("context_length")
+    fields = {
+        "max_position_embeddings": context,
+        "num_hidden_layers": layers,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": keys.integer("vocab_size", tokens.get("vocabulary")),
+        "rope_parameters": read_rope(keys, context, rope_freqs, head_dim),
+        "tie_word_embeddings": "output.weight" not in names,
+        **{name: tokens.get(key) for name, key in _SPECIAL.items()},
+    }
+    if family == "llama":
+        fields["attention_bias"] = any(".attn_" in name and name.endswith(".bias") for name in names)
+    if family == "qwen2" and head_dim * heads == hidden:
+        del fields["head_dim"]  # Qwen2 has it by itself, and hosts and engines do not expect to be told
+    _refuse_others(keys, head_dim, context)
+    with refusing(keys.label, keys.instead):
+        return AutoConfig.for_model(family, **fields)
+
+
+def _refuse_others(keys: Keys, head_dim: int, context: int) -> None:
+    """Refuse every other key, unless it says what is so in any case."""
+    keys.refuse_unless("rope.dimension_count", head_dim)
+    keys.refuse_unless("attention.value_length", head_dim)
+    keys.refuse_unless("attention.causal", True)
+    keys.refuse_unless("expert_count", 0)
+    keys.refuse_unless("expert_used_count", 0)
+    keys.refuse_unless("tensor_data_layout", "Meta AI original pth")
+    if keys.integer("attention.sliding_window", context) < context:
+        raise keys.refusal("attention.sliding_window", keys.integer("attention.sliding_window"))
+    keys.refuse_unread()
+
+
+def family_of(label: str, architecture: object) -> str:
+    """The family, by transformers' `model_type`, of an architecture of GGUF files.
+
+    Raises:
+        FactorLLMError: when it is not supported.
+    """
+    for family, known in FAMILIES.items():
+        if known.gguf == architecture:
+            return family
+    known = ", ".join(sorted({known.gguf for known in FAMILIES.values()}))
+    raise FactorLLMError(
+        f"{label} is of the architecture {architecture!r}, which is not supported as a GGUF file; supported: {known}"
+    )

@@ -1,0 +1,227 @@
+"""Dense models, read lazily tensor by tensor: a hub id, a folder of safetensors, or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from factorllm.dense.config_checks import check_config
+from factorllm.dense.families import FAMILIES
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.runs.digest import digest_of
+from factorllm.runs.finite import is_finite
+
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
+
+
+class ModelSource(ABC):
+    """A dense model on disk. Weights are read one tensor at a time, under their transformers names.
+
+    Attributes:
+        label: the model as the user named it, for messages and the model card.
+        config: the transformers config.
+        note: what the user is told of how it is read; empty when there is nothing to tell.
+    """
+
+    note: str = ""
+    label: str
+    config: PreTrainedConfig
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The weight files, in a fixed order."""
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """Names of all tensors in the files."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it.
+
+        Raises:
+            FactorLLMError: when what is stored is not the weights themselves but quantised in a way that is not undone.
+        """
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor: ...
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with its chat template.
+
+        Raises:
+            FactorLLMError: when the model has none.
+        """
+
+    @property
+    @abstractmethod
+    def licence(self) -> str | None:
+        """The licence that the model states, if it states one."""
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's own generation config, or the one that follows from its config."""
+        return GenerationConfig.from_model_config(self.config)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight, in the dtype it is stored in.
+
+        Raises:
+            FactorLLMError: when it is missing, cannot be read, or holds NaN or infinity.
+        """
+        return check_finite(self._read(name), name, self.label)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the config and of all weight files, in hexadecimal."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+        return digest_of(self.files, json.dumps(config, sort_keys=True, default=str).encode())
+
+    def skeleton(self) -> PreTrainedModel:
+        """The dense model with every parameter on the meta device: its structure, without memory."""
+        with (
+            refusing(f"the config of {self.label}", "mend it, or use another copy"),
+            init_empty_weights(include_buffers=False),
+        ):
+            # A copy: whoever changes the model changes its config, and this one is the dense model's.
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config), attn_implementation="sdpa", trust_remote_code=False
+            ).eval()
+        model.tie_weights()
+        return model
+
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters that must be read; a tied output head is not among them."""
+        return list(self.parameter_shapes())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same with their shapes."""
+        return _shapes(self.skeleton())
+
+    def output_head(self) -> torch.Tensor:
+        """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
+        return self.tensor("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
+
+    def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The whole dense model, for evaluation and for sampling text."""
+        model = self.skeleton()
+        for name in _shapes(model):
+            module, _, leaf = name.rpartition(".")
+            weight = torch.nn.Parameter(self.tensor(name).to(device, dtype), requires_grad=False)
+            setattr(model.get_submodule(module), leaf, weight)
+        model.tie_weights()
+        model.generation_config = self.generation_config()
+        return model.to(device)
+
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model as transformers makes it by itself, in fp32.
+
+        Args:
+            config: the dense one, or the same with fewer layers.
+        """
+        shortened = copy.copy(self)
+        shortened.config = config
+        return shortened.load_model(torch.float32, torch.device("cpu"))
+
+    def _check(self) -> None:
+        """Refuse models that cannot be factorised exactly, before any work is done."""
+        check_family(self.label, self.config.model_type)
+        check_config(self.label, self.config)
+        skeleton = self.skeleton()
+        if not is_finite(skeleton.model.rotary_emb.inv_freq):
+            raise FactorLLMError(
+                f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "
+                f"{self.config.rope_parameters}); mend it, or use another copy"
+            )
+        shapes = _shapes(skeleton)
+        self._check_names(shapes)
+        self._check_shapes(shapes)
+
+    def _check_names(self, want: Collection[str]) -> None:
+        have = set(self.names())
+        have = {name for name in have if not name.endswith("rotary_emb.inv_freq")}
+        if self.config.tie_word_embeddings:
+            have.discard("lm_head.weight")
+        if missing := sorted(name for name in want if self._lacks(name)):
+            raise FactorLLMError(
+                f"{self.label} lacks {len(missing)} tensors, {missing[0]} among them: the checkpoint is incomplete, or "
+                f"was not saved as a {self.config.model_type} for causal language modelling; fetch or save it again"
+            )
+        if extra := sorted(have - set(want)):
+            raise FactorLLMError(
+                f"{self.label} holds {len(extra)} tensors that a plain {self.config.model_type} model does not have, "
+                f"{extra[0]} among them; leaving them out would change the model, so it is refused"
+            )
+
+    def _lacks(self, name: str) -> bool:
+        return name not in self.names()
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, wanted in shapes.items():
+            if (shape := self.shape(name)) != wanted:
+                raise FactorLLMError(
+                    f"{self.label}: tensor {name} is {_sizes(shape)}, but its config says {_sizes(wanted)}; fetch both "
+                    "again, or mend the config (vocab_size, after tokens were added)"
+                )
+
+    def _checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A tokenizer, all of whose tokens for text, and its end token, have a row in the embedding table."""
+        rows = self.config.vocab_size
+        with refusing(f"the tokenizer of {self.label}", "it is damaged: use another copy"):
+            special = set(tokenizer.all_special_ids)
+            past = [index for index in tokenizer.get_vocab().values() if index >= rows and index not in special]
+            past += [index for index in (tokenizer.eos_token_id, tokenizer.bos_token_id) if (index or 0) >= rows]
+        if past:
+            raise FactorLLMError(
+                f"the tokenizer of {self.label} has {len(tokenizer)} tokens, but the embedding table has {rows} rows; "
+                "use the tokenizer that belongs to these weights"
+            )
+        return tokenizer
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_finite(value: torch.Tensor, name: str, label: str) -> torch.Tensor:
+    """A tensor that was read, if all of it are numbers.
+
+    Raises:
+        FactorLLMError: when it holds NaN or infinity.
+    """
+    if not is_finite(value):
+        raise FactorLLMError(
+            f"{label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
+            "the file is damaged or the model diverged: use another copy"
+        )
+    return value
+
+
+def check_family(label: str, family: object) -> None:
+    """Refuse a family that is not supported, and name those that are."""
+    if family in FAMILIES:
+        return
+    known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
+    raise FactorLLMError(
+        f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
+        f"exactly; supported families: {known}"
+    )

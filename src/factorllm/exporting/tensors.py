@@ -1,0 +1,74 @@
+"""The tensors of a GGUF file, made one by one from the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from factorllm.dense.families import head_dim, rope_type
+from factorllm.dense.gguf.rope import llama3_factors
+from factorllm.exporting.checkpoints import Checkpoint
+from factorllm.hosts.base import Stored
+
+_ATTENTION = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+}
+
+_INTERLEAVED = ("llama", "granitemoe")
+"""Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
+
+
+def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Name and content, fp32, of each tensor of the file, in its order."""
+    config, read = checkpoint.config, checkpoint.read
+    yield "token_embd.weight", read("model.embed_tokens.weight").float()
+    yield "output_norm.weight", read("model.norm.weight").float()
+    if not config.tie_word_embeddings:
+        yield "output.weight", read("lm_head.weight").float()
+    elif checkpoint.host.gguf(config) == "qwen2moe":  # it alone insists on a head of its own
+        yield "output.weight", read("model.embed_tokens.weight").float()
+    if rope_type(config) == "llama3":
+        rope = config.rope_parameters
+        yield "rope_freqs.weight", llama3_factors(rope, rope["rope_theta"], head_dim(config)).float()
+    for layer in range(config.num_hidden_layers):
+        for name, tensor in _layer_tensors(checkpoint, f"model.layers.{layer}."):
+            yield f"blk.{layer}.{name}", tensor.float()
+
+
+def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    host, names = checkpoint.host, checkpoint.names
+    attention = _ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm}
+    for source, target in attention.items():
+        for kind in ("weight", "bias"):
+            if f"{prefix}{source}.{kind}" in names:
+                tensor = checkpoint.read(f"{prefix}{source}.{kind}")
+                yield f"{target}.{kind}", _interleaved(tensor, source, checkpoint)
+    for target, stored in host.gguf_ffn.items():
+        # llama.cpp wants the gate of the shared expert as a vector.
+        yield target, _stored(checkpoint, prefix, stored).squeeze(0)
+
+
+def _stored(checkpoint: Checkpoint, prefix: str, stored: Stored) -> Tensor:
+    if "{}" in stored.name:
+        count = checkpoint.host.shape(checkpoint.config).experts
+        return torch.stack([checkpoint.read(prefix + stored.name.format(expert)) for expert in range(count)])
+    tensor = checkpoint.read(prefix + stored.name)
+    return tensor if stored.half is None else tensor.chunk(2, dim=-2)[stored.half]
+
+
+def _interleaved(tensor: Tensor, source: str, checkpoint: Checkpoint) -> Tensor:
+    """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it."""
+    config = checkpoint.config
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    if source not in heads or checkpoint.host.gguf(config) not in _INTERLEAVED:
+        return tensor
+    halves = tensor.reshape(heads[source], 2, head_dim(config) // 2, -1)
+    return halves.transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,119 @@
+"""The tokenizer's keys of a GGUF file: copied from the dense model's GGUF, or built from the Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+from gguf import TokenType
+from transformers import PreTrainedTokenizerBase
+
+from factorllm.dense.gguf.file import open_gguf
+from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
+from factorllm.errors import FactorLLMError
+
+
+def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, vocabulary: int) -> None:
+    """Copy the tokenizer of another GGUF file.
+
+    Raises:
+        FactorLLMError: when it has none, or one with another number of tokens.
+    """
+    fields = {key: field for key, field in open_gguf(path).fields.items() if key.startswith("tokenizer.")}
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if tokens is None or len(tokens.contents()) != vocabulary:
+        have = "no tokenizer" if tokens is None else f"a tokenizer of {len(tokens.contents())} tokens"
+        raise FactorLLMError(f"{path} has {have}, the model has {vocabulary}; give the GGUF of its own dense model")
+    for key, field in fields.items():
+        of_items = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=of_items)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Write the keys that stand for a Hugging Face tokenizer.
+
+    Args:
+        vocabulary: rows of the embedding table; tokens that the tokenizer lacks are filled in as unused.
+
+    Raises:
+        FactorLLMError: when GGUF has no name for the tokenizer's way of cutting text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend else {}
+    if model.get("type") != "BPE":
+        raise FactorLLMError(
+            "the tokenizer is not a fast BPE tokenizer, the only kind that is written; give the GGUF of the dense "
+            "model with --tokenizer, whose tokenizer is then copied"
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(list(_scores(tokenizer, merges, vocabulary)))
+        writer.add_add_space_prefix(_adds_space(tokenizer))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_name(tokenizer))
+        writer.add_token_merges(merges)
+        writer.add_add_space_prefix(False)
+    tokens, types = zip(*_tokens(tokenizer, vocabulary, bool(model.get("byte_fallback"))), strict=True)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    _add_special(writer, tokenizer)
+
+
+def _pre_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    name = name_of(tokenizer.backend_tokenizer)
+    if name is None:
+        raise FactorLLMError(
+            f"the tokenizer cuts text in a way that is none of those written ({', '.join(PRE_TOKENIZERS)}); give the "
+            "GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
+        )
+    return name
+
+
+def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, byte_fallback: bool
+) -> Iterator[tuple[str, TokenType]]:
+    added, known = tokenizer.added_tokens_decoder, _by_id(tokenizer)
+    for index in range(vocabulary):
+        if index not in known:
+            yield f"[PAD{index}]", TokenType.UNUSED
+        elif byte_fallback and index == tokenizer.unk_token_id:
+            yield known[index], TokenType.UNKNOWN
+        elif index in added:
+            yield known[index], TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+        elif byte_fallback and known[index].startswith("<0x"):
+            yield known[index], TokenType.BYTE
+        else:
+            yield known[index], TokenType.NORMAL
+
+
+def _scores(tokenizer: PreTrainedTokenizerBase, merges: list[str], vocabulary: int) -> Iterator[float]:
+    """SentencePiece merges the pair of the highest score first, so scores are the negative ranks of the merges."""
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), index)
+    known = _by_id(tokenizer)
+    for index in range(vocabulary):
+        yield -float(rank.get(known.get(index, ""), len(merges)))
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+
+
+def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind in ("bos", "eos", "pad", "unk"):
+        if (token := getattr(tokenizer, f"{kind}_token_id")) is not None:
+            getattr(writer, f"add_{kind}_token_id")(token)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)

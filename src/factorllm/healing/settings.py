@@ -1,0 +1,76 @@
+"""How to heal. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from factorllm.recipe import Shape
+from factorllm.runs.settings import Passes, Sequences, Tokens
+
+Train = Literal["router", "experts", "ffn", "all", "lora"]
+
+_RATE = 1e-4
+_LIGHT_RATE = 3e-5  # best at 25 % FFN sparsity, where 1e-4 soon makes a student worse (docs/experiments.md)
+_LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
+
+
+class HealSettings(BaseModel):
+    """How a student is healed. Length, seed and held-out part of the text are those that the student was made with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    tokens: Tokens = 200_000
+    """Tokens to train on."""
+    epochs: Passes = 1
+    """Times that each token is trained on."""
+    train: Train = "all"
+    """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
+    adapters of attention and FFNs, merged before the checkpoint is written."""
+    gates: Literal["straight-through", "soft"] = "straight-through"
+    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
+    soft ones of the host."""
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. None: what suits the student, `settled`."""
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
+    """Of teacher and student in the KL divergence."""
+    vocabulary: int = Field(default=64, ge=1, le=65_536)
+    """Most likely tokens of the teacher that are compared one by one; the others are compared as one."""
+    pa_weight: float = Field(default=0.1, ge=0, le=1e6)
+    """Weight of the Prior-Approximate loss."""
+    balance_weight: float = Field(default=0.001, ge=0, le=1e6)
+    """Weight of the loss that evens the experts' load."""
+    label_weight: float = Field(default=0.0, ge=0, le=1e6)
+    """Weight of the cross-entropy of the text itself, which also fits the student to that kind of text."""
+    hidden_weight: float = Field(default=0.0, ge=0, le=1e6)
+    """Weight of the distance to the teacher's residual stream; 0 keeps no streams on disk."""
+    hidden_layers: int = Field(default=6, ge=1, le=65_536)
+    """Layers after which the streams are compared, evenly spaced; each is 2 bytes a channel on disk for a token."""
+    batch: Sequences = 2
+    """Sequences in a step, over all processes."""
+    micro_batch: Sequences = 2
+    """Sequences that one process runs at once; the rest of the batch is accumulated."""
+    validation_tokens: Tokens = 4096
+    """Tokens kept from training, on which the best checkpoint is chosen. They are not the held-out ones."""
+    evaluations: Passes = 8
+    """Times that the validation loss is measured and a checkpoint for resuming is written."""
+    patience: Passes = 3
+    """Evaluations without a better validation loss after which training stops."""
+    lora_rank: int = Field(default=16, ge=1, le=65_536)
+    """Rank of the adapters of `train="lora"`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, for memory."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights, losses and routing are fp32 always. `auto` takes bfloat16 where the hardware has
+    it."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` ..."""
+
+    def settled(self, shape: Shape) -> HealSettings:
+        """The same, with a learning rate: a smaller one where little of the FFN is off, and so little is to repair. A
+        static prune bears the larger one always: all of it sees every token, so its gradients are less noisy."""
+        if self.learning_rate is not None:
+            return self
+        light = shape.experts > 0 and shape.sparsity < _LIGHT
+        return self.model_copy(update={"learning_rate": _LIGHT_RATE if light else _RATE})

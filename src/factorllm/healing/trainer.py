@@ -1,0 +1,144 @@
+"""`FactorTrainer`: a transformers `Trainer` whose loss is that of `losses`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import ModelOutput
+
+from factorllm.convert.route import FLATTEN, pa_loss
+from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams
+from factorllm.healing.settings import HealSettings
+from factorllm.student.routers import Routers, is_router
+
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
+
+
+class FactorTrainer(Trainer):
+    """Trains a student on the items of `targets.Targets`.
+
+    Args:
+        model: the student, with its parameters frozen as wanted (`students.set_learning`).
+        settings: how to heal.
+        routers: the student's; without routers the loss has no `L_PA` and no `L_balance`.
+        bfloat16: whether matrix products are computed in bfloat16.
+
+    All else goes to `Trainer`.
+    """
+
+    def __init__(self, model: nn.Module, settings: HealSettings, routers: Routers, bfloat16: bool, **options):
+        super().__init__(model=model, **options)
+        # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
+        self.model_accepts_loss_kwargs = False
+        self.settings, self.routers, self._bfloat16 = settings, routers, bfloat16
+        self._weights = {
+            "kd": 1.0,
+            "pa": settings.pa_weight,
+            "balance": settings.balance_weight,
+            "label": settings.label_weight,
+            "hidden": settings.hidden_weight,
+        }
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """Autocast, where `Trainer` would leave it to accelerate: under FSDP and DeepSpeed that casts the weights
+        themselves, and tokens would be routed in bfloat16."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.routers.start()
+        streams = self.settings.hidden_weight > 0
+        output = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=streams)
+        terms = self._losses(output, inputs)
+        for name, value in terms.items():
+            self._terms[name].append(value.detach())
+        loss = sum(self._weights[name] * value for name, value in terms.items())
+        return (loss, output) if return_outputs else loss
+
+    def _losses(self, output: ModelOutput, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings, routers, logits = self.settings, self.routers, output.logits
+        terms = {"kd": kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], settings.temperature)}
+        if settings.label_weight:
+            terms["label"] = label_loss(logits, inputs["input_ids"])
+        if settings.hidden_weight:
+            streams = matched_streams(output.hidden_states, settings.hidden_layers)
+            terms["hidden"] = hidden_loss(streams, inputs["streams"])
+        if routers.modules:
+            picked = routers.logits(settings.gates == "soft")
+            prior = inputs["priors"].float()
+            terms["pa"] = pa_loss(picked.flatten(0, 1), prior.flatten(0, 2))
+            layerwise = picked.view(*prior.shape).transpose(1, 2).flatten(0, 1)
+            terms["balance"] = balance_loss(layerwise, routers.top_k)
+        return terms
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The validation loss is the KL divergence alone: it says what the student lost."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        return kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], self.settings.temperature), None, None
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self._groups(), betas=_BETAS, eps=_EPSILON, weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def _groups(self) -> list[dict]:
+        """Flattened routers are small by a known factor, and so must their steps be."""
+        rate = self.settings.learning_rate
+        scale = 1.0 if self.settings.gates == "soft" else FLATTEN
+        learning = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        routers = [p for name, p in learning if is_router(name)]
+        others = [p for name, p in learning if not is_router(name)]
+        groups = [
+            {"params": routers, "lr": rate * scale, "eps": _EPSILON * scale},
+            {"params": others, "lr": rate},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoints to resume from hold the names in memory: `Trainer` loads them without the renaming that
+        `from_pretrained` does, and would silently leave the experts as they were."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # adapters have their own names
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+    def forget_terms(self) -> None:
+        """Leave what was computed so far out of the next log."""
+        self._terms.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each term of the loss since the last log, over all processes."""
+        if "loss" in logs and self._terms:
+            for name, values in self._terms.items():
+                logs[name] = self.accelerator.gather(torch.stack(values).mean().reshape(1)).mean().item()
+            self._terms.clear()
+        super().log(logs, start_time)
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells how far training is.
+
+    Args:
+        advance: called with the number of new steps.
+        say: called with a line for each evaluation.
+    """
+
+    def __init__(self, advance: Callable[[int], None], say: Callable[[str], None]):
+        self._advance, self._say = advance, say
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._advance(1)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._say(f"step {state.global_step}: KL to the teacher on validation text {metrics['eval_loss']:.4f}")

@@ -1,0 +1,209 @@
+"""`factorllm eval`: tasks, perplexity and agreement of a student and of its dense model, each measured once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import xxhash
+from pydantic import TypeAdapter
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorllm.dense import open_model
+from factorllm.dense.safetensors import read_config, read_tokenizer
+from factorllm.errors import FactorLLMError
+from factorllm.measure.agreement import Agreement, agreement
+from factorllm.measure.perplexity import perplexity, refuse_infinite
+from factorllm.measure.settings import EvalSettings
+from factorllm.measure.tasks import Score, check_tasks, definition, run_task
+from factorllm.runs.digest import digest_of
+from factorllm.runs.progress import meter
+from factorllm.runs.settings import Settings, usable_device
+from factorllm.runs.workspace import write_json
+from factorllm.student.read import load_student, read_provenance
+from factorllm.text.calibration import file_digest, hold_out
+from factorllm.text.parts import open_text
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
+"""Where scores are kept, by what they were measured on."""
+
+_DECIDING = {
+    "factorllm": "factorllm",
+    "torch": "torch",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "lm-eval": "lm_eval",
+}
+"""Packages whose versions decide a score, and their modules."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        scores: by model (`student`, `dense`) and task.
+        perplexity: by model, when a text was given.
+        agreement: of the student with the dense model, when both and a text were given.
+    """
+
+    scores: dict[str, dict[str, Score]]
+    perplexity: dict[str, float] = field(default_factory=dict)
+    agreement: Agreement | None = None
+
+
+def evaluate(
+    student: Path,
+    *,
+    against: str | None = None,
+    text: str | None = None,
+    settings: EvalSettings | None = None,
+    cache: Path = CACHE,
+    console: Console | None = None,
+) -> Evaluation:
+    """Score a student, and the dense model `against`.
+
+    Scores come from the cache where all that decides them is the same.
+
+    Args:
+        text: a text to measure perplexity and agreement on, as for `factorize`; its held-out part is used.
+
+    Raises:
+        FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
+    """
+    console, settings = console or Console(quiet=True), settings or EvalSettings()
+    if not settings.tasks and text is None:
+        raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text")
+    check_tasks(settings.tasks, settings.data)
+    settings = settings.model_copy(update={"device": usable_device(settings.device)})
+    made = read_provenance(student)
+    subjects = {"student": _Subject.of_student(student, settings)}
+    if against:
+        subjects["dense"] = _Subject.of_dense(against, settings)
+    if text is not None:
+        _check_vocabularies(subjects)
+        tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
+    scores = {name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()}
+    return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
+
+
+def _on_text(scores: dict, subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
+    with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
+        values = {name: perplexity(subject.model, tokens, bar.advance) for name, subject in subjects.items()}
+    refuse_infinite(values, "use --dtype float32, or leave out --text")
+    if "dense" not in subjects:
+        return Evaluation(scores, values)
+    with meter(console, "comparing next tokens", len(tokens)) as bar:
+        found = agreement(subjects["dense"].model, subjects["student"].model, tokens, bar.advance)
+    return Evaluation(scores, values, found)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is loaded when it is first needed.
+
+    Attributes:
+        fingerprint: of its config, its weights, its tokenizer, how it generates, and of the precision.
+        vocabulary: tokens that it knows.
+    """
+
+    fingerprint: tuple[str, ...]
+    vocabulary: int
+    tokenizer: PreTrainedTokenizerBase
+    load: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.load()
+
+    @classmethod
+    def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
+        tokenizer, config = read_tokenizer(folder, str(folder)), read_config(folder, str(folder))
+        generation = folder / "generation_config.json"
+        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        said = digest_of([generation] if generation.exists() else [])
+
+        def load() -> PreTrainedModel:
+            return load_student(folder, getattr(torch, settings.dtype), settings.device)
+
+        return cls((weights, _digest(tokenizer), said, *_computed_in(settings)), config.vocab_size, tokenizer, load)
+
+    @classmethod
+    def of_dense(cls, model: str, settings: EvalSettings) -> _Subject:
+        source = open_model(model)
+        tokenizer, said = source.tokenizer(), source.generation_config().to_json_string()
+
+        def load() -> PreTrainedModel:
+            return source.load_model(getattr(torch, settings.dtype), torch.device(settings.device))
+
+        key = (source.fingerprint, _digest(tokenizer), said, *_computed_in(settings))
+        return cls(key, source.config.vocab_size, tokenizer, load)
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """xxh3-128 of all files that a tokenizer is saved as, its chat template among them."""
+    with TemporaryDirectory(prefix="factorllm-") as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return digest_of(files, " ".join(path.name for path in files).encode())
+
+
+def _computed_in(settings: EvalSettings) -> tuple[str, str]:
+    return settings.dtype, torch.device(settings.device).type
+
+
+def _check_vocabularies(subjects: dict[str, _Subject]) -> None:
+    """Refuse to compare next tokens of models that do not have the same."""
+    sizes = {name: subject.vocabulary for name, subject in subjects.items()}
+    if len(set(sizes.values())) > 1:
+        raise FactorLLMError(
+            f"the student knows {sizes['student']} tokens and the model of --against {sizes['dense']}, so they cannot "
+            "be compared on --text; give the dense model that the student was made from"
+        )
+
+
+def _scores(subject: _Subject, name: str, settings: EvalSettings, cache: Path, console: Console) -> dict[str, Score]:
+    """One task at a time, so that an interrupted run keeps what it has."""
+    found = {}
+    for task in settings.tasks:
+        path = cache / f"{_key(subject, task, settings)}.json"
+        if (known := _cached(path)) is None:
+            console.print(f"{name}: {task}")
+            known = run_task(subject.model, subject.tokenizer, task, settings.data, settings.limit)
+            with suppress(OSError):  # without a cache it takes longer, and that is all
+                cache.mkdir(parents=True, exist_ok=True)
+                write_json(path, asdict(known))
+        found[task] = known
+    return found
+
+
+def _cached(path: Path) -> Score | None:
+    try:
+        return TypeAdapter(Score).validate_json(path.read_bytes())
+    except (OSError, ValueError):  # not there, or damaged: it is measured again
+        return None
+
+
+def _key(subject: _Subject, task: str, settings: EvalSettings) -> str:
+    """Of everything that decides a score."""
+    data = settings.data
+    questions = file_digest(str(data / f"{task}.jsonl")) if data else "hub"
+    versions = [version(package) if find_spec(module) else None for package, module in _DECIDING.items()]
+    decided_by = [subject.fingerprint, definition(task, data is not None), questions, settings.limit, versions]
+    return xxhash.xxh3_128(json.dumps(decided_by).encode()).hexdigest()
+
+
+def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
+    """The part of a text that `factorize` with the same settings holds out."""
+    return hold_out(open_text(text, tokenizer, made_with), made_with)

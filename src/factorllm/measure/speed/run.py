@@ -1,0 +1,57 @@
+"""One comparison from end to end."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from factorllm.engines import engine_name
+from factorllm.measure.speed.subjects import open_subjects
+from factorllm.measure.speed.table import as_json, speed_table, write_plot
+from factorllm.measure.speed.timing import Plan, measure_speed
+from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.output import check_own_files, located, read_json
+from factorllm.runs.workspace import write_json
+
+_NUMBERS, _PLOT = "speed.json", "speed.png"
+
+
+def run_bench(
+    student: str,
+    against: list[str],
+    engine: str,
+    file_type: str,
+    plan: Plan,
+    out: Path | None,
+    console: Console,
+) -> Table:
+    """Time the models in turns; `speed.json` and `speed.png` are written to `out` if it is given.
+
+    Args:
+        against: the dense model first, then static prunes.
+        file_type: what models are exported as for llama.cpp.
+
+    Raises:
+        FactorLLMError: when a model or the engine cannot be used.
+    """
+    engine = engine_name(engine)
+    if out:
+        out = located(out)
+        check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
+    with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
+        subjects = open_subjects(student, against, engine, file_type, Path(work), console)
+        measures = measure_speed(subjects, engine, plan, console)
+    title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
+    if out:
+        with explain_full_disk(out, "free some, or choose another -o"):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / _NUMBERS, as_json(measures, plan, engine))
+            write_plot(measures, plan, title, out / _PLOT)
+    return speed_table(measures, plan, title)
+
+
+def _is_ours(numbers: Path) -> bool:
+    return {"engine", "plan", "models"} <= (read_json(numbers) or {}).keys()

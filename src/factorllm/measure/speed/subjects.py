@@ -1,0 +1,66 @@
+"""The models of one comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from factorllm.errors import FactorLLMError
+from factorllm.exporting import export_gguf
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.measure.cost import Cost, cost_of
+from factorllm.runs.disk import IN_TMPDIR
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be timed.
+
+    Attributes:
+        name: `student`, `dense` or `pruned`, and a number where there are more.
+        path: what the engine loads.
+        cost: its parameters and FLOPs by formula.
+        size: bytes on disk.
+    """
+
+    name: str
+    path: Path
+    cost: Cost
+    size: int
+
+    def ideal_over(self, dense: Subject) -> float:
+        """Speed over the dense model's if only the weights that run for a token mattered (DESIGN section 4)."""
+        return dense.cost.flops_per_token / self.cost.flops_per_token
+
+
+def open_subjects(
+    student: str, against: list[str], engine: str, file_type: str, work: Path, console: Console
+) -> list[Subject]:
+    """The student and the models that it is compared with, in the form that the engine loads.
+
+    Args:
+        against: the dense model first.
+        work: folder for GGUF files that have to be written.
+
+    Raises:
+        FactorLLMError: when a model cannot be opened, or not be loaded by the engine.
+    """
+    names = ["student", "dense", *(f"pruned {i}" if len(against) > 2 else "pruned" for i in range(1, len(against)))]
+    models = zip(names, [student, *against], strict=True)
+    return [_open(name, model, engine, file_type, work, console) for name, model in models]
+
+
+def _open(name: str, model: str, engine: str, file_type: str, work: Path, console: Console) -> Subject:
+    checkpoint = open_checkpoint(model)
+    cost = cost_of(checkpoint.config, checkpoint.host.shape(checkpoint.config))
+    path = Path(model)
+    if engine == "llamacpp":
+        path = work / f"{name.replace(' ', '-')}-{file_type}.gguf"
+        console.print(f"writing {model} as {path.name}", highlight=False, soft_wrap=True)
+        export_gguf(model, path, file_type, say=console.print, when_full=IN_TMPDIR)
+    elif not path.is_dir():
+        raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
+    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    return Subject(name, path, cost, size)

@@ -1,0 +1,1 @@
+"""What every long run shares: settings, processes, disk, progress, and what is written safely."""

@@ -1,0 +1,29 @@
+"""What decides the bytes of a result: a run that is the same goes on, or is done already."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+from pydantic import BaseModel
+
+from factorllm.text.calibration import file_digest
+
+
+def common_identity(text: str | None, settings: BaseModel) -> dict:
+    """What decides the bytes of a result beside models and recipes.
+
+    A local text is known by its content, wherever it lies, and a device by its kind.
+    """
+    digest = file_digest(text and os.path.expanduser(text))
+    values = settings.model_dump(mode="json")
+    return {
+        "text": digest or text,
+        "settings": values | {"device": values["device"].partition(":")[0]},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a result."""
+    return {package: version(package) for package in ("factorllm", "torch", "transformers", "numpy", "POT")}

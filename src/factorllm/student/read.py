@@ -1,0 +1,87 @@
+"""Reading back a finished checkpoint: what it says of itself, and its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from factorllm.convert.partition import Partition, partition_from_order
+from factorllm.dense.families import FAMILIES
+from factorllm.dense.pretrained import load_pretrained
+from factorllm.dense.safetensors import TensorFolder, read_config
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.hosts import HOSTS
+from factorllm.recipe import Shape
+from factorllm.runs.output import PROVENANCE, workspace_folder
+from factorllm.student.provenance import check_provenance
+
+PARTITION_FILE = "factorllm.convert.partition.json"
+"""For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
+
+
+def read_provenance(folder: Path) -> dict:
+    """The content of `factorllm.json`.
+
+    Raises:
+        FactorLLMError: when the folder is not a finished checkpoint of factorllm.
+    """
+    path = folder / PROVENANCE
+    with refusing(folder, "it is no path that can be there: check it"):
+        there, partial = path.exists(), workspace_folder(folder)
+    if not there:
+        hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
+        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
+    with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_provenance(content)
+    return content
+
+
+def load_student(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The checkpoint in transformers, ready to run.
+
+    Raises:
+        FactorLLMError: when one of its files is missing or damaged.
+    """
+    TensorFolder(folder)  # says which file it is
+    model, found = load_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
+    return model.to(device).eval()
+
+
+def check_shape(folder: Path, shape: Shape) -> None:
+    """Check that a student has the experts that its recipe says.
+
+    Raises:
+        FactorLLMError: when its config says others.
+    """
+    config = read_config(folder, str(folder))
+    with refusing(f"{folder}/config.json", "make the checkpoint again"):
+        found = HOSTS["dense" if config.model_type in FAMILIES else config.model_type].shape(config)
+    if (found.experts, found.top_k) != (shape.experts, shape.top_k) or (
+        shape.experts and found.expert_width != shape.expert_width
+    ):
+        raise FactorLLMError(
+            f"{folder} has {found.experts} experts of {found.expert_width} neurons, {found.top_k} active, but its "
+            f"factorllm.json says {shape.experts} of {shape.expert_width}, {shape.top_k} active; make it again"
+        )
+
+
+def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
+    """Each layer's partition of the dense FFN's neurons.
+
+    Raises:
+        FactorLLMError: when the checkpoint does not say it, or says something that is no partition of this shape.
+    """
+    path = folder / PARTITION_FILE
+    if not path.is_file():
+        raise FactorLLMError(f"{folder} has no {PARTITION_FILE}, which heal needs; factorize again")
+    with refusing(path, "it is damaged, for it holds no partition of each FFN: factorize again"):
+        orders = [torch.tensor(order) for order in json.loads(path.read_text(encoding="utf-8"))]
+        return [partition_from_order(order, shape) for order in orders]

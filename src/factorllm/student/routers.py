@@ -1,0 +1,75 @@
+"""The routers of a student that is loaded in transformers."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from factorllm.convert.partition.energy import expert_picks
+from factorllm.convert.route.router import FLATTEN
+
+
+class Routers:
+    """The routers of a student, layer by layer, and the logits of their last forward pass.
+
+    They compute in fp32 also where autocast is on, so that training routes as the finished checkpoint does.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+        self._logits: list[Tensor] = []
+        for module in self.modules:
+            _in_fp32(module)
+            module.register_forward_hook(self._record)
+
+    def _record(self, _module: nn.Module, _inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        self._logits.append(output[0])
+
+    def start(self) -> None:
+        """Forget the logits; to be called before a forward pass."""
+        self._logits.clear()
+
+    def logits(self, soft: bool) -> Tensor:
+        """Unflattened router logits of the last forward pass: (tokens, layers, N), fp32.
+
+        Args:
+            soft: whether the router's weights are unflattened already. If not, the gradient is passed straight through
+                the factor, so that it has the size of the gate weights' own.
+        """
+        logits = torch.stack([logits.float() for logits in self._logits[: len(self.modules)]], dim=1)
+        return logits if soft else logits + (logits / FLATTEN - logits).detach()
+
+    def picks(self) -> Tensor:
+        """Which experts ran in the last forward pass: (tokens, layers, N), bool."""
+        logits = self.logits(soft=True)
+        return expert_picks(logits.flatten(0, 1), self.top_k).view_as(logits).bool()
+
+    @property
+    def top_k(self) -> int:
+        return self.modules[0].top_k
+
+    @torch.no_grad()
+    def unflatten(self) -> None:
+        """Make the gate weights the ordinary soft ones."""
+        for module in self.modules:
+            module.weight.div_(FLATTEN)
+
+
+def _in_fp32(router: nn.Module) -> None:
+    forward = router.forward
+
+    def full_precision(hidden: Tensor, *args, **kwargs):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.float(), *args, **kwargs)
+
+    router.forward = full_precision
+
+
+_ROUTER = re.compile(r"\.(router|gate)\.weight$")
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter of a student is a router's weight."""
+    return bool(_ROUTER.search(name)) and ".shared" not in name
