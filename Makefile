@@ -62,6 +62,7 @@ test-vllm: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix

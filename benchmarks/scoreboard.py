@@ -25,9 +25,9 @@ from factorllm.baselines.depth import shortened_cost
 from factorllm.convert.factorize import compare
 from factorllm.demo import demo_model
 from factorllm.dense import ModelSource, open_model
-from factorllm.measure import Cost, cost_of, perplexity
 from factorllm.measure.agreement import agreement
-from factorllm.measure.cost import dense_shape
+from factorllm.measure.cost import Cost, cost_of, dense_shape
+from factorllm.measure.perplexity import perplexity
 from factorllm.measure.tasks import Score, check_tasks, retention, run_task
 from factorllm.report import ModelRow
 from factorllm.runs.progress import Clock

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from factorllm import Recipe, factorize, parse_recipe
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
-from factorllm.measure.speed import Plan, run_bench
+from factorllm.measure.speed.plan import Plan
+from factorllm.measure.speed.run import run_bench
 from factorllm.runs.settings import Settings
 from factorllm.text.calibration import read_documents
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from factorllm import factorize, parse_recipe
 from factorllm.demo import demo_model
 from factorllm.dense import open_model
-from factorllm.measure import cost_of, perplexity
+from factorllm.measure.cost import cost_of
+from factorllm.measure.perplexity import perplexity
 from factorllm.runs.settings import Settings
 from factorllm.text import read_calibration_text
 from factorllm.text.calibration import public_name

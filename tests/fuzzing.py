@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from factorllm import cli, factorize
+from factorllm.cli import terminal
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import export_gguf
@@ -167,7 +168,7 @@ def run(*arguments: object) -> Ended:
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = ["factorllm", *map(str, arguments)], io.StringIO("y\n" * 9)
-    cli.console = Console()  # one that could not say something keeps it, and tries again
+    terminal.console = Console()  # one that could not say something keeps it, and tries again
     code = 0
     try:
         with redirect_stdout(out), redirect_stderr(err), patience():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from factorllm import FactorLLMError
 from factorllm.baselines import block_influence, depth_prune, flap_prune, layers_to_drop
 from factorllm.baselines.depth import shortened_cost
-from factorllm.measure import cost_of
+from factorllm.measure.cost import cost_of
 from factorllm.recipe import Recipe
 
 

@@ -10,7 +10,8 @@ from test_export import factorized
 
 from factorllm import factorize
 from factorllm.measure.cost import Cost
-from factorllm.measure.speed import Plan, run_bench
+from factorllm.measure.speed.plan import Plan
+from factorllm.measure.speed.run import run_bench
 from factorllm.measure.speed.subjects import Subject
 from factorllm.measure.speed.timing import Measure
 

@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from factorllm import factorize, parse_recipe
-from factorllm.measure import cost_of
-from factorllm.measure.cost import dense_shape
+from factorllm.measure.cost import cost_of, dense_shape
 
 ATTENTION_PRODUCTS = ("scaled_dot_product", "bmm", "_sdp")
 

@@ -28,8 +28,9 @@ import factorllm.engines.vllm
 from factorllm import FactorLLMError
 from factorllm.dense import open_model
 from factorllm.engines import EngineProcess, Options
-from factorllm.engines.serve import ServeSettings, vllm_arguments
-from factorllm.measure.speed import run_bench
+from factorllm.engines.serve import vllm_arguments
+from factorllm.engines.settings import ServeSettings
+from factorllm.measure.speed.run import run_bench
 from factorllm.student.read import load_student
 
 AUTO_MAP = {

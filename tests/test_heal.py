@@ -25,12 +25,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.convert.route import pa_loss
 from factorllm.dense import open_model
-from factorllm.healing import HealSettings, heal
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
+from factorllm.healing.run import heal
+from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import set_learning
-from factorllm.measure import perplexity
+from factorllm.measure.perplexity import perplexity
 from factorllm.recipe import parse_recipe
 from factorllm.runs.settings import Settings
 from factorllm.student.read import load_student

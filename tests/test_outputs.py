@@ -16,9 +16,10 @@ from test_refusals import cli  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, factorize
-from factorllm import checkpoint as module
 from factorllm.exporting import export_gguf
-from factorllm.healing import HealSettings, heal
+from factorllm.healing.run import heal
+from factorllm.healing.settings import HealSettings
+from factorllm.runs import workspace as module
 from factorllm.runs.settings import Settings
 from factorllm.text.sample import sample
 
@@ -239,7 +240,7 @@ def test_a_kill_just_after_publishing_leaves_nothing(run, tmp_path, monkeypatch)
 def test_overwrite_replaces_only_at_the_end(run, own, monkeypatch):
     before = contents(own)
     with monkeypatch.context() as patch:
-        patch.setattr("factorllm.convert.factorize._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("factorllm.convert.factorize.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(own, recipe="S1A1E4", overwrite=True)
     assert {name: data for name, data in tree(own).items() if name in before} == before

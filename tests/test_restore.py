@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from factorllm.convert.restore import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
+from factorllm.convert.ridge import LAMBDAS, WEAKER, GatedHidden, RidgeStatistics, solve_ridge
 from factorllm.dense.ffn import FFN
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape

@@ -150,17 +150,17 @@ def test_a_foreign_partial_folder_is_left_alone(deep_folder, text_file, tmp_path
 def test_a_full_disk_is_explained_and_the_run_goes_on_later(deep_folder, text_file, tmp_path, monkeypatch):
     import errno
 
-    import factorllm.convert.factorize as pipeline
+    from factorllm.convert import write
 
-    out, write = tmp_path / "out", pipeline.write_shard
+    out, write_shard = tmp_path / "out", write.write_shard
 
     def full(path, tensors):
         if path.name.startswith("model-00004"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
+        write_shard(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_shard", full)
+        patch.setattr(write, "write_shard", full)
         with pytest.raises(FactorLLMError, match=r"no space left .* goes on where it stopped"):
             run(deep_folder, out, text_file)
     assert journal_lines(out) == 2

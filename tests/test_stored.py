@@ -10,9 +10,9 @@ from conftest import CONFIGS, save_dense
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from factorllm import FactorLLMError, factorize, pipeline
-from factorllm.healing import HealSettings, heal
-from factorllm.healing.run import FactorTrainer
+from factorllm import FactorLLMError, factorize
+from factorllm.healing.run import FactorTrainer, heal
+from factorllm.healing.settings import HealSettings
 from factorllm.runs.settings import Settings
 from factorllm.runs.stored import refuse_unquantisable
 from factorllm.student.routers import is_router
@@ -63,12 +63,12 @@ def test_what_a_host_scales_past_float16_is_refused(host, recipe, refused, tmp_p
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "model.norm", "layers.2.input_layernorm", DOWN])
 def test_weights_that_float16_does_not_hold_are_refused_before_the_work(name, refused, tmp_path, monkeypatch):
     model = dense_with(tmp_path / "dense", {name: with_one(1e5)}, torch.bfloat16)
-    monkeypatch.setattr(pipeline, "LayerConversion", lambda *_: pytest.fail("a layer was converted"))
+    monkeypatch.setattr("factorllm.convert.factorize.convert_layer", lambda *_: pytest.fail("a layer was converted"))
     refused(model, match=rf"tensor .*{name}.* reaches 99840, and float16 holds 65504", dtype="float16")
 
 
 def test_a_final_norm_that_its_scale_makes_too_large_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "fit_logit_scale", lambda *_: 2.0)
+    monkeypatch.setattr("factorllm.convert.write.fit_logit_scale", lambda *_: 2.0)
     model = dense_with(tmp_path / "dense", {"model.norm": with_one(4e4)}, torch.float16)
     refused(model, match=r"tensor model.norm.weight reaches 80000, and float16")
 
@@ -123,13 +123,13 @@ def test_activations_that_cannot_be_computed_with_are_refused(part, factor, matc
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_student_without_a_perplexity_is_not_published(value, dense_folder, refused, monkeypatch):
     values = iter([9.0, value])
-    monkeypatch.setattr(pipeline, "perplexity", lambda *_: next(values))
+    monkeypatch.setattr("factorllm.convert.finish.perplexity", lambda *_: next(values))
     refused(str(dense_folder), match=f"perplexity of the student model is {value}")
 
 
 def test_a_static_prune_without_a_perplexity_is_left_out(dense_folder, text_file, tmp_path, monkeypatch):
     values, console = iter([9.0, 10.0, math.inf]), Console(record=True, width=200)
-    monkeypatch.setattr(pipeline, "perplexity", lambda *_: next(values))
+    monkeypatch.setattr("factorllm.convert.finish.perplexity", lambda *_: next(values))
     settings = SMALL.model_copy(update={"baseline": True})
     made = factorize(
         str(dense_folder), tmp_path / "out", "S2A2E8", text=str(text_file), settings=settings, console=console

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from factorllm import factorize
-from factorllm.convert.restore import GatedHidden
+from factorllm.convert.ridge import GatedHidden
 from factorllm.convert.tune import tune
 from factorllm.dense.ffn import FFN
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
@@ -49,7 +49,7 @@ def test_tokens_of_no_weight_teach_nothing():
 @pytest.mark.parametrize("share", [1, 2])
 def test_a_tuned_model_is_nearer_to_the_dense_one(share, dense_folder, text_file, small, tmp_path, monkeypatch):
     """Also when its start in closed form is fitted on a share of the tokens only, as that of a long run is."""
-    monkeypatch.setattr("factorllm.convert.layer._TUNING_START_TOKENS", small.tokens // share)
+    monkeypatch.setattr("factorllm.convert.tune._START_TOKENS", small.tokens // share)
     made = {
         passes: factorize(
             str(dense_folder),

@@ -1,15 +1,69 @@
 """FactorLLM: turn a dense LLM into a faster sparse Mixture of Experts that every engine already loads."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from factorllm.errors import FactorLLMError
-from factorllm.recipe import Recipe, Shape, parse_recipe
 
-__all__ = ["FactorLLMError", "Recipe", "Shape", "factorize", "parse_recipe"]
+if TYPE_CHECKING:
+    from factorllm.convert.factorize import factorize
+    from factorllm.engines.serve import serve
+    from factorllm.engines.settings import ServeSettings
+    from factorllm.exporting.gguf_file import export_gguf as export
+    from factorllm.healing.run import heal
+    from factorllm.healing.settings import HealSettings
+    from factorllm.measure.scores import evaluate
+    from factorllm.measure.settings import EvalSettings
+    from factorllm.measure.speed.plan import Plan
+    from factorllm.measure.speed.run import run_bench as bench
+    from factorllm.recipe import Recipe, Shape, parse_recipe
+    from factorllm.runs.settings import Settings
+    from factorllm.text.sample import sample
+
+_PUBLIC = {
+    "EvalSettings": ("measure.settings", "EvalSettings"),
+    "HealSettings": ("healing.settings", "HealSettings"),
+    "Plan": ("measure.speed.plan", "Plan"),
+    "Recipe": ("recipe", "Recipe"),
+    "ServeSettings": ("engines.settings", "ServeSettings"),
+    "Settings": ("runs.settings", "Settings"),
+    "Shape": ("recipe", "Shape"),
+    "bench": ("measure.speed.run", "run_bench"),
+    "evaluate": ("measure.scores", "evaluate"),
+    "export": ("exporting.gguf_file", "export_gguf"),
+    "factorize": ("convert.factorize", "factorize"),
+    "heal": ("healing.run", "heal"),
+    "parse_recipe": ("recipe", "parse_recipe"),
+    "sample": ("text.sample", "sample"),
+    "serve": ("engines.serve", "serve"),
+}
+"""Module and name there of each public name. torch and transformers, which take seconds to import, are loaded when one
+is asked for."""
+
+__all__ = [
+    "EvalSettings",
+    "FactorLLMError",
+    "HealSettings",
+    "Plan",
+    "Recipe",
+    "ServeSettings",
+    "Settings",
+    "Shape",
+    "bench",
+    "evaluate",
+    "export",
+    "factorize",
+    "heal",
+    "parse_recipe",
+    "sample",
+    "serve",
+]
 
 
-def __getattr__(name: str):
-    # torch and transformers take seconds to import; `factorllm --help` needs neither.
-    if name == "factorize":
-        from factorllm.convert.factorize import factorize
-
-        return factorize
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inner = _PUBLIC[name]
+    return getattr(import_module(f"factorllm.{module}"), inner)

@@ -192,8 +192,8 @@ def parse_recipe(text: str) -> Recipe:
             usual, fields = LITERATURE[method]
             return Recipe(**parse_recipe(shape or usual).model_dump() | fields)
         if match := _CMOE.fullmatch(text):
-            shared, active, parts, overlapping = (number and int(number) for number in match.groups())
-            return Recipe(shared=shared, active=active, parts=parts, overlapping=overlapping)
+            shared, active, parts = map(int, match.groups()[:3])
+            return Recipe(shared=shared, active=active, parts=parts, overlapping=int(match[4]) if match[4] else None)
         if match := _PAPER.fullmatch(text):
             routers, experts, top_k = map(int, match.groups())
             if routers != 1:

@@ -14,8 +14,7 @@ from transformers import PreTrainedConfig
 from factorllm.dense import ModelSource, open_model
 from factorllm.dense.reference import check_against_references
 from factorllm.hosts import Host, choose_host
-from factorllm.measure import cost_of
-from factorllm.measure.cost import Cost
+from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.disk import explain_full_disk, require_space
 from factorllm.runs.identity import common_identity

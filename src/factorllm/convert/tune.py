@@ -1,28 +1,75 @@
-"""Gradient fit of one layer's kept neurons to the dense FFN. The restore only moves `down_proj`; this moves the gates
-and ups too. Its target is the dense FFN's output on the student's own inputs, a function of the input alone, so what is
-learnt holds on new text; a target with the drift of the stream in it does not generalise (docs/experiments.md)."""
+"""Fourth step of a layer, if asked for: gradient fit of its kept neurons to the dense FFN.
+
+The restore only moves `down_proj`; this moves the gates and ups too. Its target is the dense FFN's output on the
+student's own inputs, a function of the input alone, so what is learnt holds on new text; a target with the drift of the
+stream in it does not generalise (docs/experiments).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from factorllm.convert.restore import GatedHidden
+from factorllm.convert.ridge import GatedHidden, RidgeStatistics, solve_ridge_at, token_weights
+from factorllm.convert.task import LayerTask
 from factorllm.dense.ffn import FFN
 from factorllm.recipe import Shape
-from factorllm.runs.settings import has_bfloat16
+from factorllm.runs.device import has_bfloat16
+from factorllm.runs.rows import Rows
 
 BATCH = 512
 """Tokens of a step."""
 
 _RATE = 2e-2  # peak learning rate, in units of the root mean square of each matrix
 _WARM_UP = 20
+_START = 0.03  # strength of the ridge that tuning starts from
+_START_TOKENS = 65_536  # that it is fitted on: all would cost a long run half as much time as the tuning
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """FFN inputs (n, d), gate weights (n, N), dense FFN's output (n, d) and weights of the tokens (n,), fp32."""
+
+
+def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
+    """The kept neurons, fitted to the dense FFN's output; first in closed form, then by gradient."""
+    inputs, shape, device = task.inputs, task.shape, task.device
+    output = task.scratch("output", task.middle.length, task.middle.width)
+    start = RidgeStatistics(shape.kept_width, task.middle.width, device)
+    runs = list(inputs.runs())
+    stride = max(inputs.sequences * inputs.length // _START_TOKENS, 1)
+    for number, run in enumerate(runs):
+        with tuning_precision(device):
+            dense, weights = task.dense_output(run)
+        output.write(run, dense)
+        if number % stride == 0:
+            x = inputs.read(run, device).flatten(0, 1)
+            active = GatedHidden.compute(kept, x, task.gates(x, router), shape)
+            start.update(active, dense, weights)
+        task.tick(run)
+    start.share(task.ranks)
+    down = solve_ridge_at(start, kept.down.float(), _START)
+    steps = task.workplace.tune * sum(-(-(run.stop - run.start) * inputs.length // BATCH) for run in runs)
+    tuned = tune(FFN(kept.gate, kept.up, down), shape, _batches(task, runs, output, router), steps)
+    output.remove()
+    # Each process has tuned on its own share of the tokens, from the same start.
+    gate, up, down = (task.ranks.mean(matrix) for matrix in (tuned.gate, tuned.up, tuned.down))
+    return FFN(gate.to(kept.gate.dtype), up.to(kept.up.dtype), down)
+
+
+def _batches(task: LayerTask, runs: list[slice], output: Rows, router: Tensor | None) -> Iterator[Batch]:
+    """The tokens of all runs, shuffled within the runs and the runs among themselves, in each pass anew."""
+    for _ in range(task.workplace.tune):
+        for number in torch.randperm(len(runs), generator=task.generator).tolist():
+            run = runs[number]
+            inputs, target, teacher = (
+                task.tokens(rows, run) for rows in (task.inputs, output, task.streams.teacher_after)
+            )
+            batch = inputs, task.gates(inputs, router), target, token_weights(teacher)
+            for picked in torch.randperm(len(inputs), generator=task.generator).to(task.device).split(BATCH):
+                yield tuple(values[picked] for values in batch)
+            task.tick(run)
 
 
 def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:

@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import sliding_window
+from factorllm.dense.families import FAMILIES, sliding_window
 from factorllm.errors import FactorLLMError
 
 _OF_OTHERS: dict[str, tuple] = {
@@ -45,6 +45,17 @@ _OUTPUTS = (
     ("output_attentions", True, "for which transformers' sdpa, which is used here, has no way"),
 )
 """What a config can ask a model to give back that it cannot give here, and why."""
+
+
+def check_family(label: str, family: object) -> None:
+    """Refuse a family that is not supported, and name those that are."""
+    if family in FAMILIES:
+        return
+    known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
+    raise FactorLLMError(
+        f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
+        f"exactly; supported families: {known}"
+    )
 
 
 def check_depth(label: str, layers: int, tensors: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from factorllm.dense.config_checks import check_config
-from factorllm.dense.families import FAMILIES
+from factorllm.dense.config_checks import check_config, check_family
+from factorllm.dense.tensor_checks import check_finite, check_names, check_shapes, check_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.digest import digest_of
 from factorllm.runs.finite import is_finite
@@ -149,79 +149,16 @@ class ModelSource(ABC):
                 f"{self.config.rope_parameters}); mend it, or use another copy"
             )
         shapes = _shapes(skeleton)
-        self._check_names(shapes)
-        self._check_shapes(shapes)
-
-    def _check_names(self, want: Collection[str]) -> None:
-        have = set(self.names())
-        have = {name for name in have if not name.endswith("rotary_emb.inv_freq")}
-        if self.config.tie_word_embeddings:
-            have.discard("lm_head.weight")
-        if missing := sorted(name for name in want if self._lacks(name)):
-            raise FactorLLMError(
-                f"{self.label} lacks {len(missing)} tensors, {missing[0]} among them: the checkpoint is incomplete, or "
-                f"was not saved as a {self.config.model_type} for causal language modelling; fetch or save it again"
-            )
-        if extra := sorted(have - set(want)):
-            raise FactorLLMError(
-                f"{self.label} holds {len(extra)} tensors that a plain {self.config.model_type} model does not have, "
-                f"{extra[0]} among them; leaving them out would change the model, so it is refused"
-            )
+        check_names(self.label, self.config, self.names(), shapes, [name for name in shapes if self._lacks(name)])
+        check_shapes(self.label, {name: self.shape(name) for name in shapes}, shapes)
 
     def _lacks(self, name: str) -> bool:
         return name not in self.names()
 
-    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        for name, wanted in shapes.items():
-            if (shape := self.shape(name)) != wanted:
-                raise FactorLLMError(
-                    f"{self.label}: tensor {name} is {_sizes(shape)}, but its config says {_sizes(wanted)}; fetch both "
-                    "again, or mend the config (vocab_size, after tokens were added)"
-                )
-
     def _checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """A tokenizer, all of whose tokens for text, and its end token, have a row in the embedding table."""
-        rows = self.config.vocab_size
-        with refusing(f"the tokenizer of {self.label}", "it is damaged: use another copy"):
-            special = set(tokenizer.all_special_ids)
-            past = [index for index in tokenizer.get_vocab().values() if index >= rows and index not in special]
-            past += [index for index in (tokenizer.eos_token_id, tokenizer.bos_token_id) if (index or 0) >= rows]
-        if past:
-            raise FactorLLMError(
-                f"the tokenizer of {self.label} has {len(tokenizer)} tokens, but the embedding table has {rows} rows; "
-                "use the tokenizer that belongs to these weights"
-            )
+        check_tokenizer(self.label, tokenizer, self.config.vocab_size)
         return tokenizer
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def check_finite(value: torch.Tensor, name: str, label: str) -> torch.Tensor:
-    """A tensor that was read, if all of it are numbers.
-
-    Raises:
-        FactorLLMError: when it holds NaN or infinity.
-    """
-    if not is_finite(value):
-        raise FactorLLMError(
-            f"{label}: tensor {name} holds NaN or infinite values, so nothing can be fitted to it; "
-            "the file is damaged or the model diverged: use another copy"
-        )
-    return value
-
-
-def check_family(label: str, family: object) -> None:
-    """Refuse a family that is not supported, and name those that are."""
-    if family in FAMILIES:
-        return
-    known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
-    raise FactorLLMError(
-        f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
-        f"exactly; supported families: {known}"
-    )

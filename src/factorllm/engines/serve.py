@@ -12,36 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
-from factorllm.engines import Options, engine_name, installed
+from factorllm.engines import engine_name, installed
 from factorllm.engines.process import SAFE_PATH, how_to_install, python_of
+from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import export_gguf
 from factorllm.runs.disk import IN_TMPDIR
-from factorllm.runs.settings import Threads
-
-
-class ServeSettings(BaseModel):
-    """How a model is served. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = Field(default=8080, ge=1, le=65_535)
-    """Port to listen on."""
-    context: int = Field(default=4096, ge=1, le=1 << 22)
-    """Tokens of a conversation."""
-    parallel: int = Field(default=1, ge=1, le=256)
-    """Conversations at once."""
-    threads: Threads | None = None
-    """Threads of llama.cpp; None leaves it to the engine."""
-
-    @property
-    def options(self) -> Options:
-        return Options(context=self.context, batch=self.parallel, decode_threads=self.threads)
 
 
 def choose_engine() -> str:
@@ -83,7 +61,13 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
     return arguments
 
 
-def serve(model: str, engine: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+def serve(
+    model: str,
+    engine: str = "auto",
+    file_type: str = "q8_0",
+    settings: ServeSettings | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
     Args:
@@ -94,6 +78,7 @@ def serve(model: str, engine: str, file_type: str, settings: ServeSettings, say:
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
     """
+    settings = settings or ServeSettings()
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
         _serve_llamacpp(model, file_type, settings, say)

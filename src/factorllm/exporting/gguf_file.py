@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -115,7 +116,7 @@ def export_gguf(
     return Exported(out, out.stat().st_size, larger)
 
 
-def _job(model: str, file_type: str, tokenizer: Path | None, top_k: int | None) -> dict:
+def _job(model: str, file_type: str, tokenizer: Path | None, top_k: int | None) -> dict[str, Any]:
     """Everything that decides the bytes of the file."""
     return {
         "model": _model_digest(model),
@@ -136,7 +137,7 @@ def _model_digest(model: str) -> str:
 
 
 def _write(
-    checkpoint: Checkpoint, out: Path, file_type: str, tokenizer: Path | None, job: dict, when_full: str
+    checkpoint: Checkpoint, out: Path, file_type: str, tokenizer: Path | None, job: dict[str, Any], when_full: str
 ) -> dict[str, str]:
     """Stream the tensors into a file beside `out`: their shapes are known first, so memory stays at one tensor, and
     the disk at one file.
@@ -188,7 +189,7 @@ def _size(shape: Sequence[int], kind: Type) -> int:
     return math.prod(shape) // block * size
 
 
-def _read_gguf(path: Path) -> dict | None:
+def _read_gguf(path: Path) -> dict[str, Any] | None:
     """What made a GGUF file, under `job` if it was factorllm; None for a file of another kind."""
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
@@ -247,6 +248,11 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim(config))
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in (checkpoint.host.gguf_keys(config) | rope_keys(config.rope_parameters)).items():
         add[type(value)](f"{architecture}.{key}", value)

@@ -21,12 +21,13 @@ from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import check_learning
 from factorllm.recipe import Recipe
+from factorllm.runs.device import has_bfloat16
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk, require_space
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.runs.ranks import Ranks
-from factorllm.runs.settings import Settings, has_bfloat16
+from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, is_done_already, write_shard
 from factorllm.student.read import check_shape, load_student, read_partitions, read_provenance
 from factorllm.text import CalibrationText

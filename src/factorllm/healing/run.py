@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Asked, Targets
 from factorllm.healing.trainer import FactorTrainer, ProgressCallback
-from factorllm.measure import perplexity, refuse_infinite
+from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import model_card
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import PROVENANCE, located
@@ -50,7 +51,7 @@ class Healed:
     """
 
     out: Path
-    results: dict[str, dict]
+    results: dict[str, dict[str, Any]]
     tokens: int
     held_out_tokens: int
     text_origin: str
@@ -136,12 +137,12 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         routers.unflatten()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = set_learning(model, settings)
+    learner = set_learning(model, settings)
     steps = settings.epochs * (len(targets["train"]) // settings.batch)
     resume = _last_checkpoint(job.work.folder / "trainer")
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer = FactorTrainer(
-        model,
+        learner,
         settings,
         routers,
         job.bfloat16,
@@ -151,7 +152,7 @@ def _train(job: HealJob, targets: dict[str, Targets]) -> FactorTrainer:
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)  # progress is told by ours
-    _predict(job, trainer, steps - done)
+    _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -168,7 +169,7 @@ def _arguments(job: HealJob, steps: int, done: int) -> TrainingArguments:
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
         gradient_accumulation_steps=accumulate,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.peak_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(steps / 20),
         max_grad_norm=1.0,
@@ -203,14 +204,15 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _predict(job: HealJob, trainer: FactorTrainer, steps: int) -> None:
+def _predict(job: HealJob, trainer: FactorTrainer, train: Targets, steps: int) -> None:
     """Time one part of a batch and say how long training will take."""
     settings = job.settings
     if job.ranks.count > 1 or steps <= 0:
         return  # the model is not wrapped yet, so a step here would not be a step there
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(settings.micro_batch)])
+    batch = trainer.data_collator([train[i] for i in range(settings.micro_batch)])
     inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
-    model = trainer.model.train()
+    model: Any = trainer.model
+    model.train()
     for _ in range(2):  # the first one also warms up
         start = time.monotonic()
         with trainer.compute_loss_context_manager():
@@ -232,7 +234,7 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.settings.train == "lora":
-        whole = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
+        whole: Any = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
         whole.load_state_dict(state)
         model = whole.merge_and_unload()
         state = model.state_dict()
@@ -246,7 +248,7 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
         shutil.copy(path, folder)
 
 
-def _finish(job: HealJob, folder: Path, history: list[dict], seconds: float) -> Healed:
+def _finish(job: HealJob, folder: Path, history: list[dict[str, Any]], seconds: float) -> Healed:
     """Measure, complete the checkpoint, and publish it."""
     results = _measure(job, folder)
     tokens = job.text["train"].numel()
@@ -277,13 +279,13 @@ def _read_healed(out: Path) -> Healed:
     return Healed(out, made["results"], healing["tokens"], healing["held_out_tokens"], healing["text"], None)
 
 
-def _curve(history: list[dict]) -> list[dict]:
+def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The losses in what the Trainer logged, which also holds times."""
     points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
     return [point for point in points if len(point) > 1]
 
 
-def _measure(job: HealJob, folder: Path) -> dict[str, dict]:
+def _measure(job: HealJob, folder: Path) -> dict[str, dict[str, Any]]:
     """Perplexity of the dense model, and of the student before and after, loaded from the files."""
     held_out, known = job.text["held_out"], job.made["results"]
     values = {}

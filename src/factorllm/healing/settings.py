@@ -19,7 +19,7 @@ _LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 class HealSettings(BaseModel):
     """How a student is healed. Length, seed and held-out part of the text are those that the student was made with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     tokens: Tokens = 200_000
     """Tokens to train on."""
@@ -66,6 +66,12 @@ class HealSettings(BaseModel):
     it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate of settings that are `settled`."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
     def settled(self, shape: Shape) -> HealSettings:
         """The same, with a learning rate: a smaller one where little of the FFN is off, and so little is to repair. A

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import xxhash
@@ -27,9 +28,10 @@ from factorllm.measure.agreement import Agreement, agreement
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
+from factorllm.runs.device import usable_device
 from factorllm.runs.digest import digest_of
 from factorllm.runs.progress import meter
-from factorllm.runs.settings import Settings, usable_device
+from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.calibration import file_digest, hold_out
@@ -98,7 +100,7 @@ def evaluate(
     return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
 
 
-def _on_text(scores: dict, subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
+def _on_text(scores: dict[str, Any], subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         values = {name: perplexity(subject.model, tokens, bar.advance) for name, subject in subjects.items()}
     refuse_infinite(values, "use --dtype float32, or leave out --text")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class EvalSettings(BaseModel):
     """What models are asked, and how they compute."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tasks: tuple[str, ...] = ("arc_easy", "piqa", "boolq", "copa", "lambada_openai")
     """Names of `tasks.TASKS`."""

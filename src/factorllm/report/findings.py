@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.dense import open_model
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.measure import complete
+from factorllm.measure.generate import complete
 from factorllm.measure.routing import Specialisation, expert_picks_for, specialisation
 from factorllm.measure.tasks import TASKS, Score
+from factorllm.runs.device import usable_device
 from factorllm.runs.progress import meter
-from factorllm.runs.settings import usable_device
 from factorllm.student.read import load_student, read_provenance
 from factorllm.student.routers import Routers
 

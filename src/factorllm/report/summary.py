@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -22,7 +23,7 @@ class ModelRow:
     perplexity: float
     cost: Cost
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {"perplexity": self.perplexity, **asdict(self.cost)}
 
 
@@ -63,7 +64,7 @@ class Summary:
     held_out_tokens: int
     rows: list[ModelRow]
     logit_scale: float
-    layers: list[dict]
+    layers: list[dict[str, Any]]
     spent: Spent | None = None
     done_already: bool = False
 
@@ -79,7 +80,7 @@ RUN_FILE = "factorllm.run.json"
 """The file of a checkpoint that says what its making took."""
 
 
-def read_summary(out: Path, made: dict) -> Summary:
+def read_summary(out: Path, made: dict[str, Any]) -> Summary:
     """The summary of a checkpoint that `factorize` made before.
 
     Args:
@@ -110,7 +111,7 @@ def read_summary(out: Path, made: dict) -> Summary:
 LABELS = {"dense": "dense", "student": "student", "healed": "healed", "pruned": "static prune"}
 
 
-def result_table(results: dict[str, dict], title: str = "") -> Table:
+def result_table(results: dict[str, dict[str, Any]], title: str = "") -> Table:
     """Dense, student and static prune side by side.
 
     Args:
@@ -142,7 +143,7 @@ def result_table(results: dict[str, dict], title: str = "") -> Table:
     return table
 
 
-def layer_table(layers: list[dict]) -> Table:
+def layer_table(layers: list[dict[str, Any]]) -> Table:
     """Per layer: router agreement with the prior, evenness of expert load, stream error, ridge strength."""
     table = Table(title="layers", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("layer", "router\nagrees", "expert load\nmin - max", "stream\nerror", "ridge\nstrength"):
@@ -159,7 +160,7 @@ def layer_table(layers: list[dict]) -> Table:
     return table
 
 
-def mean_agreement(layers: list[dict]) -> float | None:
+def mean_agreement(layers: list[dict[str, Any]]) -> float | None:
     """How often the routers' picks agree with the prior's, mean over layers."""
     values = [layer["router_agreement"] for layer in layers if layer["router_agreement"] is not None]
     return mean(values) if values else None

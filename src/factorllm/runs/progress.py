@@ -72,7 +72,7 @@ def quiet_transformers() -> Iterator[None]:
 class Clock:
     """Wall time between laps, in seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last = time.monotonic()
 
     def lap(self) -> float:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedConfig
 
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError
 
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast on a device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def usable_device(device: str) -> str:
-    """A device that this machine has, `auto` decided.
-
-    Raises:
-        FactorLLMError: when it is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"device {device!r}", "use --device cpu"):
-        if torch.empty(0, device=device).is_meta:
-            raise FactorLLMError("device 'meta' computes nothing; use --device cpu")
-    return device
-
+if TYPE_CHECKING:  # the command line makes its options from these models, and must not wait for torch
+    import torch
+    from transformers import PreTrainedConfig
 
 MOST_TOKENS = 10**12
 LARGEST_SEED = 2**32 - 1
@@ -42,11 +22,13 @@ Sequences = Annotated[int, Field(ge=1, le=65_536)]
 Passes = Annotated[int, Field(ge=1, le=10_000)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class Settings(BaseModel):
     """How a run is done. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tokens: Tokens = 100_000
     """Calibration tokens."""
@@ -60,7 +42,7 @@ class Settings(BaseModel):
     """Architecture of the student; `auto` takes the first that holds it exactly."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Dtype of the written weights; `auto` keeps the dense model's."""
     baseline: bool = True
     """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
@@ -75,10 +57,12 @@ class Settings(BaseModel):
         Raises:
             FactorLLMError: when the device is not there, or the model's sequences or dtype are none to work with.
         """
-        dtype = self.dtype
+        from factorllm.runs.device import usable_device
+
+        dtype: str = self.dtype
         if dtype == "auto":
-            dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-        if dtype not in Settings.model_fields["dtype"].annotation.__args__:
+            dtype = str(config.dtype or "float32").removeprefix("torch.")
+        if dtype not in get_args(Dtype):
             raise FactorLLMError(f"the model is stored in {dtype}, which students are not; use --dtype float32")
         device = usable_device(self.device)
         limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
@@ -89,14 +73,21 @@ class Settings(BaseModel):
 
     @property
     def torch_device(self) -> torch.device:
+        import torch
+
         return torch.device(self.device)
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """bf16 checkpoints are computed in bf16 on a GPU; all else in fp32. Statistics are fp32 always."""
+        import torch
+
         on_gpu = self.torch_device.type == "cuda"
         return torch.bfloat16 if on_gpu and self.stored_dtype == torch.bfloat16 else torch.float32

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense import ModelSource, open_model
 from factorllm.errors import FactorLLMError
+from factorllm.runs.device import has_bfloat16
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import Kind, check_output, is_done, located
 from factorllm.runs.progress import meter
-from factorllm.runs.settings import Settings, has_bfloat16
+from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, write_text
 from factorllm.text.sampling import batch_sizes, chat_opening, sample_from_model
 
@@ -82,7 +84,7 @@ def sample(
     return out
 
 
-def _read_sampled(path: Path) -> dict | None:
+def _read_sampled(path: Path) -> dict[str, Any] | None:
     """The first record of a file that `sample` wrote, which also says what made it."""
     with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
         record = json.loads(file.readline())
@@ -94,7 +96,7 @@ def _read_sampled(path: Path) -> dict | None:
 SAMPLED = Kind("text that factorllm sampled", False, _read_sampled)
 
 
-def _signed(documents: str, identity: dict) -> str:
+def _signed(documents: str, identity: dict[str, Any]) -> str:
     """The documents, with what made them in the first record: a file beside them would be lost sooner."""
     first, end, others = documents.partition("\n")
     return json.dumps(json.loads(first) | {"job": identity}) + end + others if first else documents
@@ -123,7 +125,7 @@ def _sample_missing(
             seed = settings.seed * 1_000_003 + number
             rows = sample_from_model(model, tokenizer, size, settings.length, seed, bar.advance, temperature, opening)
             if opening is None:
-                documents = (text for row in rows.tolist() for text in _documents(row, tokenizer))
+                documents = [text for row in rows.tolist() for text in _documents(row, tokenizer)]
             else:
                 documents = tokenizer.batch_decode([opening + row for row in rows.tolist()])
             write_text(path, "".join(json.dumps({"source": _SOURCE, "text": text}) + "\n" for text in documents))
@@ -133,10 +135,10 @@ def _documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterato
     """The texts between the special tokens of a sampled sequence, without the shortest."""
     special = set(tokenizer.all_special_ids)
     document: list[int] = []
-    for token in [*tokens, None]:
+    for token in (*tokens, None):
         if token is not None and token not in special:
             document.append(token)
             continue
         if len(document) >= _SHORTEST:
-            yield tokenizer.decode(document)
+            yield str(tokenizer.decode(document))
         document = []

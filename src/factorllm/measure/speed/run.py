@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from factorllm.engines import engine_name
+from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import open_subjects
 from factorllm.measure.speed.table import as_json, speed_table, write_plot
-from factorllm.measure.speed.timing import Plan, measure_speed
+from factorllm.measure.speed.timing import measure_speed
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import check_own_files, located, read_json
 from factorllm.runs.workspace import write_json
@@ -22,11 +23,11 @@ _NUMBERS, _PLOT = "speed.json", "speed.png"
 def run_bench(
     student: str,
     against: list[str],
-    engine: str,
-    file_type: str,
-    plan: Plan,
-    out: Path | None,
-    console: Console,
+    engine: str = "llamacpp",
+    file_type: str = "q8_0",
+    plan: Plan | None = None,
+    out: Path | None = None,
+    console: Console | None = None,
 ) -> Table:
     """Time the models in turns; `speed.json` and `speed.png` are written to `out` if it is given.
 
@@ -37,7 +38,7 @@ def run_bench(
     Raises:
         FactorLLMError: when a model or the engine cannot be used.
     """
-    engine = engine_name(engine)
+    engine, plan, console = engine_name(engine), plan or Plan(), console or Console(quiet=True)
     if out:
         out = located(out)
         check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))

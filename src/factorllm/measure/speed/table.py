@@ -9,7 +9,8 @@ from statistics import median
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from factorllm.measure.speed.timing import Measure, Plan
+from factorllm.measure.speed.plan import Plan
+from factorllm.measure.speed.timing import Measure
 
 
 def dense_of(measures: list[Measure]) -> Measure:

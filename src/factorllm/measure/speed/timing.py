@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from factorllm.engines import EngineProcess, Options
+from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import Subject
 from factorllm.runs.progress import Meter, meter
-from factorllm.runs.settings import Sequences, Threads, Tokens
-
-
-class Plan(BaseModel):
-    """What is timed. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rounds: int = Field(default=7, ge=2, le=10_000)
-    """Turns of each model."""
-    prompts: tuple[Tokens, ...] = (512, 2048)
-    """Lengths of the prompts of prefill, tokens."""
-    context: Tokens = 256
-    """Prompt before decoding, tokens."""
-    steps: int = Field(default=48, ge=2, le=1_000_000)
-    """Steps of decoding that are timed."""
-    batches: tuple[Sequences, ...] = (1, 8)
-    """Sequences that decode at once."""
-    threads: tuple[Threads, ...] = ()
-    """Thread counts to choose from; empty for all powers of two up to the number of cores."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of weights that are not quantised."""
-    experts: Literal["eager", "batched_mm", "grouped_mm"] | None = None
-    """Back end of transformers' experts."""
-
-    def thread_counts(self) -> tuple[int, ...]:
-        cores = len(os.sched_getaffinity(0))
-        return self.threads or tuple(sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores}))
-
-    def names(self) -> list[str]:
-        """What is timed: `prefill N` for prompts of N tokens, `decode xB` for B sequences at once."""
-        return [f"prefill {length}" for length in self.prompts] + [f"decode x{batch}" for batch in self.batches]
 
 
 @dataclass

@@ -1,0 +1,43 @@
+"""`factorllm eval`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from factorllm.cli import terminal
+from factorllm.cli.options import IS_PATH, Made, settings_from
+from factorllm.measure.settings import EvalSettings
+
+
+@settings_from(EvalSettings, "data", "limit", "device", "dtype")
+def evaluate(
+    checkpoint: Made,
+    against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = ",".join(EvalSettings().tasks),
+    text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.", **IS_PATH)] = None,
+    **chosen,
+) -> None:
+    """Score a checkpoint on benchmark tasks, and show what it kept of the dense model."""
+    from dataclasses import asdict
+
+    from factorllm.measure.scores import evaluate as run
+    from factorllm.report import SCORES, score_table
+    from factorllm.runs.disk import explain_full_disk
+    from factorllm.runs.output import check_output, located
+    from factorllm.runs.workspace import write_json
+
+    if out:
+        out = located(out)
+        check_output(out, SCORES, [checkpoint, against, chosen["data"], text])
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    settings = EvalSettings(tasks=names, **chosen)
+    found = run(checkpoint, against=against, text=text, settings=settings, console=terminal.console)
+    terminal.console.print(score_table(found))
+    if out:
+        with explain_full_disk(out, "free some, or choose another -o"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, asdict(found))

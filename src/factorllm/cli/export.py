@@ -1,0 +1,31 @@
+"""`factorllm export`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from factorllm.cli import terminal
+from factorllm.cli.options import IS_PATH, FileType
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a dense or pruned model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file to write.", **IS_PATH)],
+    file_type: FileType = "q8_0",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.", **IS_PATH),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that run for a token (hosts glm4_moe and qwen2_moe).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp."""
+    from factorllm.exporting import export_gguf
+
+    made = export_gguf(model, out, file_type, tokenizer=tokenizer, top_k=top_k, overwrite=overwrite, say=terminal.say)
+    terminal.console.print(f"written: {made.path} ({made.size / 2**20:.0f} MiB, {file_type})", soft_wrap=True)

@@ -1,0 +1,24 @@
+"""`factorllm serve`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from factorllm.cli import terminal
+from factorllm.cli.options import FileType, settings_from
+from factorllm.engines.settings import ServeSettings
+
+
+@settings_from(ServeSettings, "host", "port", "context", "parallel", "threads")
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a .gguf file.")],
+    engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm where there is a GPU.")] = "auto",
+    file_type: FileType = "q8_0",
+    **chosen,
+) -> None:
+    """Serve a model to OpenAI clients, by the engine's own server."""
+    from factorllm.engines.serve import serve as run
+
+    run(model, engine, file_type, ServeSettings(**chosen), terminal.say)

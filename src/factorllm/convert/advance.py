@@ -1,0 +1,29 @@
+"""Last step of a layer: the student's stream after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factorllm.convert.ridge import GatedHidden
+from factorllm.convert.task import LayerTask
+
+
+def advance(task: LayerTask, router: Tensor | None, down: Tensor) -> float:
+    """Write the student's stream after the layer; its squared error relative to the teacher's, mean over the tokens.
+
+    Args:
+        router: (N, d), None for a static prune.
+        down: (d, kept), fp32.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=task.device)
+    for run in task.middle.runs():
+        middle = task.middle.read(run, task.device)
+        gates = task.gates(task.inputs.read(run, task.device).flatten(0, 1), router)
+        active = GatedHidden(task.active.read(run, task.device).flatten(0, 1).float(), gates, task.shape)
+        after = middle + active.project(down).view_as(middle).to(middle.dtype)
+        task.streams.after.write(run, after)
+        teacher = task.streams.teacher_after.read(run, task.device).float()
+        total += ((after - teacher).square().sum(-1) / teacher.square().sum(-1)).sum()
+        task.tick(run)
+    return task.ranks.sum(total).item() / (task.middle.sequences * task.middle.length)

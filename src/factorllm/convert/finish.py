@@ -1,0 +1,127 @@
+"""The end of a conversion: measure the students from their files, say what made them, and publish the checkpoint."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from transformers import PreTrainedModel
+
+from factorllm.convert.job import Job
+from factorllm.convert.write import student_config
+from factorllm.dense.pretrained import load_pretrained
+from factorllm.measure.cost import cost_of, dense_shape
+from factorllm.measure.perplexity import perplexity, refuse_infinite
+from factorllm.report import RUN_FILE, ModelRow, Spent, Summary, model_card
+from factorllm.runs.identity import versions
+from factorllm.runs.memory import peak_memory
+from factorllm.runs.output import PROVENANCE
+from factorllm.runs.progress import meter
+from factorllm.runs.workspace import (
+    write_index,
+    write_json,
+    write_text,
+)
+from factorllm.student.provenance import FORMAT
+from factorllm.student.read import PARTITION_FILE
+from factorllm.text.calibration import public_name
+
+
+def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
+    """Measure, complete the student's checkpoint, and publish it."""
+    rows = _finite(job, measure_students(job))
+    student = job.students[0]
+    summary = Summary(
+        base_model=public_name(job.source.label),
+        out=job.work.out,
+        recipe=student.recipe,
+        host=student.host.name,
+        engines=student.host.engines(job.source.config),
+        text_origin=job.text.origin,
+        calibration_tokens=job.text.calibration.numel(),
+        held_out_tokens=job.text.held_out.numel(),
+        rows=rows,
+        logit_scale=logit_scales[student.name],
+        layers=[entry["statistics"][student.name] for entry in job.work.journal],
+    )
+    made = _provenance(job, summary)
+    write_json(student.folder / PROVENANCE, made)
+    write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.work.journal])
+    write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.licence))
+    spent = _spent(job)
+    # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
+    write_json(student.folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
+    # config.json comes last: without it, no engine takes the folder for a checkpoint.
+    write_json(student.folder / "config.json", student_config(job, student).to_diff_dict())
+    job.work.publish(student.folder)
+    return replace(summary, spent=spent)
+
+
+def _spent(job: Job) -> Spent:
+    """Times of all layers, those of earlier runs that were killed among them."""
+    laps = [entry["seconds"] for entry in job.work.journal]
+    baseline = sum(lap.get("pruned", 0.0) for lap in laps)
+    return Spent(sum(sum(lap.values()) for lap in laps) - baseline, baseline, peak_memory())
+
+
+def measure_students(
+    job: Job, visit: Callable[[ModelRow, PreTrainedModel], None] = lambda row, model: None
+) -> list[ModelRow]:
+    """Perplexity on held-out text of the dense model and of the students, loaded from the files that were written."""
+    settings, dense = job.settings, job.source.config
+    models = len(job.students) + 1
+    with meter(job.console, "measuring perplexity", models * len(job.text.held_out)) as bar:
+        model = job.source.load_model(settings.compute_dtype, settings.torch_device)
+        rows = [
+            ModelRow("dense", perplexity(model, job.text.held_out, bar.advance), cost_of(dense, dense_shape(dense)))
+        ]
+        visit(rows[0], model)
+        for student in job.students:
+            write_index(student.folder)
+            model = load_pretrained(
+                student.folder,
+                config=student_config(job, student),
+                generation_config=job.source.generation_config(),
+                dtype=settings.compute_dtype,
+            ).to(settings.torch_device)
+            value = perplexity(model, job.text.held_out, bar.advance)
+            rows.append(ModelRow(student.name, value, student.cost(dense)))
+            visit(rows[-1], model)
+    return rows
+
+
+def _finite(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
+    """The rows with a perplexity that is a number; only the static prune may have none."""
+    refuse_infinite(
+        {row.name: row.perplexity for row in rows if row.name != "pruned"},
+        "use another copy of the model, or --dtype float32",
+    )
+    finite = [row for row in rows if math.isfinite(row.perplexity)]
+    if len(finite) < len(rows):
+        job.console.print("the perplexity of the static prune is no finite number, so the table has no row of it")
+    return finite
+
+
+def _provenance(job: Job, summary: Summary) -> dict:
+    """The content of `factorllm.json`: what made this checkpoint, and what came of it."""
+    return {
+        "format": FORMAT,
+        "base_model": {"name": summary.base_model, "fingerprint": job.source.fingerprint},
+        "recipe": summary.recipe.model_dump(),
+        "host": summary.host,
+        "engines": summary.engines,
+        "data": {
+            "origin": job.text.origin,
+            "fingerprint": job.text.fingerprint,
+            "calibration_tokens": summary.calibration_tokens,
+            "held_out_tokens": summary.held_out_tokens,
+        },
+        "settings": job.settings.model_dump(mode="json"),
+        "versions": versions(),
+        "results": {row.name: row.as_dict() for row in summary.rows},
+        "logit_scale": summary.logit_scale,
+        "layers": summary.layers,
+        "job": job.identity,
+    }

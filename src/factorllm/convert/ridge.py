@@ -1,0 +1,202 @@
+"""Closed-form repair of `down_proj`: with routing fixed, the student's FFN is linear in it, so the best one is a ridge
+regression. Only `M^T M` and `M^T T` are kept, so any number of tokens streams through in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from factorllm.dense.ffn import FFN
+from factorllm.errors import refusing
+from factorllm.recipe import Shape
+from factorllm.runs.ranks import Ranks
+
+_HEAVIEST = 100.0  # times the median power of a token, above which its weight falls no more
+
+LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Ridge strengths to choose from, in units of the mean diagonal of `M^T M`."""
+
+WEAKER = 0.1
+"""Factor from the cross-validated strength to the one that is used. The cross-validated one gives the smallest error of
+one layer. But its bias, the shrinking toward no change, points the same way in every layer and adds up through the
+model, while the noise that it suppresses does not; so the model wants weaker ridges (docs/experiments.md)."""
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """How much each token's error counts: the inverse of its power, so that relative errors count the same, because the
+    stream is normalised before it is read again. (n, d) -> (n,), fp32.
+
+    A few tokens have massive activations (arXiv 2402.17762), of 30,000 times the power of others in SmolLM2. All
+    other tokens attend to them, so they must stay accurate: above 100 times the median power the weight falls no more.
+    With equal weights they alone would decide the fit.
+    """
+    power = stream.float().square().mean(-1)
+    return 1 / (power / power.median()).clamp(max=_HEAVIEST)
+
+
+@dataclass(frozen=True)
+class GatedHidden:
+    """Intermediate activations of a batch, of which each token runs the shared part and its gated experts.
+
+    Stands for the matrix `M` = activations times gate weights, (n, kept), without computing its zero blocks.
+
+    Attributes:
+        hidden: (n, kept), neurons in the order shared, expert 0, expert 1, ...; anything where an expert does not run.
+        gates: (n, N) gate weights, 0 for experts that do not run.
+        shape: widths.
+    """
+
+    hidden: Tensor
+    gates: Tensor
+    shape: Shape
+
+    @classmethod
+    def compute(cls, ffn: FFN, inputs: Tensor, gates: Tensor, shape: Shape) -> GatedHidden:
+        """Run the active neurons only.
+
+        Args:
+            ffn: with the kept neurons in the order shared, expert 0, expert 1, ...
+            inputs: (n, d).
+            gates: (n, N).
+        """
+        active = cls(torch.zeros(len(inputs), ffn.width, device=inputs.device), gates, shape)
+        for _, columns, tokens in active._parts():
+            active.hidden[tokens, columns] = ffn.part(columns).hidden(inputs[tokens]).float()
+        return active
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
+        """For the shared part and each expert: its columns, the tokens that run it, and its block of M."""
+        for expert, columns, tokens in self._parts():
+            block = self.hidden[tokens, columns]
+            yield columns, tokens, block if expert is None else block * self.gates[tokens, expert, None]
+
+    def _parts(self) -> Iterator[tuple[int | None, slice, Tensor | slice]]:
+        """For the shared part, None, and each expert, its number: its columns, and the tokens that run it."""
+        if self.shape.shared_width:
+            yield None, self.shape.shared_columns, slice(None)
+        for expert, columns in enumerate(self.shape.expert_columns()):
+            yield expert, columns, self.gates[:, expert].nonzero().flatten()
+
+    def dense(self) -> Tensor:
+        """M itself: (n, kept)."""
+        shared, routed = self.hidden.tensor_split([self.shape.shared_width], dim=1)
+        gates = self.gates.to(routed.dtype)[:, :, None]
+        routed = routed.view(*self.gates.shape, self.shape.expert_width) * gates
+        return torch.cat([shared, routed.flatten(1)], dim=1)
+
+    def left_of(self, columns: slice) -> list[slice]:
+        """The columns up to the last of a block's `columns` in which M may not be 0 for tokens that run the block."""
+        if self.shape.top_k != 1 or columns == self.shape.shared_columns:
+            return [slice(0, columns.stop)]
+        return [self.shape.shared_columns, columns]
+
+    def project(self, down: Tensor) -> Tensor:
+        """`M @ down.T`, the student's FFN output: (n, d)."""
+        output = self.hidden.new_zeros(len(self.hidden), len(down))
+        for columns, tokens, block in self.blocks():
+            output[tokens] += block @ down[:, columns].T
+        return output
+
+
+class RidgeStatistics:
+    """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32."""
+
+    def __init__(self, kept: int, d: int, device: torch.device):
+        self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; its blocks right of the diagonal stay 0
+        self.cross = torch.zeros(kept, d, device=device)
+
+    @property
+    def gram(self) -> Tensor:
+        return self._lower.tril() + self._lower.tril(-1).T
+
+    def residual(self, down: Tensor) -> Tensor:
+        """`M^T W (T - M down^T)`, what is still missing with `down` (d, kept): (kept, d), fp64."""
+        return self.cross.double() - self.gram.double() @ down.double().T
+
+    def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            target: (n, d), what the student's FFN should give.
+            weights: (n,), how much each token's squared error counts.
+        """
+        whole = active.dense()
+        for columns, tokens, block in active.blocks():
+            weighted = (block * weights[tokens, None]).T
+            for left in active.left_of(columns):
+                self._lower[columns, left].addmm_(weighted, whole[tokens, left])
+            self.cross[columns].addmm_(weighted, target[tokens])
+
+    def share(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        ranks.sum(self._lower)
+        ranks.sum(self.cross)
+
+
+def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, float | None]:
+    """The `down_proj` that brings the student's FFN nearest to its target, without leaving the old one needlessly.
+
+    `down + (T - M down^T)^T M (M^T M + lambda I)^-1` (DESIGN section 3). The strength lambda has the smallest squared
+    error in cross-validation: each fold is predicted by the solution of the others. No change is a candidate too.
+
+    Args:
+        folds: statistics of disjoint parts of the calibration tokens.
+        down: (d, kept), fp32.
+
+    Returns:
+        The new `down_proj` (d, kept), fp32, and the strength used, in units of the mean diagonal of `M^T M`; None when
+        no change predicts best.
+    """
+    grams, residuals = [fold.gram for fold in folds], [fold.residual(down) for fold in folds]
+    gram, residual = sum(own.double() for own in grams), sum(residuals)
+    # Which strength is best can be told in fp32, at half the time; the solution itself is fp64.
+    pairs = list(zip(grams, residuals, strict=True))
+    others = [((gram - own).float(), (residual - cross).float()) for own, cross in pairs]
+
+    def error_change(index: int) -> float:
+        """Change of the squared error on tokens that were not fitted, by the strength `LAMBDAS[index]`."""
+        total = 0.0
+        for (own, cross), rest in zip(pairs, others, strict=True):
+            delta = _ridge(*rest, LAMBDAS[index])
+            total += ((own @ delta - 2 * cross.float()) * delta).sum().item()
+        return total
+
+    best, error = _descend(error_change, len(LAMBDAS))
+    if error >= 0:
+        return down, None
+    strength = LAMBDAS[best] * WEAKER
+    return _add(down, _ridge(gram, residual, strength)), strength
+
+
+def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float) -> Tensor:
+    """As `solve_ridge`, with a strength that is given: (d, kept), fp32."""
+    return _add(down, _ridge(sums.gram.double(), sums.residual(down), strength))
+
+
+def _add(down: Tensor, change: Tensor) -> Tensor:
+    """(d, kept) fp32, (kept, d) fp64 -> (d, kept) fp32."""
+    return (down.double() + change.T).float()
+
+
+def _descend(value: Callable[[int], float], count: int) -> tuple[int, float]:
+    """Walk from the middle of 0..count-1 to a minimum of a function with one valley: its index and value."""
+    best, best_value = count // 2, value(count // 2)
+    for step in (1, -1):
+        start = best
+        while 0 <= best + step < count and (new := value(best + step)) < best_value:
+            best, best_value = best + step, new
+        if best != start:
+            break
+    return best, best_value
+
+
+def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
+    ridge = strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    with refusing(
+        "the dense model's activations on this text", "they are all 0, or too large: use another copy of the model"
+    ):
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))

@@ -1,0 +1,160 @@
+"""What the steps of one layer's conversion share: the layer, what is to be built, and the activations on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from factorllm.convert.partition import Partition
+from factorllm.convert.ridge import token_weights
+from factorllm.dense.layer import DenseLayer
+from factorllm.hosts import Host
+from factorllm.recipe import Recipe, Shape
+from factorllm.runs.ranks import Ranks
+from factorllm.runs.rows import Rows
+
+TOO_LARGE = (
+    "the dense model's activations on this text are too large to fit anything to them; use another copy of the model, "
+    "or other --text"
+)
+"""Why numbers may overflow, as a refusal has it."""
+
+_ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states on disk, each (sequences, length, d).
+
+    Attributes:
+        teacher_after: the teacher's stream after the layer.
+        before: the student's stream before it.
+        after: where the student's stream after it is written.
+    """
+
+    teacher_after: Rows
+    before: Rows
+    after: Rows
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how the work is done.
+
+    Attributes:
+        ranks: the processes that share the work.
+        scratch: this process's folder for activations that spill.
+        memory_limit: bytes that one kind of activations may take in memory.
+        tune: passes over the tokens that fit the kept neurons by gradient.
+        tick: called with the number of sequences after each batch of each of the `passes`.
+    """
+
+    device: torch.device
+    ranks: Ranks
+    scratch: Path
+    memory_limit: int
+    tune: int
+    tick: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer of one student.
+
+    The arrays are filled by `collect`, but for `active`, which is filled by `restore`:
+    `middle`, the student's stream before the FFN; `inputs`, what the FFN and the router read; `sample`, all
+    intermediate activations of each `stride`-th token, which partition and router are fitted on; and `active`, the
+    student's activations of all tokens.
+    """
+
+    layer: DenseLayer
+    streams: Streams
+    recipe: Recipe
+    shape: Shape
+    host: Host
+    generator: torch.Generator
+    workplace: Workplace
+
+    @cached_property
+    def stride(self) -> int:
+        return max(self.streams.before.sequences * self.streams.before.length // _ROUTER_TOKENS, 1)
+
+    @cached_property
+    def middle(self) -> Rows:
+        return self.scratch("middle", self.streams.before.length, self.streams.before.width)
+
+    @cached_property
+    def inputs(self) -> Rows:
+        return self.scratch("inputs", self.streams.before.length, self.streams.before.width)
+
+    @cached_property
+    def sample(self) -> Rows:
+        return self.scratch("sample", len(range(0, self.streams.before.length, self.stride)), self.layer.ffn.width)
+
+    @cached_property
+    def active(self) -> Rows:
+        return self.scratch("active", self.streams.before.length, self.shape.kept_width)
+
+    @property
+    def device(self) -> torch.device:
+        return self.workplace.device
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.workplace.ranks
+
+    def scratch(self, name: str, length: int, width: int) -> Rows:
+        """An array for this layer's activations: in memory up to `memory_limit` bytes, else in a file."""
+        before, workplace = self.streams.before, self.workplace
+        size = before.sequences * length * width * before.dtype.itemsize
+        path = None if size <= workplace.memory_limit else workplace.scratch / f"{name}.rows"
+        return Rows(path, before.sequences, length, width, before.dtype, self.ranks)
+
+    def remove_arrays(self) -> None:
+        """Remove those that are files."""
+        for rows in (self.middle, self.inputs, self.sample, self.active):
+            rows.remove()
+
+    def tick(self, run: slice) -> None:
+        """Say that the sequences of `run` have gone through one more pass."""
+        self.workplace.tick(run.stop - run.start)
+
+    def tokens(self, rows: Rows, run: slice, stride: int = 1) -> Tensor:
+        """Each `stride`-th token of `run`: (n, width), fp32."""
+        return rows.read(run, self.device)[:, ::stride].flatten(0, 1).float()
+
+    def gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
+        """Gate weights, (tokens, N); a static prune has no experts."""
+        if router is None:
+            return torch.zeros(len(inputs), 0, device=self.device)
+        return self.host.gates.weights(inputs.float() @ router.T, self.shape.top_k)
+
+    def target(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
+        """What the student's FFN should give, and how much each token counts, for each `stride`-th token: (n, d), (n,).
+
+        It is what brings the student's stream back to the teacher's, which also repairs the errors of the layers
+        before; or, if the recipe does not say so, the dense FFN's output.
+        """
+        if self.recipe.restore != "stream":
+            return self.dense_output(run, stride)
+        teacher = self.tokens(self.streams.teacher_after, run, stride)
+        return teacher - self.tokens(self.middle, run, stride), token_weights(teacher)
+
+    def dense_output(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
+        """What the dense FFN gives, and how much each token counts, as `target`."""
+        ffn = self.layer.ffn
+        inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
+        teacher = self.tokens(self.streams.teacher_after, run, stride)
+        return (ffn.hidden(inputs) @ ffn.down.T).float(), token_weights(teacher)
+
+    def sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""
+        order = split.order.to(self.device)
+        for run in self.sample.runs():
+            hidden = self.sample.read(run, self.device).flatten(0, 1)[:, order].float()
+            yield self.tokens(self.inputs, run, self.stride), hidden, *self.target(run, self.stride)

@@ -1,0 +1,91 @@
+"""What a conversion writes of each student: what stands beside the weights, and the shards, each when it is known."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+from factorllm.convert.job import Job, Student
+from factorllm.convert.task import TOO_LARGE
+from factorllm.convert.temperature import fit_logit_scale, sample_logits
+from factorllm.errors import refusing
+from factorllm.hosts import StudentFFN
+from factorllm.runs.stored import as_stored, refuse_unstorable
+from factorllm.runs.workspace import (
+    shard_name,
+    write_shard,
+)
+
+FINAL_NORM = "model.norm.weight"
+
+
+def write_companions(job: Job) -> None:
+    """What stands beside the weights and comes from the dense model: what cannot be had is refused before the work."""
+    if not job.ranks.is_main:
+        return
+    for student in job.students:
+        student_config(job, student)
+    folder, again = job.students[0].folder, "mend it, or use another copy"
+    with refusing(f"the tokenizer of {job.source.label}", again):
+        job.source.tokenizer().save_pretrained(folder)
+    with refusing(f"the generation config of {job.source.label}", again):
+        job.source.generation_config().save_pretrained(folder)
+
+
+def check_dtype(job: Job) -> None:
+    """Refuse before the work what the dtype of the written weights cannot hold of the dense model's."""
+    wanted, source = job.settings.stored_dtype, job.source
+    if job.ranks.is_main and not job.work.layers_done and wanted == torch.float16 != source.config.dtype:
+        job.console.print("looking whether float16 holds all weights")
+        refuse_unstorable(((name, source.tensor(name)) for name in source.parameter_names()), wanted)
+
+
+def write_outer_shards(job: Job) -> None:
+    """The first shard of each student: embeddings and output head, as in the dense model."""
+    job.source.tensor(FINAL_NORM)  # needed at the end only, but a damaged one must be refused before the work
+    names = [name for name in job.source.parameter_names() if not name.startswith(("model.layers.", FINAL_NORM))]
+    for student in job.students:
+        path = student.folder / shard_name(1, _shards(job))
+        if not path.exists():
+            tensors = {name: job.source.tensor(name) for name in names}
+            if not student.host.ties_embeddings:
+                tensors["lm_head.weight"] = job.source.output_head().clone()
+            write_shard(path, as_stored(tensors, job.settings.stored_dtype, TOO_LARGE))
+
+
+def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
+    prefix = f"model.layers.{index}."
+    names = [name for name in job.source.names() if name.startswith(prefix) and ".mlp." not in name]
+    tensors = {name: job.source.tensor(name) for name in sorted(names)}
+    added = student.host.attention_tensors(job.source.config) | student.host.ffn_tensors(ffn)
+    tensors |= {prefix + name: tensor for name, tensor in added.items()}
+    stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
+    write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
+
+
+def temper(job: Job) -> dict[str, float]:
+    """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
+    norm, eps = job.source.tensor(FINAL_NORM), job.source.config.rms_norm_eps
+    head = job.source.output_head().to(job.settings.torch_device)
+    norm = norm.to(head.device)
+    teacher = sample_logits(job.stream("teacher", job.layers), norm, eps, head)
+    scales = {}
+    for student in job.students:
+        scale = 1.0
+        if student.recipe.restore != "none":
+            scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), norm, eps, head))
+        tensors = as_stored({FINAL_NORM: norm.float() * scale}, job.settings.stored_dtype, TOO_LARGE)
+        write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
+        scales[student.name] = scale
+    return scales
+
+
+def _shards(job: Job) -> int:
+    """Shards of a student: the embeddings, each layer, and the final norm."""
+    return job.layers + 2
+
+
+def student_config(job: Job, student: Student) -> PreTrainedConfig:
+    config = student.host.config(job.source.config, student.shape)
+    config.dtype = job.settings.stored_dtype
+    return config

@@ -1,0 +1,29 @@
+"""How a model is served."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from factorllm.engines.base import Options
+from factorllm.runs.settings import Threads
+
+
+class ServeSettings(BaseModel):
+    """How a model is served. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=1, le=65_535)
+    """Port to listen on."""
+    context: int = Field(default=4096, ge=1, le=1 << 22)
+    """Tokens of a conversation."""
+    parallel: int = Field(default=1, ge=1, le=256)
+    """Conversations at once."""
+    threads: Threads | None = None
+    """Threads of llama.cpp; None leaves it to the engine."""
+
+    @property
+    def options(self) -> Options:
+        return Options(context=self.context, batch=self.parallel, decode_threads=self.threads)
