@@ -21,6 +21,7 @@ from conftest import BASE, byte_tokenizer, save_dense, some_tokens, words
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -247,7 +248,9 @@ def check_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-
 def as_transformers_reads(folder: Path, **options) -> PreTrainedModel:
     """The truth of a folder. What plain transformers cannot load should have been refused: its error is a failure."""
     # How attention is computed is not what it computes, and a config may name what this machine has not.
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, attn_implementation="sdpa", **options)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)
 
 
 def check_student(out: Path, dense: Path, tolerance: float = 1e-4) -> None:
