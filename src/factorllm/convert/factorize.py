@@ -55,6 +55,12 @@ def factorize(
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+
+    Example:
+        >>> settings = Settings(tokens=4096, held_out_tokens=512, length=64)
+        >>> summary = factorize("dense", "student", "S2A2E8", text="my-text.txt", settings=settings)
+        >>> [row.name for row in summary.rows]
+        ['dense', 'student', 'pruned']
     """
     settings = settings or Settings()
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe

@@ -77,6 +77,17 @@ def serve(
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
+
+    Example:
+        >>> from multiprocessing import get_context
+        >>> from urllib.request import urlopen
+        >>> settings = ServeSettings(port=8765, context=64)
+        >>> server = get_context("spawn").Process(target=serve, args=("student", "llamacpp", "f32", settings))
+        >>> server.start()
+        >>> wait_for("http://127.0.0.1:8765/health")
+        >>> urlopen("http://127.0.0.1:8765/v1/models").status
+        200
+        >>> server.terminate()
     """
     settings = settings or ServeSettings()
     engine = choose_engine() if engine == "auto" else engine_name(engine)

@@ -91,6 +91,10 @@ def export_gguf(
 
     Raises:
         FactorLLMError: when llama.cpp would compute something else, or the file cannot be written.
+
+    Example:
+        >>> export_gguf("student", "student.gguf", "q8_0").path.name
+        'student.gguf'
     """
     if file_type not in FILE_TYPES:
         raise FactorLLMError(

@@ -80,6 +80,12 @@ def heal(
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+
+    Example:
+        >>> settings = HealSettings(tokens=1024, validation_tokens=256, evaluations=1)
+        >>> healed = heal("student", "dense", "healed", text="my-text.txt", settings=settings)
+        >>> sorted(healed.results)
+        ['dense', 'healed', 'pruned', 'student']
     """
     settings = settings or HealSettings()
     reuse_freed_memory()

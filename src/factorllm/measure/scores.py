@@ -83,6 +83,11 @@ def evaluate(
 
     Raises:
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
+
+    Example:
+        >>> found = evaluate(Path("student"), against="dense", text="my-text.txt", settings=EvalSettings(tasks=()))
+        >>> sorted(found.perplexity)
+        ['dense', 'student']
     """
     console, settings = console or Console(quiet=True), settings or EvalSettings()
     if not settings.tasks and text is None:

@@ -53,6 +53,10 @@ def sample(
 
     Raises:
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+
+    Example:
+        >>> sample("dense", "sampled.jsonl", settings=Settings(tokens=512, length=64)).name
+        'sampled.jsonl'
     """
     out, console = located(out), console or Console(quiet=True)
     if out.suffix != ".jsonl":

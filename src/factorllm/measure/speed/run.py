@@ -37,6 +37,12 @@ def run_bench(
 
     Raises:
         FactorLLMError: when a model or the engine cannot be used.
+
+    Example:
+        >>> plan = Plan(rounds=2, prompts=(8,), context=8, steps=4, batches=(1,), threads=(1,))
+        >>> table = run_bench("student", ["dense"], "llamacpp", "f32", plan, Path("speed"))
+        >>> sorted(path.name for path in Path("speed").iterdir())
+        ['speed.json', 'speed.png']
     """
     engine, plan, console = engine_name(engine), plan or Plan(), console or Console(quiet=True)
     if out:
