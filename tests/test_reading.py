@@ -332,10 +332,13 @@ def test_a_config_that_is_not_applied_is_refused_by_name(tmp_path, changes, name
         open_model(str(tmp_path / "dense"))
 
 
-def test_layers_with_a_window_that_is_not_given_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "named"), [("sliding_attention", "no sliding_window in use"), ("linear_attention", "linear_attention")]
+)
+def test_layers_of_another_kind_of_attention_are_refused(tmp_path, kind, named):
     save_dense(CONFIGS["qwen2"], tmp_path / "dense")
-    edit_json(tmp_path / "dense/config.json", layer_types=["sliding_attention"] * 3)
-    with pytest.raises(FactorLLMError, match="no sliding_window in use"):
+    edit_json(tmp_path / "dense/config.json", layer_types=[kind] * 3)
+    with pytest.raises(FactorLLMError, match=named):
         open_model(str(tmp_path / "dense"))
 
 

@@ -103,13 +103,21 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
     for key, value, why in _OUTPUTS:
         if getattr(config, key, None) is value:
             raise FactorLLMError(f"the config of {label} says {key} = {value}, {why}; remove it")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not sliding_window(config):
+    _check_layer_types(label, config)
+    _check_others(label, config)
+    _check_rope(label, config)
+
+
+def _check_layer_types(label: str, config: PreTrainedConfig) -> None:
+    """The families that are read have attention in all layers, within a window in some of them."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others := sorted(map(str, kinds - {"sliding_attention"})):
+        raise FactorLLMError(f"the config of {label} says layer_types with {others[0]}, which is not supported")
+    if kinds and not sliding_window(config):
         raise FactorLLMError(
             f"the config of {label} says layer_types with sliding_attention and no sliding_window in use; give the "
             "window, or say full_attention"
         )
-    _check_others(label, config)
-    _check_rope(label, config)
 
 
 def _check_others(label: str, config: PreTrainedConfig) -> None:
