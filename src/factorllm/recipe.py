@@ -43,6 +43,11 @@ class Shape:
         experts: number of routed experts, N; 0 in a static prune.
         expert_width: neurons of one routed expert.
         top_k: routed experts that run for a token, k.
+
+    Example:
+        >>> shape = Shape(ffn_width=1536, shared_width=384, experts=6, expert_width=192, top_k=2)
+        >>> shape.active_width, shape.sparsity
+        (768, 0.5)
     """
 
     ffn_width: int
@@ -88,6 +93,10 @@ class Recipe(BaseModel):
     The FFN is cut into `parts` equal parts: `shared` of them always run, the other `parts - shared` are routed
     experts of which `active` run for a token. With `overlapping`, a token runs one of so many routed experts, each as
     wide as `active` parts, and a neuron may be in several of them.
+
+    Example:
+        >>> Recipe(shared=2, active=2, parts=8, partition="kmeans").shape(1536).top_k
+        2
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -185,6 +194,11 @@ def parse_recipe(text: str) -> Recipe:
 
     Raises:
         FactorLLMError: when the text is none of these, or says something that cannot be built.
+
+    Example:
+        >>> recipe = parse_recipe("S2A2E8")
+        >>> recipe.shared, recipe.active, recipe.parts
+        (2, 2, 8)
     """
     method, _, shape = text.partition(":")
     try:

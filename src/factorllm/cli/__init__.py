@@ -23,7 +23,7 @@ from factorllm.cli.inspect import inspect
 from factorllm.cli.report import report
 from factorllm.cli.sample import sample
 from factorllm.cli.serve import serve
-from factorllm.engines.process import SAFE_PATH
+from factorllm.engines.process import STARTED_WITH
 from factorllm.errors import FactorLLMError, one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -54,7 +54,7 @@ def main() -> None:
     """Entry point: refusals are one line on stderr and exit code 2; a fault of ours is one too, and exit code 1."""
     if not terminal.console.is_terminal:
         terminal.console.width = terminal.WIDE
-    os.environ |= SAFE_PATH  # lm-eval starts a Python too
+    os.environ |= STARTED_WITH  # lm-eval starts a Python too
     try:
         code = app(standalone_mode=False)
     except (FactorLLMError, ValidationError, _UsageError) as error:

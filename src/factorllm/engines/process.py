@@ -29,9 +29,10 @@ VLLM_PYTHON = "FACTORLLM_VLLM_PYTHON"
 """Environment variable: the Python of the environment that vLLM is installed in."""
 
 
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""Environment of every Python that is started. Without it `-m` takes modules from the folder that the command is given
-in: a json.py there would be run."""
+STARTED_WITH = {"PYTHONSAFEPATH": "1", "GGML_NO_BACKTRACE": "1"}
+"""Environment of every Python that is started. Without the first `-m` takes modules from the folder that the command is
+given in: a json.py there would be run. Without the second a llama.cpp that gives up attaches a debugger to itself for
+each of its threads, and where two of them give up at once they wait for each other for ever."""
 
 
 def engine_name(name: str) -> str:
@@ -83,7 +84,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(self._folder)} | SAFE_PATH,
+            env=os.environ | {"PYTHONPATH": str(self._folder)} | STARTED_WITH,
         )
         try:
             self._read()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from factorllm.engines import engine_name, installed
-from factorllm.engines.process import SAFE_PATH, how_to_install, python_of
+from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
@@ -140,6 +140,6 @@ def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None])
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     status = 0
     with suppress(KeyboardInterrupt):
-        status = subprocess.call([python_of("vllm"), *server, *arguments], env=os.environ | SAFE_PATH)
+        status = subprocess.call([python_of("vllm"), *server, *arguments], env=os.environ | STARTED_WITH)
     if status:
         raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")

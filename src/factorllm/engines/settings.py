@@ -9,7 +9,12 @@ from factorllm.runs.settings import Threads
 
 
 class ServeSettings(BaseModel):
-    """How a model is served. Unknown keys are refused."""
+    """How a model is served. Unknown keys are refused.
+
+    Example:
+        >>> ServeSettings(port=9000, parallel=4).options.batch
+        4
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -17,7 +17,12 @@ _LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 
 
 class HealSettings(BaseModel):
-    """How a student is healed. Length, seed and held-out part of the text are those that the student was made with."""
+    """How a student is healed. Length, seed and held-out part of the text are those that the student was made with.
+
+    Example:
+        >>> HealSettings(tokens=500_000, train="lora").lora_rank
+        16
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 

@@ -9,7 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class EvalSettings(BaseModel):
-    """What models are asked, and how they compute."""
+    """What models are asked, and how they compute.
+
+    Example:
+        >>> EvalSettings(tasks=("arc_easy",), limit=100).dtype
+        'float32'
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

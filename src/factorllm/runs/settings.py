@@ -26,7 +26,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
-    """How a run is done. Unknown keys are refused."""
+    """How a run is done. Unknown keys are refused.
+
+    Example:
+        >>> Settings(tokens=50_000, tune=2).dtype
+        'auto'
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

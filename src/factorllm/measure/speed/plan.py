@@ -11,7 +11,12 @@ from factorllm.runs.settings import Sequences, Threads, Tokens
 
 
 class Plan(BaseModel):
-    """What is timed. Unknown keys are refused."""
+    """What is timed. Unknown keys are refused.
+
+    Example:
+        >>> Plan(prompts=(512,), batches=(1, 8)).names()
+        ['prefill 512', 'decode x1', 'decode x8']
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
