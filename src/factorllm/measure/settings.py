@@ -21,9 +21,9 @@ class EvalSettings(BaseModel):
     tasks: tuple[str, ...] = ("arc_easy", "piqa", "boolq", "copa", "lambada_openai")
     """Names of `tasks.TASKS`."""
     data: Path | None = None
-    """Folder of `<task>.jsonl`; None for lm-eval's own data."""
+    """Folder of local `<task>.jsonl`. Default: lm-eval's data from the hub."""
     limit: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Questions of each task; None for all."""
+    """Questions of each task. Default: all."""
     device: str = "cpu"
     """`auto`, `cpu`, `cuda` ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
