@@ -37,8 +37,8 @@ class HealSettings(BaseModel):
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
     soft ones of the host."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
-    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: 1e-4, or 3e-5 where less than 3/8 of
-    the FFN is off."""
+    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: 1e-4, or 3e-5 where less than
+    3/8 of the FFN is off."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of teacher and student in the KL divergence."""
     vocabulary: int = Field(default=64, ge=1, le=65_536)
