@@ -18,7 +18,7 @@ def batch(tokens: int, seed: int, shape: Shape = SHAPE) -> GatedHidden:
 
 
 def statistics(batches, targets) -> RidgeStatistics:
-    result = RidgeStatistics(20, 5, torch.device("cpu"))
+    result = RidgeStatistics(20, targets[0].shape[1], torch.device("cpu"))
     for active, target in zip(batches, targets, strict=True):
         result.update(active, target, torch.ones(len(target)))
     return result
@@ -64,6 +64,18 @@ def test_the_solution_is_the_ridge_regression_and_finds_the_truth():
     by_hand = down + torch.linalg.solve(damped, M.T @ (T - M @ down.T)).T
     torch.testing.assert_close(restored, by_hand, rtol=1e-3, atol=1e-3)
     assert (restored - truth).norm() < 0.05 * (down - truth).norm()
+
+
+def test_the_strength_does_not_hang_on_where_the_search_begins():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(200, 20, generator=generator)  # more channels of the output than are looked at
+    parts = [batch(60, seed) for seed in range(3)]
+    targets = [part.project(truth) for part in parts]
+    noisy = [target + 6 * torch.randn(target.shape, generator=generator) for target in targets]
+    folds = [statistics([part], [target]) for part, target in zip(parts, noisy, strict=True)]
+    found = [solve_ridge(folds, torch.zeros(200, 20), expected)[1] for expected in (None, 3e-4, 1.0)]
+    assert len(set(found)) == 1
+    assert min(LAMBDAS) < found[0] / WEAKER < max(LAMBDAS)
 
 
 def test_pure_noise_changes_little_or_nothing():

@@ -146,7 +146,20 @@ def _convert(
         after=job.stream(student.name, index + 1),
     )
     generator = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + index)
-    return convert_layer(LayerTask(layer, streams, student.recipe, student.shape, student.host, generator, workplace))
+    # The journal, so that a resumed run looks where the killed one would have.
+    done = job.work.journal[-1]["statistics"].get(student.name) if job.work.journal else None
+    return convert_layer(
+        LayerTask(
+            layer,
+            streams,
+            student.recipe,
+            student.shape,
+            student.host,
+            generator,
+            workplace,
+            strength_before=done and done["ridge_strength"],
+        )
+    )
 
 
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:

@@ -23,7 +23,7 @@ def restore(task: LayerTask, kept: FFN, router: Tensor | None) -> tuple[Tensor, 
     down = kept.down.float()
     if task.recipe.restore == "none":
         return down, None, load
-    down, strength = solve_ridge(folds, down)
+    down, strength = solve_ridge(folds, down, task.strength_before)
     return task.ranks.same(down), strength, load
 
 

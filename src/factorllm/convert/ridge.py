@@ -3,6 +3,7 @@ regression. Only `M^T M` and `M^T T` are kept, so any number of tokens streams t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from factorllm.recipe import Shape
 from factorllm.runs.ranks import Ranks
 
 _HEAVIEST = 100.0  # times the median power of a token, above which its weight falls no more
+
+_PROJECTIONS = 64
+_USUAL = 0.03  # the strength that most layers take
 
 LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridge strengths to choose from, in units of the mean diagonal of `M^T M`."""
@@ -108,6 +112,16 @@ class RidgeStatistics:
         self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; its blocks right of the diagonal stay 0
         self.cross = torch.zeros(kept, d, device=device)
 
+    @classmethod
+    def of(cls, parts: list[RidgeStatistics]) -> RidgeStatistics:
+        """The statistics of all parts' tokens."""
+        first = parts[0]
+        whole = cls(*first.cross.shape, first.cross.device)
+        for part in parts:
+            whole._lower += part._lower
+            whole.cross += part.cross
+        return whole
+
     @property
     def gram(self) -> Tensor:
         return self._lower.tril() + self._lower.tril(-1).T
@@ -136,7 +150,9 @@ class RidgeStatistics:
         ranks.sum(self.cross)
 
 
-def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, float | None]:
+def solve_ridge(
+    folds: list[RidgeStatistics], down: Tensor, expected: float | None = None
+) -> tuple[Tensor, float | None]:
     """The `down_proj` that brings the student's FFN nearest to its target, without leaving the old one needlessly.
 
     `down + (T - M down^T)^T M (M^T M + lambda I)^-1` (DESIGN section 3). The strength lambda has the smallest squared
@@ -145,30 +161,49 @@ def solve_ridge(folds: list[RidgeStatistics], down: Tensor) -> tuple[Tensor, flo
     Args:
         folds: statistics of disjoint parts of the calibration tokens.
         down: (d, kept), fp32.
+        expected: the strength that the layer before took, near which this one's is looked for.
 
     Returns:
         The new `down_proj` (d, kept), fp32, and the strength used, in units of the mean diagonal of `M^T M`; None when
         no change predicts best.
     """
-    grams, residuals = [fold.gram for fold in folds], [fold.residual(down) for fold in folds]
-    gram, residual = sum(own.double() for own in grams), sum(residuals)
-    # Which strength is best can be told in fp32, at half the time; the solution itself is fp64.
-    pairs = list(zip(grams, residuals, strict=True))
-    others = [((gram - own).float(), (residual - cross).float()) for own, cross in pairs]
+    best, error = _best_strength(folds, down, expected)
+    if error >= 0:
+        return down, None
+    strength = LAMBDAS[best] * WEAKER
+    return solve_ridge_at(RidgeStatistics.of(folds), down, strength), strength
+
+
+def _best_strength(folds: list[RidgeStatistics], down: Tensor, expected: float | None) -> tuple[int, float]:
+    """Index of the strength in `LAMBDAS` that predicts best, and by how much it changes the squared error.
+
+    Which one is best can be told in fp32 and on a few random projections of the output, whose squared errors have the
+    same mean, so that a strength costs little more than one factorisation for each fold.
+    """
+    grams = [fold.gram for fold in folds]
+    projection = _projection(len(down), down.device)
+    missing = down.T @ projection
+    residuals = [fold.cross @ projection - own @ missing for fold, own in zip(folds, grams, strict=True)]
+    gram, residual = sum(grams), sum(residuals)
 
     def error_change(index: int) -> float:
         """Change of the squared error on tokens that were not fitted, by the strength `LAMBDAS[index]`."""
         total = 0.0
-        for (own, cross), rest in zip(pairs, others, strict=True):
-            delta = _ridge(*rest, LAMBDAS[index])
-            total += ((own @ delta - 2 * cross.float()) * delta).sum().item()
+        for own, cross in zip(grams, residuals, strict=True):
+            delta = _ridge(gram - own, residual - cross, LAMBDAS[index])
+            total += ((own @ delta - 2 * cross) * delta).sum().item()
         return total
 
-    best, error = _descend(error_change, len(LAMBDAS))
-    if error >= 0:
-        return down, None
-    strength = LAMBDAS[best] * WEAKER
-    return _add(down, _ridge(gram, residual, strength)), strength
+    nearest = min(range(len(LAMBDAS)), key=lambda index: abs(math.log(LAMBDAS[index] * WEAKER / (expected or _USUAL))))
+    return _descend(error_change, len(LAMBDAS), nearest)
+
+
+def _projection(d: int, device: torch.device) -> Tensor:
+    """(d, at most `_PROJECTIONS`): random directions, the same for every layer; all channels where they are as few."""
+    if d <= _PROJECTIONS:
+        return torch.eye(d, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(d, _PROJECTIONS, generator=generator) / math.sqrt(_PROJECTIONS)).to(device)
 
 
 def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float) -> Tensor:
@@ -181,14 +216,14 @@ def _add(down: Tensor, change: Tensor) -> Tensor:
     return (down.double() + change.T).float()
 
 
-def _descend(value: Callable[[int], float], count: int) -> tuple[int, float]:
-    """Walk from the middle of 0..count-1 to a minimum of a function with one valley: its index and value."""
-    best, best_value = count // 2, value(count // 2)
+def _descend(value: Callable[[int], float], count: int, start: int) -> tuple[int, float]:
+    """Walk to a minimum of a function with one valley on 0..count-1: its index and value."""
+    best, best_value = start, value(start)
     for step in (1, -1):
-        start = best
+        first = best
         while 0 <= best + step < count and (new := value(best + step)) < best_value:
             best, best_value = best + step, new
-        if best != start:
+        if best != first:
             break
     return best, best_value
 

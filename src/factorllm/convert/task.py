@@ -70,6 +70,9 @@ class LayerTask:
     `middle`, the student's stream before the FFN; `inputs`, what the FFN and the router read; `sample`, all
     intermediate activations of each `stride`-th token, which partition and router are fitted on; and `active`, the
     student's activations of all tokens.
+
+    Attributes:
+        strength_before: the ridge strength of the layer before, near which this one's is looked for.
     """
 
     layer: DenseLayer
@@ -79,6 +82,7 @@ class LayerTask:
     host: Host
     generator: torch.Generator
     workplace: Workplace
+    strength_before: float | None = None
 
     @cached_property
     def stride(self) -> int:
