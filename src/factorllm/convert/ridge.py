@@ -155,7 +155,7 @@ def solve_ridge(
 ) -> tuple[Tensor, float | None]:
     """The `down_proj` that brings the student's FFN nearest to its target, without leaving the old one needlessly.
 
-    `down + (T - M down^T)^T M (M^T M + lambda I)^-1` (DESIGN section 3). The strength lambda has the smallest squared
+    `down + (T - M down^T)^T M (M^T M + lambda I)^-1`. The strength lambda has the smallest squared
     error in cross-validation: each fold is predicted by the solution of the others. No change is a candidate too.
 
     Args:

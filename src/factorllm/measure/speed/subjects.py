@@ -31,7 +31,7 @@ class Subject:
     size: int
 
     def ideal_over(self, dense: Subject) -> float:
-        """Speed over the dense model's if only the weights that run for a token mattered (DESIGN section 4)."""
+        """Speed over the dense model's if only the weights that run for a token mattered."""
         return dense.cost.flops_per_token / self.cost.flops_per_token
 
 
