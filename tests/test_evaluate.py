@@ -309,7 +309,7 @@ def scored(monkeypatch) -> list[str]:
     """What is measured from now on, as it happens."""
     found = []
 
-    def run(model, tokenizer, task, data, limit):
+    def run(model, tokenizer, task, data, limit, run_generated_code):
         found.append(task)
         return Score(0.5, None, 1)
 
