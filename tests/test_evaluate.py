@@ -125,11 +125,11 @@ def test_the_harness_scores_as_lm_evals_own_model_does(dense_folder):
 
 
 def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
+    from factorllm.measure.harness import Harness
 
     answers = ["Paris", "a cat", "no idea"]
     said = iter([" Paris", "A cat.", "something else"])
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
+    monkeypatch.setattr(Harness, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
     write_lines(tmp_path / "generation.jsonl", [{"prompt": "Q:", "answer": answer} for answer in answers])
     model = AutoModelForCausalLM.from_pretrained(dense_folder)
     found = run_task(model, byte_tokenizer(), "generation", tmp_path, None)

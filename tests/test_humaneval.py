@@ -10,7 +10,7 @@ import pytest
 from conftest import BASE, byte_tokenizer, words
 from test_evaluate import write_lines
 from test_export import save_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import factorllm.measure.gguf_subject
 from factorllm import FactorLLMError, factorize
@@ -80,10 +80,10 @@ def test_problems_are_asked_and_counted_as_lm_evals_own_task_does(theirs, data):
 
 def answering(monkeypatch, *answers: str) -> None:
     """Every model says these, from now on."""
-    from lm_eval.models.huggingface import HFLM
+    from factorllm.measure.harness import Harness
 
     said = iter(answers)
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
+    monkeypatch.setattr(Harness, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
 
 
 def test_right_programs_pass_and_wrong_ones_do_not(dense_folder, data, monkeypatch):
@@ -187,6 +187,12 @@ def test_what_decides_a_score_is_in_its_key(monkeypatch):
     assert json.dumps(definition("humaneval", True)) == first
 
 
+def test_a_context_without_room_for_a_program_is_refused(dense_folder, data):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    with pytest.raises(FactorLLMError, match="an answer may have 1024 tokens, and the model's context has 64"):
+        run_task(model, byte_tokenizer(), "humaneval", data, None, run_generated_code=True)
+
+
 def test_problems_that_cannot_be_asked_are_refused(data):
     allowed = {"run_generated_code": True}
     with pytest.raises(FactorLLMError, match="humaneval has local files only"):
@@ -267,9 +273,10 @@ def test_log_probabilities_through_llamacpp_are_the_models(models):
     ]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     model = AutoModelForCausalLM.from_pretrained(models / "student")
-    wanted = Harness(pretrained=model, tokenizer=byte_tokenizer()).loglikelihood(requests, disable_tqdm=True)
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    wanted = Harness(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
     with EngineProcess("llamacpp", models / "student.gguf", Options(context=256)) as process:
-        found = Served(process, 256, 256).loglikelihood(requests, disable_tqdm=True)
+        found = Served(process, 256, tokenizer.bos_token_id).loglikelihood(requests, disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-3)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in wanted]
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from factorllm.engines import EngineProcess
 from factorllm.errors import FactorLLMError
-from factorllm.measure.harness import Request
+from factorllm.measure.harness import Request, room_for_prompt
 
 
 class Served(TemplateLM):
@@ -54,11 +54,7 @@ class Served(TemplateLM):
             [request.args for request in requests], disable=disable_tqdm, desc="Running generate_until requests"
         ):
             count = wanted["max_gen_toks"]
-            if (room := self._context - count) < 1:
-                raise FactorLLMError(
-                    f"an answer may have {count} tokens, and the model's context has {self._context}; leave the task "
-                    "out"
-                )
+            room = room_for_prompt(self._context, count)
             written.append(self._process.complete(self.tok_encode(prompt)[-room:], count, wanted["until"]))
         return written
 
