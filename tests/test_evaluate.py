@@ -17,9 +17,9 @@ from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
 from factorllm.measure import scores
 from factorllm.measure.agreement import agreement
-from factorllm.measure.scores import evaluate
+from factorllm.measure.scores import Evaluation, evaluate
 from factorllm.measure.settings import EvalSettings
-from factorllm.measure.tasks import TASKS, Score, check_tasks, local_task, retention, run_task
+from factorllm.measure.tasks import TASKS, Score, check_tasks, in_mean, local_task, retention, run_task
 from factorllm.report import score_table
 from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance
@@ -125,11 +125,11 @@ def test_the_harness_scores_as_lm_evals_own_model_does(dense_folder):
 
 
 def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
+    from factorllm.measure.harness import Harness
 
     answers = ["Paris", "a cat", "no idea"]
     said = iter([" Paris", "A cat.", "something else"])
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
+    monkeypatch.setattr(Harness, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
     write_lines(tmp_path / "generation.jsonl", [{"prompt": "Q:", "answer": answer} for answer in answers])
     model = AutoModelForCausalLM.from_pretrained(dense_folder)
     found = run_task(model, byte_tokenizer(), "generation", tmp_path, None)
@@ -194,6 +194,27 @@ def test_retention_above_chance_shows_a_floor():
     assert above == pytest.approx(0)
     assert retention(dense, dense) == (1, 1)
     assert retention(dense, floor)[1] is None
+
+
+def test_a_mean_leaves_out_what_the_dense_model_guesses_and_says_so():
+    dense = {
+        "piqa": Score(0.7, 0.01, 100),
+        "boolq": Score(0.51, 0.01, 100),
+        "copa": Score(0.4, 0.02, 100),  # below chance it knows nothing either
+        "lambada_openai": Score(0.02, 0.005, 100),
+        "humaneval": Score(0.0, 0.0, 82),
+    }
+    student = {task: Score(0.6, 0.01, 100) for task in dense}
+    assert in_mean(student, dense) == (["piqa", "lambada_openai"], ["boolq", "copa", "humaneval"])
+    assert in_mean(student, {}) == (list(student), [])
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(score_table(Evaluation({"student": student, "dense": dense})))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    shown = " ".join(word for line in lines for word in line)
+    (mean,) = (line for line in lines if line[:1] == ["mean"])
+    assert mean[1:4] == ["36.0%", "60.0%", "166.7%"]
+    assert "not in the mean" in shown
+    assert "above chance: boolq, copa, humaneval" in shown
 
 
 def test_what_cannot_be_scored_is_refused(student, data, tmp_path):
@@ -309,7 +330,7 @@ def scored(monkeypatch) -> list[str]:
     """What is measured from now on, as it happens."""
     found = []
 
-    def run(model, tokenizer, task, data, limit):
+    def run(model, tokenizer, task, data, limit, run_generated_code):
         found.append(task)
         return Score(0.5, None, 1)
 

@@ -222,6 +222,19 @@ def test_a_task_that_is_scored(student, dense, tmp_path, monkeypatch):
     made("eval", student, "--against", dense, "--tasks", "copa", "--data", tmp_path / "data")
 
 
+def test_programs_of_a_model_are_not_run_unless_it_is_said(student, dense, traps, tmp_path, monkeypatch):
+    """Whatever the model would write: the test of the problem itself leaves the marker."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setitem(factorllm.measure.scores.evaluate.__kwdefaults__, "cache", tmp_path / "cache")
+    trap = f"open({str(traps.marker)!r}, 'w').write('a program was run')"
+    problem = {"prompt": f"{trap}\ndef f():\n", "test": trap, "entry_point": "f"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "humaneval.jsonl").write_text(json.dumps(problem))
+    ended = run("eval", student, "--against", dense, "--tasks", "humaneval", "--data", tmp_path / "data")
+    assert ended.code == 2
+    assert "--run-generated-code" in ended.err
+
+
 def test_generation_that_the_model_wants_to_do_with_code(student, tmp_path):
     """Ways to generate that have moved out of transformers are fetched as code, by name or from the folder."""
     path = student / "generation_config.json"

@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import IS_PATH, Made, settings_from
+from factorllm.cli.options import IS_PATH, settings_from
 from factorllm.measure.settings import EvalSettings
 
 
-@settings_from(EvalSettings, "data", "limit", "device", "dtype")
+@settings_from(EvalSettings, "data", "limit", "run_generated_code", "device", "dtype")
 def evaluate(
-    checkpoint: Made,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint that factorllm made, or a .gguf file: asked through llama.cpp.", **IS_PATH),
+    ],
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = ",".join(EvalSettings().tasks),
     text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,

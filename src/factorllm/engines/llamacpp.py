@@ -52,12 +52,30 @@ class LlamaCpp(Engine):
         # made to take a plain one; the log-probabilities are those before sampling.
         answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[self._plain_token, 1000]])
         found = answer["completion_probabilities"][0]["top_logprobs"]
-        # What is no number, JSON has as null.
-        return [(item["id"], math.nan if item["logprob"] is None else item["logprob"]) for item in found]
+        return [(item["id"], _number(item["logprob"])) for item in found]
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text's tokens, without those that begin or end a text."""
-        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    def complete(self, tokens: list[int], count: int, stop: list[str]) -> str:
+        """The most likely text that follows, up to the model's end, one of `stop`, or `count` tokens."""
+        return self._complete(tokens, count, ignore_eos=False, stop=stop)["content"]
+
+    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, bool]]:
+        """For each token that follows its log-probability, and whether it is the likeliest one."""
+        # The server has no probabilities of prompts. So its sampler is made to take each token; the log-probabilities
+        # are those before sampling, and what came before stays in the cache.
+        found = []
+        for token in following:
+            answer = self._complete(tokens, 1, n_probs=1, logit_bias=[[token, 1000]], cache_prompt=True)
+            if said := answer.get("completion_probabilities"):
+                found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"] == token))
+            else:  # a token that ends within a character is kept back: it is among all of them
+                every = self.next_tokens(tokens, self._vocabulary)
+                found.append((dict(every)[token], every[0][0] == token))
+            tokens = [*tokens, token]
+        return found
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
+        return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
 
     def prefill(self, length: int) -> float:
         prompt = random_tokens(length, self._vocabulary, next(self._seeds))
@@ -96,3 +114,8 @@ class LlamaCpp(Engine):
                 return json.load(reply)
         except HTTPError as error:
             raise RuntimeError(json.load(error)["error"]["message"]) from None
+
+
+def _number(found: float | None) -> float:
+    """What is no number, JSON has as null."""
+    return math.nan if found is None else found

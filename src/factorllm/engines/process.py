@@ -114,9 +114,17 @@ class EngineProcess:
     def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
         return [tuple(pair) for pair in self._ask("next_tokens", tokens, count)]
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text's tokens (llama.cpp)."""
-        return self._ask("tokenize", text)
+    def complete(self, tokens: list[int], count: int, stop: list[str]) -> str:
+        """The most likely text that follows, up to its end, one of `stop`, or `count` tokens (llama.cpp)."""
+        return self._ask("complete", tokens, count, stop)
+
+    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, bool]]:
+        """For each token that follows its log-probability, and whether it is the likeliest one (llama.cpp)."""
+        return [tuple(pair) for pair in self._ask("score", tokens, following)]
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text's tokens, with `special` those that begin or end a text too (llama.cpp)."""
+        return self._ask("tokenize", text, special)
 
     def prefill(self, length: int) -> float:
         return self._ask("prefill", length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +20,11 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 class Harness(HFLM):
     """`HFLM` with the same scores. Where a vocabulary is large and a model small, most of its time goes into logits of
     tokens that no one asks for, and into contexts that are asked with each of their continuations."""
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            room_for_prompt(self.max_length, request.args[1]["max_gen_toks"])
+        return super().generate_until(requests, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -54,6 +60,19 @@ class Harness(HFLM):
         inputs = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True).to(self.device)
         with torch.inference_mode():
             return self.model(inputs, logits_to_keep=len(batch[0]) - first).logits.float().log_softmax(-1)
+
+
+def room_for_prompt(context: int, answer: int) -> int:
+    """Tokens that are left of a context beside an answer.
+
+    Raises:
+        FactorLLMError: when there are none.
+    """
+    if context <= answer:
+        raise FactorLLMError(
+            f"an answer may have {answer} tokens, and the model's context has {context}; leave the task out"
+        )
+    return context - answer
 
 
 def _batches(inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

@@ -25,6 +25,7 @@ from factorllm.dense import open_model
 from factorllm.dense.safetensors import read_config, read_tokenizer
 from factorllm.errors import FactorLLMError
 from factorllm.measure.agreement import Agreement, agreement
+from factorllm.measure.gguf_subject import GgufSubject, check_gguf
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
@@ -79,6 +80,8 @@ def evaluate(
     Scores come from the cache where all that decides them is the same.
 
     Args:
+        student: a checkpoint's folder, or any model's `.gguf` file, which is then asked through llama.cpp.
+        against: a dense model; beside a `.gguf` file, another one.
         text: a text to measure perplexity and agreement on, as for `factorize`; its held-out part is used.
 
     Raises:
@@ -92,7 +95,9 @@ def evaluate(
     console, settings = console or Console(quiet=True), settings or EvalSettings()
     if not settings.tasks and text is None:
         raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text")
-    check_tasks(settings.tasks, settings.data)
+    check_tasks(settings.tasks, settings.data, settings.run_generated_code)
+    if student.suffix == ".gguf":
+        return _of_gguf(student, against, text, settings, cache, console)
     settings = settings.model_copy(update={"device": usable_device(settings.device)})
     made = read_provenance(student)
     subjects = {"student": _Subject.of_student(student, settings)}
@@ -103,6 +108,14 @@ def evaluate(
         tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
     scores = {name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()}
     return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
+
+
+def _of_gguf(
+    student: Path, against: str | None, text: str | None, settings: EvalSettings, cache: Path, console: Console
+) -> Evaluation:
+    check_gguf(against, text, settings)
+    subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
+    return Evaluation({name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()})
 
 
 def _on_text(scores: dict[str, Any], subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
@@ -133,6 +146,10 @@ class _Subject:
     @cached_property
     def model(self) -> PreTrainedModel:
         return self.load()
+
+    def score(self, task: str, settings: EvalSettings) -> Score:
+        allowed = settings.run_generated_code
+        return run_task(self.model, self.tokenizer, task, settings.data, settings.limit, allowed)
 
     @classmethod
     def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
@@ -180,14 +197,16 @@ def _check_vocabularies(subjects: dict[str, _Subject]) -> None:
         )
 
 
-def _scores(subject: _Subject, name: str, settings: EvalSettings, cache: Path, console: Console) -> dict[str, Score]:
+def _scores(
+    subject: _Subject | GgufSubject, name: str, settings: EvalSettings, cache: Path, console: Console
+) -> dict[str, Score]:
     """One task at a time, so that an interrupted run keeps what it has."""
     found = {}
     for task in settings.tasks:
         path = cache / f"{_key(subject, task, settings)}.json"
         if (known := _cached(path)) is None:
             console.print(f"{name}: {task}")
-            known = run_task(subject.model, subject.tokenizer, task, settings.data, settings.limit)
+            known = subject.score(task, settings)
             with suppress(OSError):  # without a cache it takes longer, and that is all
                 cache.mkdir(parents=True, exist_ok=True)
                 write_json(path, asdict(known))
@@ -202,7 +221,7 @@ def _cached(path: Path) -> Score | None:
         return None
 
 
-def _key(subject: _Subject, task: str, settings: EvalSettings) -> str:
+def _key(subject: _Subject | GgufSubject, task: str, settings: EvalSettings) -> str:
     """Of everything that decides a score."""
     data = settings.data
     questions = file_digest(str(data / f"{task}.jsonl")) if data else "hub"

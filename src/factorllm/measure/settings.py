@@ -24,6 +24,8 @@ class EvalSettings(BaseModel):
     """Folder of local `<task>.jsonl`. Default: lm-eval's data from the hub."""
     limit: int | None = Field(default=None, ge=1, le=1_000_000)
     """Questions of each task. Default: all."""
+    run_generated_code: bool = False
+    """Run programs that the models write, which humaneval asks for."""
     device: str = "cpu"
     """`auto`, `cpu`, `cuda` ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"

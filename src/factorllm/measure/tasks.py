@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.measure import humaneval
+from factorllm.measure.programs import check_runner
 from factorllm.text.documents import json_lines, whole_characters
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,20 @@ TASKS: dict[str, Task] = {
     "lambada_openai": Task("acc", 0.0, "{{context}}"),
     "mmlu": Task("acc", 0.25),
     "generation": Task("exact_match", 0.0, "{{prompt}}"),
+    "humaneval": Task("pass_at_1", 0.0, "{{prompt}}"),
 }
 """Tasks that can be asked for. A local file `<task>.jsonl` holds records with `query`, `choices` and the index `gold`,
 or, for LAMBADA, `context` and `continuation`; `generation` is not lm-eval's but the user's own, with `prompt` and the
-`answer` that the model must write, up to the end of the line."""
+`answer` that the model must write, up to the end of the line. `humaneval` has HumanEval's `prompt`, `test` and
+`entry_point`."""
 
-_KEYS = {"lambada_openai": ("context", "continuation"), "generation": ("answer", "prompt")}
+_KEYS = {
+    "lambada_openai": ("context", "continuation"),
+    "generation": ("answer", "prompt"),
+    "humaneval": ("entry_point", "prompt", "test"),
+}
+_LOCAL_ONLY = ("generation", "humaneval")
+_RUNS_PROGRAMS = ("humaneval",)
 
 
 @dataclass(frozen=True)
@@ -63,27 +78,51 @@ class Score:
 
 
 def run_task(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, data: Path | None, limit: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    data: Path | None,
+    limit: int | None,
+    run_generated_code: bool = False,
 ) -> Score:
     """Score a model on one task.
 
     Args:
         data: folder of `<task>.jsonl`; None for lm-eval's own data on the hub.
         limit: questions; None for all.
+        run_generated_code: whether programs that the model writes may be run, which some tasks need.
 
     Raises:
-        FactorLLMError: when lm-eval is not installed, or the questions cannot be read.
+        FactorLLMError: when lm-eval is not installed, the questions cannot be read, or programs may not be run.
     """
-    try:
-        from lm_eval import simple_evaluate
+    need_lm_eval()
+    from factorllm.measure.harness import Harness
 
-        from factorllm.measure.harness import Harness
+    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, trust_remote_code=False)
+    return ask(harness, task, data, limit, run_generated_code)
+
+
+def need_lm_eval() -> None:
+    """Refuse where lm-eval is not installed."""
+    try:
+        import lm_eval  # noqa: F401
     except ImportError:
         raise FactorLLMError("tasks need lm-eval, which is not installed: pip install 'factorllm[eval]'") from None
-    harness = Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, trust_remote_code=False)
-    manager = _task_manager(data is None)
-    asked = local_task(task, data) if data else task
-    found = simple_evaluate(harness, tasks=[asked], limit=limit, task_manager=manager, log_samples=False)
+
+
+def ask(harness: LM, task: str, data: Path | None, limit: int | None, run_generated_code: bool) -> Score:
+    """Score what lm-eval has as a model, as `run_task` does."""
+    from lm_eval import simple_evaluate
+
+    _check_programs(task, run_generated_code)
+    found = simple_evaluate(
+        harness,
+        tasks=[local_task(task, data) if data else task],
+        limit=limit,
+        task_manager=_task_manager(data is None),
+        log_samples=False,
+        confirm_run_unsafe_code=run_generated_code,
+    )
     return _score(found, task)
 
 
@@ -111,20 +150,34 @@ def _score(found: dict, task: str) -> Score:
 def definition(task: str, local: bool) -> dict:
     """All that decides how a task asks and scores, but for its questions. lm-eval's own tasks are of its version."""
     known = asdict(TASKS[task])
+    if task == "humaneval":
+        return known | humaneval.definition()
     if not local:
         return known
     return known | {key: value for key, value in local_task(task, Path()).items() if key != "dataset_kwargs"}
 
 
-def check_tasks(tasks: Iterable[str], data: Path | None) -> None:
-    """Refuse unknown tasks and unreadable files before a model is loaded."""
+def check_tasks(tasks: Iterable[str], data: Path | None, run_generated_code: bool = False) -> None:
+    """Refuse unknown tasks, unreadable files and programs that may not be run before a model is loaded."""
     for task in tasks:
         if task not in TASKS:
             raise FactorLLMError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
+        _check_programs(task, run_generated_code)
         if data:
             _check_file(data / f"{task}.jsonl", task)
-        elif task == "generation":
-            raise FactorLLMError("generation has local files only; give the folder of generation.jsonl with --data")
+        elif task in _LOCAL_ONLY:
+            raise FactorLLMError(f"{task} has local files only; give the folder of {task}.jsonl with --data")
+
+
+def _check_programs(task: str, allowed: bool) -> None:
+    if task not in _RUNS_PROGRAMS:
+        return
+    if not allowed:
+        raise FactorLLMError(
+            f"{task} runs programs that the model writes, with limits but on this machine; say --run-generated-code to "
+            "allow it, best in a container, or leave the task out"
+        )
+    check_runner()
 
 
 def _check_file(path: Path, task: str) -> None:
@@ -197,8 +250,21 @@ def local_task(task: str, data: Path) -> dict:
     if task == "lambada_openai":
         return config | {"output_type": "loglikelihood", "doc_to_target": "{{' ' + continuation}}"}
     if task == "generation":
-        return config | _GENERATION
+        return config | deepcopy(_GENERATION)  # lm-eval adds the end token to where an answer ends
+    if task == "humaneval":
+        return config | deepcopy(humaneval.HUMANEVAL)
     return config | {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_choice": known.answers}
+
+
+def in_mean(tasks: Iterable[str], dense: dict[str, Score]) -> tuple[list[str], list[str]]:
+    """Tasks that a mean can be made of, and those that it leaves out: where the dense model is not two standard errors
+    above chance, there is nothing to keep. Without a dense model, or with one question, no task is left out."""
+    guessed = []
+    for task in tasks:
+        score = dense.get(task)
+        if score and score.error is not None and score.value <= TASKS[task].chance + 2 * score.error:
+            guessed.append(task)
+    return [task for task in tasks if task not in guessed], guessed
 
 
 def retention(student: dict[str, Score], dense: dict[str, Score]) -> tuple[float | None, float | None]:

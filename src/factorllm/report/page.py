@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from factorllm.measure.tasks import TASKS, Score, retention
+from factorllm.measure.tasks import TASKS, Score, in_mean, retention
 from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
 from factorllm.report.plots import (
@@ -106,7 +106,10 @@ def _task_rows(scores: dict[str, dict[str, Score]] | None) -> list[dict] | None:
         | _kept({task: score}, dense)
         for task, score in student.items()
     ]
-    return [*rows, {"task": "all", "metric": "mean", "student": None, "dense": None} | _kept(student, dense)]
+    counted, guessed = in_mean(student, dense)
+    kept = _kept({task: student[task] for task in counted}, dense)
+    name = f"all but {', '.join(guessed)}, which the dense model guesses" if guessed else "all"
+    return [*rows, {"task": name, "metric": "mean", "student": None, "dense": None} | kept]
 
 
 def _kept(student: dict[str, Score], dense: dict[str, Score]) -> dict[str, float | None]:

