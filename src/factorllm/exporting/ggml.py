@@ -108,7 +108,8 @@ def _library() -> ctypes.CDLL:
             "ggml, which quantises to K-quants, IQ4 and by importance, is not installed; pip install "
             "'factorllm[llamacpp]', or export another --type without --text"
         )
-    found = sorted(path for place in places for path in Path(place).glob("xllamacpp*") if path.suffix in (".so", ".pyd"))
+    files = [path for place in places for path in Path(place).glob("xllamacpp*")]
+    found = sorted(path for path in files if path.suffix in (".so", ".pyd"))
     try:
         library = ctypes.CDLL(str(found[0]))
         quantize_chunk = library.ggml_quantize_chunk
