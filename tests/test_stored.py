@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from factorllm import FactorLLMError, factorize
+from factorllm.exporting.ggml import ONLY_GGML, quantize
 from factorllm.healing.run import FactorTrainer, heal
 from factorllm.healing.settings import HealSettings
 from factorllm.runs.settings import Settings
@@ -148,6 +149,26 @@ def test_a_training_that_diverged_is_not_published(dense_folder, text_file, tmp_
     with pytest.raises(FactorLLMError, match=r"has come out with NaN or infinity in it: the training has diverged"):
         heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", sorted(ONLY_GGML))
+def test_no_block_of_ggml_overflows_silently(kind):
+    """Finite and near what was put in, or refused: at every size of numbers, and where columns count unevenly."""
+    uneven = np.geomspace(1e-8, 1, 512, dtype=np.float32)[None]
+    held = []
+    for exponent in range(-40, 100, 4):
+        rows = torch.randn(4, 512, generator=torch.Generator().manual_seed(exponent)) * 2.0**exponent
+        for importance in (None, uneven):
+            try:
+                refuse_unquantisable("name", rows, kind.name)
+                made = quantize("name", rows.numpy(), kind, importance)
+            except FactorLLMError:
+                continue
+            back = torch.from_numpy(gguf.quants.dequantize(made, kind))
+            assert (back - rows).norm() < 0.75 * rows.norm()
+            held.append(exponent)
+    assert set(range(-8, 12, 4)) < set(held)
+    assert max(held) < 40
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])

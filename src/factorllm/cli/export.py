@@ -9,12 +9,18 @@ import typer
 
 from factorllm.cli import terminal
 from factorllm.cli.options import IS_PATH, FileType
+from factorllm.runs.settings import MOST_TOKENS
 
 
 def export(
     model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a dense or pruned model.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The .gguf file to write.", **IS_PATH)],
     file_type: FileType = "q8_0",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text that says which weights count: .txt, .jsonl, .json, .parquet or a dataset id."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of --text to run.", min=1, max=MOST_TOKENS)] = 65_536,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.", **IS_PATH),
@@ -27,5 +33,18 @@ def export(
     """Write a model as one GGUF file for llama.cpp."""
     from factorllm.exporting import export_gguf
 
-    made = export_gguf(model, out, file_type, tokenizer=tokenizer, top_k=top_k, overwrite=overwrite, say=terminal.say)
+    made = export_gguf(
+        model,
+        out,
+        file_type,
+        text=text,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        top_k=top_k,
+        overwrite=overwrite,
+        say=terminal.say,
+        console=terminal.console,
+    )
+    if made.importance:
+        terminal.say(f"written: {made.importance}, for llama-quantize --imatrix")
     terminal.console.print(f"written: {made.path} ({made.size / 2**20:.0f} MiB, {file_type})", soft_wrap=True)

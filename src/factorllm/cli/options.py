@@ -34,7 +34,13 @@ Text = Annotated[
         help="Calibration text: .txt, .jsonl, .json, .parquet or a dataset id. Default: sample from the model."
     ),
 ]
-FileType = Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")]
+FileType = Annotated[
+    str,
+    typer.Option(
+        "--type",
+        help="f32, f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs or q3_k.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

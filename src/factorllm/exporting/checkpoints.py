@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import local_path, open_model
 from factorllm.dense.families import FAMILIES
@@ -16,8 +17,10 @@ from factorllm.dense.model import check_finite
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host
+from factorllm.runs.output import PROVENANCE
+from factorllm.runs.settings import Settings
 from factorllm.student.layout import check_layout
-from factorllm.student.read import read_provenance
+from factorllm.student.read import load_student, read_provenance
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Checkpoint:
         names: transformers names of its tensors.
         read: a tensor by its name.
         shape: the shape of a tensor by its name, without reading it.
+        load: the whole model in transformers, in a dtype and on a device.
+        settings: reads how it was made, where factorllm made it; they say which part of a text is held out.
         overlaps: whether its experts share neurons.
     """
 
@@ -40,6 +45,8 @@ class Checkpoint:
     shape: Callable[[str], tuple[int, ...]]
     tokenizer: PreTrainedTokenizerBase
     licence: str | None
+    load: Callable[[torch.dtype, torch.device], PreTrainedModel]
+    settings: Callable[[], Settings]
     overlaps: bool = False
 
     def with_top_k(self, top_k: int) -> Checkpoint:
@@ -82,7 +89,16 @@ def open_checkpoint(model: str) -> Checkpoint:
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
     return Checkpoint(
-        name, source.config, HOSTS["dense"], names, source.tensor, source.shape, source.tokenizer(), source.licence
+        name,
+        source.config,
+        HOSTS["dense"],
+        names,
+        source.tensor,
+        source.shape,
+        source.tokenizer(),
+        source.licence,
+        source.load_model,
+        partial(_settings, folder),
     )
 
 
@@ -91,6 +107,7 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpo
     with refusing(f"{label}/config.json", "make or fetch the checkpoint again"):
         config.tie_word_embeddings = ties_embeddings(config, tensors)
         check_layout(tensors, config, host)
+    made = _made(folder)
     return Checkpoint(
         folder.resolve().name,
         config,
@@ -100,11 +117,18 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpo
         tensors.shape,
         read_tokenizer(folder, label),
         licence_of_card(folder / "README.md"),
-        _overlaps(folder),
+        partial(load_student, folder),
+        partial(_settings, folder),
+        # A model of another origin is taken not to have experts that overlap.
+        bool(made) and made["recipe"].get("overlapping") is not None,
     )
 
 
-def _overlaps(folder: Path) -> bool:
-    """Whether a student's experts share neurons; a model of another origin is taken not to have any that do."""
-    made_by_us = (folder / "factorllm.json").is_file()
-    return made_by_us and read_provenance(folder)["recipe"].get("overlapping") is not None
+def _made(folder: Path) -> dict:
+    """What a checkpoint of ours says of itself; nothing for a model of another origin."""
+    return read_provenance(folder) if (folder / PROVENANCE).is_file() else {}
+
+
+def _settings(folder: Path) -> Settings:
+    made = _made(folder)
+    return Settings(**made["settings"]) if made else Settings()

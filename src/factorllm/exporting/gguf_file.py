@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,38 +13,54 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+from rich.console import Console
 from torch import Tensor
 
 from factorllm.dense.families import head_dim, sliding_window
-from factorllm.dense.gguf.file import open_gguf
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
+from factorllm.exporting.files import GGUF_FILE, add_job, publishing, unfinished
+from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, check_ggml, quantize
+from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
 from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
-from factorllm.runs.disk import explain_full_disk, require_space
-from factorllm.runs.output import Kind, check_output, is_done, located, own_files, workspace_folder
+from factorllm.runs.disk import require_space
+from factorllm.runs.output import check_output, is_done, located, own_files
+from factorllm.runs.progress import meter
 from factorllm.runs.stored import refuse_unquantisable
-from factorllm.text.calibration import file_digest
+from factorllm.text.calibration import file_digest, public_name
 
 FILE_TYPES = {
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q6_k": (Type.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
+    "q5_k": (Type.Q5_K, gguf.LlamaFileType.MOSTLY_Q5_K_S),
     "q5_1": (Type.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
     "q5_0": (Type.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_k": (Type.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_S),
     "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "iq4_nl": (Type.IQ4_NL, gguf.LlamaFileType.MOSTLY_IQ4_NL),
+    "iq4_xs": (Type.IQ4_XS, gguf.LlamaFileType.MOSTLY_IQ4_XS),
+    "q3_k": (Type.Q3_K, gguf.LlamaFileType.MOSTLY_Q3_K_S),
 }
-"""Types by the names that llama.cpp has for them."""
+"""Types by the names that llama.cpp has for them. Its mixtures of K-quants (Q4_K_M) are not among them."""
 
-_MAGIC = b"GGUF"
-_JOB_KEY = "factorllm.convert.job"
-"""The key that says what made a file: JSON."""
+_INSTEAD = {
+    Type.Q6_K: Type.Q8_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q4_K: Type.Q5_0,
+    Type.Q3_K: Type.IQ4_NL,
+    Type.IQ4_XS: Type.IQ4_NL,
+}
+"""What rows take that are no multiple of 256 but one of 32: the types that llama-quantize takes, but for Q3_K. That is
+Q4_0 there, which is as large as IQ4_NL and has the larger error (tests/test_kquants.py)."""
 
 _OUTER = ("token_embd.weight", "output.weight")
 _EXACT = ("ffn_gate_inp.weight",)  # routers: small, and they decide which experts run
@@ -59,11 +73,13 @@ class Exported:
     Attributes:
         size: bytes.
         larger: names of tensors that could not take the wanted type, with the type that they took.
+        importance: the importance-matrix file that was written beside it, where there was a text.
     """
 
     path: Path
     size: int
     larger: dict[str, str]
+    importance: Path | None = None
 
 
 def export_gguf(
@@ -71,10 +87,13 @@ def export_gguf(
     out: str | Path,
     file_type: str = "q8_0",
     *,
+    text: str | None = None,
+    tokens: int = TOKENS,
     tokenizer: Path | None = None,
     top_k: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    console: Console | None = None,
     when_full: str = "free some, or choose another -o",
 ) -> Exported:
     """Write a student, or a dense or pruned model, as one GGUF file. It appears whole or not at all.
@@ -83,10 +102,14 @@ def export_gguf(
         model: a folder that factorllm wrote, or whatever `factorize` takes.
         file_type: one of `FILE_TYPES`. Vectors and routers stay fp32; with types of fewer than 8 bits the embeddings
             and the output head are q8_0.
+        text: a text as for `factorize`, on which is measured what each input channel counts, so that what counts more
+            is kept better. The importance-matrix file of llama.cpp is written too, as NAME.imatrix.gguf.
+        tokens: how many of the text.
         tokenizer: a GGUF file to copy the tokenizer from, instead of building it.
         top_k: experts that run for a token, for hosts that let it be changed.
         overwrite: replace a GGUF file at `out`.
         say: is told of tensors that take a larger type, before anything is written.
+        console: where progress is shown.
         when_full: what to do when the disk is too small.
 
     Raises:
@@ -96,12 +119,11 @@ def export_gguf(
         >>> export_gguf("student", "student.gguf", "q8_0").path.name
         'student.gguf'
     """
-    if file_type not in FILE_TYPES:
-        raise FactorLLMError(
-            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For K-quants write f16 and run llama-quantize"
-        )
+    _check_type(file_type, text, tokens)
     out = located(out)
-    check_output(out, GGUF_FILE, [model, tokenizer])
+    beside = _beside(out) if text is not None else None
+    for path in filter(None, (out, beside)):
+        check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = open_checkpoint(model)
     if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
         raise FactorLLMError(
@@ -110,24 +132,86 @@ def export_gguf(
         )
     if top_k is not None:
         checkpoint = checkpoint.with_top_k(top_k)
-    job = _job(model, file_type, tokenizer, top_k)
-    if not overwrite and is_done(out, GGUF_FILE, job):
+    job = _job(model, file_type, text, tokens, tokenizer, top_k)
+    done = [is_done(path, GGUF_FILE, job) for path in (out, beside) if path and not overwrite]
+    if done and all(done):
         say("done already, with the same arguments")
-        return Exported(out, out.stat().st_size, {})
-    for message in _fallbacks(checkpoint, file_type):
+        return Exported(out, out.stat().st_size, {}, beside)
+    for message in [*_fallbacks(checkpoint, file_type), *_unweighted(file_type, text)]:
         say(message)
-    larger = _write(checkpoint, out, file_type, tokenizer, job, when_full)
-    return Exported(out, out.stat().st_size, larger)
+    console = console or Console(quiet=True)
+    # All that can be refused is refused before the model is run on the text.
+    plan = _plan(checkpoint, out, file_type, when_full)
+    writer = _writer(checkpoint, unfinished(out), file_type, tokenizer, plan, job)
+    importance = None
+    if text is not None and beside is not None:
+        importance = read_importance(checkpoint, text, tokens, console)
+        for message in _seen(importance):
+            say(message)
+        write_importance(importance, beside, job, when_full)
+    with publishing(writer, unfinished(out), out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
+        for name, tensor in gguf_tensors(checkpoint):
+            kind = plan[name].kind
+            refuse_unquantisable(name, tensor, kind.name)
+            writer.write_tensor_data(_quantized(name, tensor, kind, importance))
+            bar.advance()
+    larger = {name: planned.kind.name for name, planned in plan.items() if planned.kind is not planned.wanted}
+    return Exported(out, out.stat().st_size, larger, beside)
 
 
-def _job(model: str, file_type: str, tokenizer: Path | None, top_k: int | None) -> dict[str, Any]:
+def _check_type(file_type: str, text: str | None, tokens: int) -> None:
+    """Refuse a type that there is not, or that cannot be quantised to here."""
+    if file_type not in FILE_TYPES:
+        raise FactorLLMError(
+            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For others write f16, with --text for the "
+            "importance-matrix file, and run llama-quantize"
+        )
+    if tokens < 1:
+        raise FactorLLMError(f"--tokens {tokens} is no number of tokens to run; give at least 1")
+    kind = FILE_TYPES[file_type][0]
+    if kind in ONLY_GGML or (text is not None and kind in WEIGHTED):
+        check_ggml()
+
+
+def _beside(out: Path) -> Path:
+    """The importance-matrix file of a GGUF file."""
+    return out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")
+
+
+def _unweighted(file_type: str, text: str | None) -> list[str]:
+    """What is said of importance weights that are not used."""
+    kind = FILE_TYPES[file_type][0]
+    if text is None and kind in ONLY_GGML:
+        return [f"{file_type} without importance weights; `factorllm export --text` takes them from a text"]
+    if text is not None and kind not in WEIGHTED:
+        return [f"{file_type} takes no importance weights: they are written for llama-quantize only"]
+    return []
+
+
+def _seen(importance: Importance) -> list[str]:
+    """What is said of the text that the model was run on."""
+    sequences, length = importance.shape
+    said = [f"weighted by {sequences * length:,} tokens of {importance.text}"]
+    if importance.never_run:
+        said.append(f"no token ran {importance.never_run} experts: they are weighted by all tokens of their layers")
+    return said
+
+
+def _job(
+    model: str, file_type: str, text: str | None, tokens: int, tokenizer: Path | None, top_k: int | None
+) -> dict[str, Any]:
     """Everything that decides the bytes of the file."""
+    weighted = {}
+    if text is not None:
+        weighted = {"text": public_name(text), "text file": file_digest(text), "tokens": tokens}
+    quantiser = ("xllamacpp",) if FILE_TYPES[file_type][0] in (WEIGHTED if weighted else ONLY_GGML) else ()
     return {
         "model": _model_digest(model),
         "type": file_type,
         "tokenizer": tokenizer and file_digest(str(tokenizer)),
         "top_k": top_k,
-        "versions": {package: version(package) for package in ("factorllm", "gguf")},
+        **weighted,
+        "versions": {package: version(package) for package in ("factorllm", "gguf", *quantiser)},
     }
 
 
@@ -140,47 +224,67 @@ def _model_digest(model: str) -> str:
     return digest_of([*beside, *sorted(folder.glob("*.safetensors"))])
 
 
-def _write(
-    checkpoint: Checkpoint, out: Path, file_type: str, tokenizer: Path | None, job: dict[str, Any], when_full: str
-) -> dict[str, str]:
-    """Stream the tensors into a file beside `out`: their shapes are known first, so memory stays at one tensor, and
-    the disk at one file.
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor of the file before it is read.
 
-    Returns:
-        Names of tensors that could not take the wanted type, with the type that they took.
+    Attributes:
+        wanted: the type that the file's type means for it.
+        kind: the type that it takes.
+        size: bytes.
     """
-    partial = workspace_folder(out)
-    if partial.exists() and partial.stat().st_size and _read_gguf(partial) is None:
-        raise FactorLLMError(f"{partial} exists and is no unfinished file of factorllm; move it away")
+
+    shape: tuple[int, ...]
+    wanted: Type
+    kind: Type
+    size: int
+
+
+def _plan(checkpoint: Checkpoint, out: Path, file_type: str, when_full: str) -> dict[str, _Planned]:
+    """The tensors of the file in their order, from their shapes: so memory stays at one tensor, and the disk at one
+    file.
+
+    Raises:
+        FactorLLMError: when the disk is too small for them.
+    """
+    plan = {}
+    for name, tensor in gguf_tensors(replace(checkpoint, read=_without_data(checkpoint))):
+        shape = tuple(tensor.shape)
+        wanted = _wanted(name, shape, file_type)
+        kind = _fitting(wanted, shape[-1])
+        plan[name] = _Planned(shape, wanted, kind, _size(shape, kind))
+    require_space(out, sum(planned.size for planned in plan.values()), when_full)
+    return plan
+
+
+def _writer(
+    checkpoint: Checkpoint,
+    partial: Path,
+    file_type: str,
+    tokenizer: Path | None,
+    plan: dict[str, _Planned],
+    job: dict[str, Any],
+) -> gguf.GGUFWriter:
+    """All of the file but the tensors' data; nothing is on disk yet."""
     writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
     _add_keys(writer, checkpoint, file_type)
-    writer.add_string(_JOB_KEY, json.dumps(job, sort_keys=True))
+    add_job(writer, job)
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     else:
         add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size)
-    shapes = {name: tensor.shape for name, tensor in gguf_tensors(replace(checkpoint, read=_without_data(checkpoint)))}
-    kinds = {name: _type_of(name, shape, file_type) for name, shape in shapes.items()}
-    sizes = {name: _size(shape, kinds[name]) for name, shape in shapes.items()}
-    require_space(out, sum(sizes.values()), when_full)
-    for name, shape in shapes.items():
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kinds[name])
-    with refusing(out, "choose another -o"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(out, when_full):
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, tensor in gguf_tensors(checkpoint):
-                refuse_unquantisable(name, tensor, kinds[name].name)
-                writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name]))
-            writer.close()
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
-    wanted = FILE_TYPES[file_type][0]
-    return {name: kind.name for name, kind in kinds.items() if kind is Type.F16 and wanted is not Type.F16}
+    for name, planned in plan.items():
+        writer.add_tensor_info(name, planned.shape, np.dtype(np.float32), planned.size, raw_dtype=planned.kind)
+    return writer
+
+
+def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | None) -> np.ndarray:
+    """A tensor's bytes. The older types without weights are made by the package gguf, which needs no llama.cpp."""
+    data = tensor.contiguous().numpy()
+    weights = importance.weights(name) if importance and kind in WEIGHTED else None
+    if kind in ONLY_GGML or weights is not None:
+        return quantize(name, data, kind, weights)
+    return gguf.quants.quantize(data, kind)
 
 
 def _without_data(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
@@ -193,43 +297,36 @@ def _size(shape: Sequence[int], kind: Type) -> int:
     return math.prod(shape) // block * size
 
 
-def _read_gguf(path: Path) -> dict[str, Any] | None:
-    """What made a GGUF file, under `job` if it was factorllm; None for a file of another kind."""
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            return None
-    with suppress(FactorLLMError, ValueError):
-        field = open_gguf(path).fields.get(_JOB_KEY)
-        return {"job": json.loads(field.contents())} if field else {}
-    return {}
-
-
-GGUF_FILE = Kind("a GGUF file", False, _read_gguf)
-
-
-def _type_of(name: str, shape: Sequence[int], file_type: str) -> Type:
+def _wanted(name: str, shape: Sequence[int], file_type: str) -> Type:
     wanted = FILE_TYPES[file_type][0]
     if len(shape) == 1 or name.endswith(_EXACT):
         return Type.F32
-    if name in _OUTER and wanted not in (Type.F32, Type.F16, Type.BF16):
-        wanted = Type.Q8_0
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
-    return wanted if shape[-1] % block == 0 else Type.F16
+    return Type.Q8_0 if name in _OUTER and wanted not in (Type.F32, Type.F16, Type.BF16) else wanted
+
+
+def _fitting(wanted: Type, width: int) -> Type:
+    """The type itself, or the next one whose blocks such rows fill."""
+    types = (wanted, _INSTEAD.get(wanted, Type.F16), Type.F16)
+    return next(kind for kind in types if width % gguf.GGML_QUANT_SIZES[kind][0] == 0)
 
 
 def _fallbacks(checkpoint: Checkpoint, file_type: str) -> list[str]:
     """What cannot be quantised as wanted, from the config alone."""
-    block = gguf.GGML_QUANT_SIZES[FILE_TYPES[file_type][0]][0]
-    shape = checkpoint.host.shape(checkpoint.config)
-    widths = {"the hidden size": checkpoint.config.hidden_size}
+    wanted = FILE_TYPES[file_type][0]
+    shape, config = checkpoint.host.shape(checkpoint.config), checkpoint.config
+    heads = head_dim(config) * config.num_attention_heads
+    widths = {"the hidden size": config.hidden_size}
+    if heads != config.hidden_size:
+        widths["the width of all heads"] = heads
     if shape.experts:
         widths |= {"the width of an expert": shape.expert_width, "the width of the shared expert": shape.shared_width}
     else:
-        widths |= {"the width of the FFN": shape.shared_width}
+        widths["the width of the FFN"] = shape.shared_width
     return [
-        f"{what}, {width}, is no multiple of {block}: tensors with such rows take f16 instead of {file_type}"
+        f"{what}, {width}, is no multiple of {gguf.GGML_QUANT_SIZES[wanted][0]}: tensors with such rows take "
+        f"{_fitting(wanted, width).name.lower()} instead of {file_type}"
         for what, width in widths.items()
-        if width % block
+        if _fitting(wanted, width) is not wanted
     ]
 
 

@@ -12,7 +12,7 @@ from factorllm.dense.gguf.rope import llama3_factors
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.hosts.base import Stored
 
-_ATTENTION = {
+ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -21,6 +21,7 @@ _ATTENTION = {
     "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
 }
+"""Names of a layer's tensors in GGUF files, without `.weight`, by their names in transformers."""
 
 _INTERLEAVED = ("llama", "granitemoe")
 """Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
@@ -45,7 +46,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
     host, names = checkpoint.host, checkpoint.names
-    attention = _ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm}
+    attention = ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm}
     for source, target in attention.items():
         for kind in ("weight", "bias"):
             if f"{prefix}{source}.{kind}" in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,15 @@ _LOST = 2.0**-6
 """Share of a tensor's norm that may be lost in a cast to float16, which loses numbers under 6e-8: a router that is
 small would send tokens elsewhere. A number of normal size loses 2^-11 of itself, and in bfloat16 2^-9."""
 
-_STEPS = {"F16": 1, "Q8_0": 127, "Q5_1": 1, "Q5_0": 16, "Q4_1": 1, "Q4_0": 8}
-"""Types of GGUF files that hold float16 numbers, and how many of its steps a block reaches."""
+_STEPS = {
+    "F16": 1, "Q8_0": 127, "Q5_1": 1, "Q5_0": 16, "Q4_1": 1, "Q4_0": 8,
+    "Q6_K": 3600, "Q5_K": 60, "Q4_K": 60, "Q3_K": 90, "IQ4_NL": 110, "IQ4_XS": 3500,
+}  # fmt: skip
+"""Types of GGUF files that hold float16 numbers, and how many of its steps a block reaches. ggml fits the steps of the
+second row to a block, so theirs are a tenth below what the format has."""
+
+_SPOILT = 0.75
+"""Share of a row's norm that no quantisation loses unless something went wrong in it. 3 bits lose about 0.15."""
 
 _WIDER = "use --dtype bfloat16, or float32, when it is factorized"
 
@@ -57,6 +65,27 @@ def refuse_unquantisable(name: str, tensor: Tensor, kind: str) -> None:
         raise FactorLLMError(
             f"tensor {name} reaches {peak:.5g}, and {kind} holds {most:.5g} at most, so the file would hold infinity; "
             "export with --type bf16, or f32"
+        )
+
+
+def refuse_lost(name: str, rows: np.ndarray, back: np.ndarray, kind: str, typical: float) -> None:
+    """Refuse rows that a quantiser did not keep: numbers of a block that overflow, or fall under what float16 holds.
+
+    Args:
+        rows: (n, d), fp32.
+        back: the same, quantised and dequantised.
+        kind: the type by gguf's name of it.
+        typical: the norm of a usual row of the tensor; of smaller rows nothing needs to be kept.
+
+    Raises:
+        FactorLLMError: for a tensor that would be another one.
+    """
+    lost = np.linalg.norm((back - rows).astype(np.float64), axis=1)
+    kept = lost <= _SPOILT * np.maximum(np.linalg.norm(rows.astype(np.float64), axis=1), typical)
+    if not kept.all():  # NaN is not kept either
+        raise FactorLLMError(
+            f"tensor {name} does not come out of {kind} as it went in: its numbers, up to {np.abs(rows).max():.5g}, "
+            "are too large, too small or too uneven for it; export with --type q8_0, or bf16"
         )
 
 
