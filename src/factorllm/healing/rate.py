@@ -38,7 +38,7 @@ _TOKENS = 1024  # of validation text
 _SHARE = 0.1  # of the run's work that finding the rate may take
 _HARM = 1.25  # times the divergence of the start, at which the search ends: higher rates would harm more
 
-_FRACTION = 0.5
+FRACTION = 0.5
 """Of the rate after which the KL divergence was lowest."""
 
 _TEACHER, _TRAINING, _VALIDATING = 1, 3, 1  # work for a token, in passes forward
@@ -160,4 +160,4 @@ def choose(start: float, tried: list[tuple[float, float]]) -> float:
         tried: rate of each step, and the divergence after it.
     """
     best, lowest = min(tried, key=lambda each: each[1])
-    return _FRACTION * best if lowest < start else LOWEST
+    return FRACTION * best if lowest < start else LOWEST
