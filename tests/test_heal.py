@@ -26,7 +26,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.convert.route import pa_loss
 from factorllm.dense import open_model
-from factorllm.healing import rate
+from factorllm.healing import rate, run
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
@@ -34,7 +34,7 @@ from factorllm.healing.rate import FRACTION, LOWEST, choose
 from factorllm.healing.run import _ask_teacher, heal
 from factorllm.healing.settings import HealSettings, usual_rate
 from factorllm.healing.students import set_learning
-from factorllm.healing.trainer import SKIPPED, FactorTrainer
+from factorllm.healing.trainer import SKIPPED, BestCallback, FactorTrainer
 from factorllm.healing.training import common_arguments, new_trainer
 from factorllm.measure.perplexity import perplexity
 from factorllm.recipe import parse_recipe
@@ -50,12 +50,22 @@ QUICK = HealSettings(
 )
 
 
+def told(folder) -> dict:
+    return json.loads((folder / "factorllm.json").read_text())["healing"]
+
+
 def curve(folder) -> list[dict]:
-    return json.loads((folder / "factorllm.json").read_text())["healing"]["curve"]
+    return told(folder)["curve"]
 
 
 def losses(folder, name: str) -> list[float]:
     return [entry[name] for entry in curve(folder) if name in entry]
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Finding a rate is worth its work, however few the tokens."""
+    monkeypatch.setattr(rate, "_SHARE", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +350,10 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("launch", [[*LAUNCH_TWO, "-m", "factorllm"], SHARD_OVER_TWO], ids=["ddp", "fsdp2"])
+LAUNCHES = {"ddp": [*LAUNCH_TWO, "-m", "factorllm"], "fsdp2": SHARD_OVER_TWO}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, text_file, tmp_path):
     both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two")]
     done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -351,6 +364,58 @@ def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, te
     one, two = tensors(healed_alone), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert max(relative_error(two[name].float(), one[name].float()) for name in one) < 1e-2
+
+
+FOUND = SAME.model_copy(update={"learning_rate": None})
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_two_processes_find_the_rate_of_one(launch, cheap, student, dense_folder, text_file, tmp_path):
+    script = tmp_path / "cheap.py"
+    script.write_text(
+        "import math, runpy, sys\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\n"
+        + (f"runpy.run_path({launch[-1]!r})" if launch[-2] != "-m" else "from factorllm.cli import main\nmain()")
+    )
+    start = launch[: -2 if launch[-2] == "-m" else -1]
+    line = command(student, dense_folder, text_file, tmp_path / "two")
+    position = line.index("--learning-rate")
+    del line[position : position + 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *start, str(script), *line], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=FOUND)
+    one, two = (told(tmp_path / name) for name in ("one", "two"))
+    assert two["learning_rate"]["value"] == one["learning_rate"]["value"]
+    assert two["best_step"] == one["best_step"]
+    tried = [torch.tensor(each["learning_rate"]["tried"]) for each in (one, two)]
+    assert relative_error(*tried) < 1e-3
+
+
+@pytest.mark.parametrize("given", [None, 0.2], ids=["found", "far too high"])
+@pytest.mark.parametrize("at", ["an evaluation", "the end"])
+def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, dense_folder, text_file, tmp_path):
+    settings = SAME.model_copy(update={"learning_rate": given, "evaluations": 8})
+
+    def break_off(*_, **__):
+        raise InterruptedError
+
+    def at_third(callback, arguments, state, control, **more):
+        return break_off() if state.global_step >= 6 else evaluated(callback, arguments, state, control, **more)
+
+    evaluated = BestCallback.on_evaluate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        if at == "the end":
+            patch.setattr(run, "read_outcome", break_off)
+        else:
+            patch.setattr(BestCallback, "on_evaluate", at_third)
+        heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate, "_sweep", break_off)  # the rate is not found again
+        heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
+    heal(student, str(dense_folder), tmp_path / "whole", text=str(text_file), settings=settings)
+    assert told(tmp_path / "broken") == told(tmp_path / "whole")
+    assert (told(tmp_path / "whole")["best_step"] == 0) == (given is not None)
+    assert not changed(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
@@ -428,10 +493,6 @@ def test_the_rate_is_a_safe_part_of_the_one_that_brought_the_divergence_down_mos
     assert choose(0.3, tried) == LOWEST
 
 
-def told(folder) -> dict:
-    return json.loads((folder / "factorllm.json").read_text())["healing"]
-
-
 def test_a_rate_far_too_high_leaves_the_input_as_it_was_and_says_so(student, dense_folder, text_file, tmp_path):
     console = Console(record=True, width=400, file=io.StringIO())
     settings = QUICK.model_copy(update={"learning_rate": 100 * QUICK.learning_rate})
@@ -465,12 +526,6 @@ def test_the_loss_of_the_start_is_measured_before_the_first_step(student, healed
     assert first["eval_loss"] == pytest.approx(start, rel=1e-3)
     assert told(healed)["best_step"] > 0
     assert f"{first['eval_loss']:.4f} before" in told(healed)["outcome"]
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-    """Finding a rate is worth its work, however few the tokens."""
-    monkeypatch.setattr(rate, "_SHARE", math.inf)
 
 
 @pytest.mark.parametrize("recipe", ["S2A2E8", "S4A0E8"])
