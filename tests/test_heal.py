@@ -30,7 +30,7 @@ from factorllm.healing import rate, run
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
-from factorllm.healing.rate import FRACTION, LOWEST, choose
+from factorllm.healing.rate import FRACTION, LOWEST, STEPS, choose
 from factorllm.healing.run import _ask_teacher, heal
 from factorllm.healing.settings import HealSettings, usual_rate
 from factorllm.healing.students import set_learning
@@ -333,8 +333,8 @@ def test_overlapping_experts_heal_too(dense_folder, text_file, tmp_path):
 
 
 # What a process of its own is told, and the same settings for this one.
-OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.002", "--precision", "float32"]
-SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=0.002, precision="float32")
+OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.0005", "--precision", "float32"]
+SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=5e-4, precision="float32")
 
 
 def command(student, dense_folder, text_file, out) -> list[str]:
@@ -347,6 +347,7 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "healed"
     settings = SAME.model_copy(update={"micro_batch": 4})
     heal(student, str(dense_folder), out, text=str(text_file), settings=settings)
+    assert told(out)["best_step"] > 0  # else there is nothing to compare
     return out
 
 
@@ -403,18 +404,17 @@ def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, d
         return break_off() if state.global_step >= 6 else evaluated(callback, arguments, state, control, **more)
 
     evaluated = BestCallback.on_evaluate
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-        if at == "the end":
-            patch.setattr(run, "read_outcome", break_off)
-        else:
-            patch.setattr(BestCallback, "on_evaluate", at_third)
-        heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
+    where = (run, "read_outcome", break_off) if at == "the end" else (BestCallback, "on_evaluate", at_third)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where)
+        with pytest.raises(InterruptedError):
+            heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rate, "_sweep", break_off)  # the rate is not found again
         heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
     heal(student, str(dense_folder), tmp_path / "whole", text=str(text_file), settings=settings)
     assert told(tmp_path / "broken") == told(tmp_path / "whole")
-    assert (told(tmp_path / "whole")["best_step"] == 0) == (given is not None)
+    assert given is None or told(tmp_path / "whole")["best_step"] == 0
     assert not changed(tmp_path / "broken", tmp_path / "whole")
 
 
@@ -535,7 +535,7 @@ def test_the_found_rate_heals_as_the_same_rate_given(recipe, cheap, dense_folder
     heal(tmp_path / "student", str(dense_folder), tmp_path / "found", text=str(text_file), settings=wanted)
     found = told(tmp_path / "found")["learning_rate"]
     assert found["origin"] == "found"
-    assert len(found["tried"]) > 2
+    assert 2 < len(found["tried"]) <= STEPS
     same = QUICK.model_copy(update={"learning_rate": found["value"]})
     heal(tmp_path / "student", str(dense_folder), tmp_path / "given", text=str(text_file), settings=same)
     assert told(tmp_path / "given")["learning_rate"] == {"value": found["value"], "origin": "given"}

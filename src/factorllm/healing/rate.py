@@ -147,9 +147,10 @@ class _SweepCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.global_step == 0:
             self._start = metrics["eval_loss"]
-        else:
-            self._advance()
-            control.should_training_stop = metrics["eval_loss"] > _HARM * self._start
+            return
+        self._advance()
+        if metrics["eval_loss"] > _HARM * self._start:
+            control.should_training_stop = True
 
 
 def choose(start: float, tried: list[tuple[float, float]]) -> float:
