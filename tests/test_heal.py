@@ -505,6 +505,7 @@ def test_a_rate_far_too_high_leaves_the_input_as_it_was_and_says_so(student, den
     assert healing["outcome"] == found.outcome
     assert "nothing was gained" in found.outcome
     assert "0.05, which was given" in found.outcome
+    assert "Nothing was gained" in (tmp_path / "out" / "README.md").read_text()
     validation = losses(tmp_path / "out", "eval_loss")
     assert min(validation) == validation[0]
     assert len(validation) == 1 + QUICK.patience

@@ -11,6 +11,14 @@ from transformers import TrainerState
 from factorllm.healing.rate import Rate
 from factorllm.healing.trainer import SKIPPED
 
+_WHY = {
+    "given": "was given: use a smaller one, or leave --learning-rate out and one is found",
+    "found": "was found on the student itself: use more --tokens, or a smaller --learning-rate",
+    "usual": "is the usual one, for these tokens are too few to find one: use more --tokens, or a smaller "
+    "--learning-rate",
+}
+"""Where the rate is from, and what to do when nothing was gained."""
+
 _CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss")
 
 
@@ -47,16 +55,10 @@ class Outcome:
             return f"KL to the teacher on validation text: {kept}{skipped}"
         after = min((loss for step, loss in validation.items() if step), default=math.inf)
         return (
-            f"nothing was gained, and the student is written as it was: its KL to the teacher on validation text is "
+            "nothing was gained, and the student is written as it was: its KL to the teacher on validation text is "
             f"{start:.4f}, and at best {after:.4f} after steps at a learning rate of {self.rate.value:.2g}, which "
-            f"{self._reason}{skipped}"
+            f"{_WHY[self.rate.origin]}{skipped}"
         )
-
-    @property
-    def _reason(self) -> str:
-        if self.rate.origin == "given":
-            return "was given and is too high for this student: use a smaller --learning-rate, or none"
-        return "leaves nothing to gain on so few tokens: use more --tokens, or a smaller --learning-rate"
 
     def as_dict(self) -> dict[str, Any]:
         """As `factorllm.json` has it."""

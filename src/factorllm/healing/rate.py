@@ -7,16 +7,17 @@ they harm. The student is then loaded anew, so that training is the same as with
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from accelerate import DistributedType, PartialState
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from factorllm.healing.job import HealJob
 from factorllm.healing.settings import usual_rate
@@ -81,6 +82,7 @@ def settle_rate(job: HealJob, targets: dict[str, Targets]) -> Rate:
 
 
 def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
+    """A rate that is found where that is worth its work, else the usual one; says which, and why."""
     usual = usual_rate(job.shape)
     validation = targets["validation"]
     length = validation.tokens.shape[1]
@@ -89,10 +91,11 @@ def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     if share > _SHARE:
         job.console.print(f"learning rate {usual:.2g}, as usual: to find one would be {share:.0%} of the whole work")
         return Rate(usual, "usual")
-    if is_deepspeed_zero3_enabled():  # its engine cannot be made twice
-        job.console.print(f"learning rate {usual:.2g}, as usual: none is searched for under ZeRO-3")
+    if PartialState().distributed_type == DistributedType.DEEPSPEED:  # two engines in one process were never tried
+        job.console.print(f"learning rate {usual:.2g}, as usual: none is searched for under DeepSpeed")
         return Rate(usual, "usual")
     start, tried = _sweep(job, targets["train"], few)
+    gc.collect()  # a Trainer refers to itself; its model and moments should be gone before those of the training come
     rate = Rate(choose(start, tried), "found", start, tried)
     job.console.print(f"learning rate {rate.value:.2g}, found on the student itself in {share:.0%} of the whole work")
     return rate
