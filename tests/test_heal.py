@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,14 +26,19 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.convert.route import pa_loss
 from factorllm.dense import open_model
+from factorllm.healing import rate, run
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
-from factorllm.healing.run import heal
-from factorllm.healing.settings import HealSettings
+from factorllm.healing.rate import FRACTION, LOWEST, STEPS, choose
+from factorllm.healing.run import _ask_teacher, heal
+from factorllm.healing.settings import HealSettings, usual_rate
 from factorllm.healing.students import set_learning
+from factorllm.healing.trainer import SKIPPED, BestCallback, FactorTrainer
+from factorllm.healing.training import common_arguments, new_trainer
 from factorllm.measure.perplexity import perplexity
 from factorllm.recipe import parse_recipe
+from factorllm.report.terminal import show_healed
 from factorllm.runs.settings import Settings
 from factorllm.student.read import load_student
 from factorllm.student.routers import Routers, is_router
@@ -44,12 +50,22 @@ QUICK = HealSettings(
 )
 
 
+def told(folder) -> dict:
+    return json.loads((folder / "factorllm.json").read_text())["healing"]
+
+
 def curve(folder) -> list[dict]:
-    return json.loads((folder / "factorllm.json").read_text())["healing"]["curve"]
+    return told(folder)["curve"]
 
 
 def losses(folder, name: str) -> list[float]:
     return [entry[name] for entry in curve(folder) if name in entry]
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Finding a rate is worth its work, however few the tokens."""
+    monkeypatch.setattr(rate, "_SHARE", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +295,8 @@ def test_the_router_has_a_gradient_from_every_term(student, gates):
 
 @pytest.mark.parametrize("train", ["router", "experts", "ffn", "lora"])
 def test_what_is_frozen_does_not_change(train, student, dense_folder, text_file, tmp_path):
-    settings = QUICK.model_copy(update={"train": train, "tokens": 1024, "evaluations": 1, "pa_weight": 1.0})
+    little = {"tokens": 1024, "evaluations": 1, "pa_weight": 1.0, "learning_rate": 1e-4}
+    settings = QUICK.model_copy(update={"train": train, **little})
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
     names = changed(student, tmp_path / "out")
     routers = {name for name in names if is_router(name) or "router" in name}
@@ -316,8 +333,8 @@ def test_overlapping_experts_heal_too(dense_folder, text_file, tmp_path):
 
 
 # What a process of its own is told, and the same settings for this one.
-OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.002", "--precision", "float32"]
-SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=0.002, precision="float32")
+OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.0005", "--precision", "float32"]
+SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=5e-4, precision="float32")
 
 
 def command(student, dense_folder, text_file, out) -> list[str]:
@@ -330,10 +347,14 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "healed"
     settings = SAME.model_copy(update={"micro_batch": 4})
     heal(student, str(dense_folder), out, text=str(text_file), settings=settings)
+    assert told(out)["best_step"] > 0  # else there is nothing to compare
     return out
 
 
-@pytest.mark.parametrize("launch", [[*LAUNCH_TWO, "-m", "factorllm"], SHARD_OVER_TWO], ids=["ddp", "fsdp2"])
+LAUNCHES = {"ddp": [*LAUNCH_TWO, "-m", "factorllm"], "fsdp2": SHARD_OVER_TWO}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, text_file, tmp_path):
     both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two")]
     done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -344,6 +365,57 @@ def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, te
     one, two = tensors(healed_alone), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert max(relative_error(two[name].float(), one[name].float()) for name in one) < 1e-2
+
+
+FOUND = SAME.model_copy(update={"learning_rate": None})
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_two_processes_find_the_rate_of_one(launch, cheap, student, dense_folder, text_file, tmp_path):
+    script = tmp_path / "cheap.py"
+    script.write_text(
+        "import math, runpy, sys\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\n"
+        + (f"runpy.run_path({launch[-1]!r})" if launch[-2] != "-m" else "from factorllm.cli import main\nmain()")
+    )
+    start = launch[: -2 if launch[-2] == "-m" else -1]
+    line = command(student, dense_folder, text_file, tmp_path / "two")
+    position = line.index("--learning-rate")
+    del line[position : position + 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *start, str(script), *line], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=FOUND)
+    one, two = (told(tmp_path / name) for name in ("one", "two"))
+    assert two["learning_rate"]["value"] == one["learning_rate"]["value"]
+    assert two["best_step"] == one["best_step"]
+    tried = [torch.tensor(each["learning_rate"]["tried"]) for each in (one, two)]
+    assert relative_error(*tried) < 1e-3
+
+
+@pytest.mark.parametrize("given", [None, 0.2], ids=["found", "far too high"])
+@pytest.mark.parametrize("at", ["an evaluation", "the end"])
+def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, dense_folder, text_file, tmp_path):
+    settings = SAME.model_copy(update={"learning_rate": given, "evaluations": 8})
+
+    def break_off(*_, **__):
+        raise InterruptedError
+
+    def at_third(callback, arguments, state, control, **more):
+        return break_off() if state.global_step >= 6 else evaluated(callback, arguments, state, control, **more)
+
+    evaluated = BestCallback.on_evaluate
+    where = (run, "read_outcome", break_off) if at == "the end" else (BestCallback, "on_evaluate", at_third)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where)
+        with pytest.raises(InterruptedError):
+            heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate, "_sweep", break_off)  # the rate is not found again
+        heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
+    heal(student, str(dense_folder), tmp_path / "whole", text=str(text_file), settings=settings)
+    assert told(tmp_path / "broken") == told(tmp_path / "whole")
+    assert given is None or told(tmp_path / "whole")["best_step"] == 0
+    assert not changed(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
@@ -411,10 +483,141 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])
-def test_the_learning_rate_suits_the_student_unless_it_is_given(recipe, rate):
-    shape = parse_recipe(recipe).shape(64)
-    assert HealSettings().settled(shape).learning_rate == rate
-    assert HealSettings(learning_rate=7e-5).settled(shape).learning_rate == 7e-5
+def test_the_usual_learning_rate_suits_the_student(recipe, rate):
+    assert usual_rate(parse_recipe(recipe).shape(64)) == rate
+
+
+def test_the_rate_is_a_safe_part_of_the_one_that_brought_the_divergence_down_most():
+    tried = [(1e-5, 0.49), (2e-5, 0.45), (4e-5, 0.40), (8e-5, 0.44), (16e-5, 0.9)]
+    assert choose(0.5, tried) == pytest.approx(4e-5 * FRACTION)
+    assert choose(0.3, tried) == LOWEST
+
+
+def test_a_rate_far_too_high_leaves_the_input_as_it_was_and_says_so(student, dense_folder, text_file, tmp_path):
+    console = Console(record=True, width=400, file=io.StringIO())
+    settings = QUICK.model_copy(update={"learning_rate": 100 * QUICK.learning_rate})
+    found = heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    for path in student.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert found.results["healed"]["perplexity"] == found.results["student"]["perplexity"]
+    healing = told(tmp_path / "out")
+    assert healing["best_step"] == 0
+    assert healing["outcome"] == found.outcome
+    assert "nothing was gained" in found.outcome
+    assert "0.05, which was given" in found.outcome
+    assert "Nothing was gained" in (tmp_path / "out" / "README.md").read_text()
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert min(validation) == validation[0]
+    assert len(validation) == 1 + QUICK.patience
+    show_healed(console, found)
+    assert found.outcome in console.export_text().splitlines()
+    again = heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    assert again == replace(found, seconds=None)
+
+
+def test_the_loss_of_the_start_is_measured_before_the_first_step(student, healed, dense_folder, text_file, tmp_path):
+    validation = opened(student, dense_folder, text_file, tmp_path / "out")["validation"]
+    dense, sparse = (
+        torch.cat([load_student(folder)(rows).logits.detach() for rows in validation.split(2)])
+        for folder in (dense_folder, student)
+    )
+    start = kd_loss(sparse, *top_log_probs(dense, QUICK.vocabulary, 1.0)).item()
+    first = next(entry for entry in curve(healed) if "eval_loss" in entry)
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(start, rel=1e-3)
+    assert told(healed)["best_step"] > 0
+    assert f"{first['eval_loss']:.4f} before" in told(healed)["outcome"]
+
+
+@pytest.mark.parametrize("recipe", ["S2A2E8", "S4A0E8"])
+def test_the_found_rate_heals_as_the_same_rate_given(recipe, cheap, dense_folder, text_file, tmp_path):
+    factorize(str(dense_folder), tmp_path / "student", recipe, text=str(text_file), settings=MADE_WITH)
+    wanted = QUICK.model_copy(update={"learning_rate": None})
+    heal(tmp_path / "student", str(dense_folder), tmp_path / "found", text=str(text_file), settings=wanted)
+    found = told(tmp_path / "found")["learning_rate"]
+    assert found["origin"] == "found"
+    assert 2 < len(found["tried"]) <= STEPS
+    same = QUICK.model_copy(update={"learning_rate": found["value"]})
+    heal(tmp_path / "student", str(dense_folder), tmp_path / "given", text=str(text_file), settings=same)
+    assert told(tmp_path / "given")["learning_rate"] == {"value": found["value"], "origin": "given"}
+    assert not changed(tmp_path / "found", tmp_path / "given")
+    assert curve(tmp_path / "found") == curve(tmp_path / "given")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": "router", "pa_weight": 1.0}, {"train": "lora"}, {"hidden_weight": 1.0}, {"gates": "soft"}],
+    ids=str,
+)
+def test_a_rate_is_found_whatever_learns(changes, cheap, student, dense_folder, text_file, tmp_path):
+    settings = QUICK.model_copy(update={"learning_rate": None, "tokens": 1024, "evaluations": 1, **changes})
+    found = heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    assert told(tmp_path / "out")["learning_rate"]["origin"] == "found"
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert ("nothing was gained" in found.outcome) == (min(validation) == validation[0])
+
+
+def test_a_search_that_would_cost_too_much_is_left_out_and_that_is_said(student, dense_folder, text_file, tmp_path):
+    console = Console(record=True, width=200, file=io.StringIO())
+    settings = QUICK.model_copy(update={"learning_rate": None, "tokens": 1024})
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings, console=console)
+    assert told(tmp_path / "out")["learning_rate"] == {"value": 1e-4, "origin": "usual"}
+    assert re.search(r"learning rate 0.0001, as usual: to find one would be [0-9]{3}% of", console.export_text())
+
+
+class Poisoned(FactorTrainer):
+    """One batch in which the loss is `factor` times its own."""
+
+    at, factor = 4, 1e6
+
+    def compute_loss(self, *arguments, **options):
+        loss = super().compute_loss(*arguments, **options)
+        self.batches = getattr(self, "batches", 0) + 1
+        return loss * (self.factor if self.batches == self.at else 1.0)
+
+    def _clip_grad_norm(self, model):
+        before = super()._clip_grad_norm(model)
+        after = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        self.norms = [*getattr(self, "norms", []), (float(before), float(torch.stack(after).norm()) if after else None)]
+        return before
+
+
+def poisoned(kind, precision, student, dense_folder, text_file, out) -> FactorTrainer:
+    """Two steps of two parts each, of which the fourth part is poisoned."""
+    settings = QUICK.model_copy(update={"precision": precision, "tokens": 1024})
+    with open_heal_job(student, str(dense_folder), out, str(text_file), settings, False, None) as job:
+        targets = _ask_teacher(job)
+        arguments = common_arguments(job, 1e-3, 2, "probe", save_strategy="no", logging_steps=1, report_to=[])
+        trainer = new_trainer(job, arguments, targets["train"], targets["validation"], kind)
+        trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_large_gradient_is_clipped_to_norm_one_over_the_whole_step(
+    precision, student, dense_folder, text_file, tmp_path
+):
+    trainer = poisoned(Poisoned, precision, student, dense_folder, text_file, tmp_path / "out")
+    (_, usual), (before, after) = trainer.norms
+    assert before > 1000
+    assert after == pytest.approx(1.0, rel=1e-2)
+    assert usual <= 1.01
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out(factor, student, dense_folder, text_file, tmp_path):
+    kind = type("NotFinite", (Poisoned,), {"factor": factor})
+    one = type("OneStep", (Poisoned,), {"at": 0})
+    left_out, plain = (
+        poisoned(each, "float32", student, dense_folder, text_file, tmp_path / each.__name__) for each in (kind, one)
+    )
+    assert [entry["step"] for entry in left_out.state.log_history if SKIPPED in entry] == [1]
+    assert not [entry for entry in plain.state.log_history if SKIPPED in entry]
+    # The second step was left out: one step on each parameter, and moments of finite numbers.
+    state = left_out.optimizer.state_dict()["state"].values()
+    assert {int(each["step"]) for each in state} == {1}
+    assert all(each[name].isfinite().all() for each in state for name in ("exp_avg", "exp_avg_sq"))
+    assert {int(each["step"]) for each in plain.optimizer.state_dict()["state"].values()} == {2}
 
 
 def test_kd_loss_is_the_kl_divergence_when_nothing_is_left_out():

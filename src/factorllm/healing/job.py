@@ -20,7 +20,7 @@ from factorllm.dense.pretrained import load_generation_config
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import check_learning
-from factorllm.recipe import Recipe
+from factorllm.recipe import Recipe, Shape
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk, require_space
@@ -45,6 +45,7 @@ class HealJob:
         made: the student's `factorllm.json`.
         identity: everything that decides the result.
         licence: what the teacher states, if it states one.
+        shape: of the recipe on this dense model.
         partitions: each layer's experts; empty for a static prune.
         made_with: the settings that the student was made with, on this machine's device.
         text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
@@ -56,6 +57,7 @@ class HealJob:
     identity: dict
     licence: str | None
     recipe: Recipe
+    shape: Shape
     partitions: list[Partition]
     teacher: ModelSource
     settings: HealSettings
@@ -110,7 +112,6 @@ def open_heal_job(
     _check_teacher(student, made, source)
     shape = recipe.shape(source.config.intermediate_size)
     check_shape(student, shape)
-    settings = settings.settled(shape)
     check_learning(settings, recipe)
     partitions = [] if recipe.is_prune else read_partitions(student, shape)
     made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
@@ -133,8 +134,8 @@ def open_heal_job(
                 tokens = _read_text(work, source, made, text, settings, made_with, console)
             origin = text_origin(text, cut=bool(tokens.pop("cut")))
             job = HealJob(
-                student, made, identity, source.licence, recipe, partitions, source, settings, made_with, tokens,
-                origin, work, ranks, console,
+                student, made, identity, source.licence, recipe, shape, partitions, source, settings, made_with,
+                tokens, origin, work, ranks, console,
             )  # fmt: skip
             if ranks.is_main:
                 _check_disk(job)

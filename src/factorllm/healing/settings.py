@@ -12,7 +12,7 @@ from factorllm.runs.settings import Passes, Sequences, Tokens
 Train = Literal["router", "experts", "ffn", "all", "lora"]
 
 _RATE = 1e-4
-_LIGHT_RATE = 3e-5  # best at 25 % FFN sparsity, where 1e-4 soon makes a student worse (docs/experiments.md)
+_LIGHT_RATE = 3e-5  # best at 25 % FFN sparsity of SmolLM2, where 1e-4 soon makes it worse (docs/experiments.md)
 _LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 
 
@@ -37,8 +37,9 @@ class HealSettings(BaseModel):
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
     soft ones of the host."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
-    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: 1e-4, or 3e-5 where less than
-    3/8 of the FFN is off."""
+    """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: found on the student itself before
+    training; of few tokens, where that would take more than a tenth of the run, 1e-4, or 3e-5 where less than 3/8 of
+    the FFN is off."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of teacher and student in the KL divergence."""
     vocabulary: int = Field(default=64, ge=1, le=65_536)
@@ -58,11 +59,12 @@ class HealSettings(BaseModel):
     micro_batch: Sequences = 2
     """Sequences that one process runs at once; the rest of the batch is accumulated."""
     validation_tokens: Tokens = 4096
-    """Tokens kept from training, on which the best checkpoint is chosen. They are not the held-out ones."""
+    """Tokens kept from training, on which the learning rate and the best checkpoint are chosen. They are not the
+    held-out ones."""
     evaluations: Passes = 8
     """Times that the validation loss is measured and a checkpoint for resuming is written."""
     patience: Passes = 3
-    """Evaluations without a better validation loss after which training stops."""
+    """Evaluations without a better validation loss, that of the start among them, after which training stops."""
     lora_rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters of `train="lora"`."""
     gradient_checkpointing: bool = False
@@ -73,16 +75,10 @@ class HealSettings(BaseModel):
     device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate of settings that are `settled`."""
-        assert self.learning_rate is not None
-        return self.learning_rate
 
-    def settled(self, shape: Shape) -> HealSettings:
-        """The same, with a learning rate: a smaller one where little of the FFN is off, and so little is to repair. A
-        static prune bears the larger one always: all of it sees every token, so its gradients are less noisy."""
-        if self.learning_rate is not None:
-            return self
-        light = shape.experts > 0 and shape.sparsity < _LIGHT
-        return self.model_copy(update={"learning_rate": _LIGHT_RATE if light else _RATE})
+def usual_rate(shape: Shape) -> float:
+    """The learning rate of a student on which none can be found: a smaller one where little of the FFN is off, and so
+    little is to repair. A static prune bears the larger one always: all of it sees every token, so its gradients are
+    less noisy."""
+    light = shape.experts > 0 and shape.sparsity < _LIGHT
+    return _LIGHT_RATE if light else _RATE

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.utils import ModelOutput
 
 from factorllm.convert.route import FLATTEN, pa_loss
@@ -18,6 +19,12 @@ from factorllm.student.routers import Routers, is_router
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8
+
+_HOPELESS = 1e6
+"""Nats that a validation loss counts which is not finite: more than any that is."""
+
+SKIPPED = "skipped"
+"""Key of a log entry: an optimizer step was left out."""
 
 
 class FactorTrainer(Trainer):
@@ -58,7 +65,7 @@ class FactorTrainer(Trainer):
         terms = self._losses(output, inputs)
         for name, value in terms.items():
             self._terms[name].append(value.detach())
-        loss = sum(self._weights[name] * value for name, value in terms.items())
+        loss = _poisoned_unless_finite(sum(self._weights[name] * value for name, value in terms.items()))
         return (loss, output) if return_outputs else loss
 
     def _losses(self, output: ModelOutput, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +90,18 @@ class FactorTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        return kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], self.settings.temperature), None, None
+        loss = kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], self.settings.temperature)
+        return loss.nan_to_num(_HOPELESS, _HOPELESS), None, None  # `Trainer` would leave it out of the mean
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        """Clips, and leaves out the step where the gradient is not finite: parameters without a gradient keep their
+        weights and Adam's moments. The norm is that over all processes, so they agree."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):
+            for parameter in model.parameters():
+                parameter.grad = None
+            self.log({SKIPPED: 1})
+        return norm
 
     def create_optimizer(self, *_):
         if self.optimizer is None:
@@ -92,7 +110,7 @@ class FactorTrainer(Trainer):
 
     def _groups(self) -> list[dict]:
         """Flattened routers are small by a known factor, and so must their steps be."""
-        rate = self.settings.learning_rate
+        rate = self.args.learning_rate
         scale = 1.0 if self.settings.gates == "soft" else FLATTEN
         learning = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         routers = [p for name, p in learning if is_router(name)]
@@ -121,9 +139,47 @@ class FactorTrainer(Trainer):
         """Adds the mean of each term of the loss since the last log, over all processes."""
         if "loss" in logs and self._terms:
             for name, values in self._terms.items():
-                logs[name] = self.accelerator.gather(torch.stack(values).mean().reshape(1)).mean().item()
+                mean = self.accelerator.gather(_finite_mean(torch.stack(values)).reshape(1)).nanmean().item()
+                logs |= {name: mean} if math.isfinite(mean) else {}
             self._terms.clear()
         super().log(logs, start_time)
+
+
+def _poisoned_unless_finite(loss: Tensor) -> Tensor:
+    """The same loss; if it is not finite, the gradient is not either, in whatever process, and the step is left out."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _finite_mean(values: Tensor) -> Tensor:
+    """Mean of those that are finite; not a number if none is."""
+    return values[values.isfinite()].mean()
+
+
+class BestCallback(TrainerCallback):
+    """Keeps the best of the checkpoints, the start among them, and stops when there was no better one for long.
+
+    All that it knows is in the Trainer's state, so a run that was killed and goes on decides as one that was not.
+
+    Args:
+        patience: evaluations without a better one after which training stops.
+    """
+
+    def __init__(self, patience: int):
+        self._patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = self._is_over(state)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        loss = metrics["eval_loss"]
+        if state.global_step == 0:
+            state.best_metric, state.best_global_step = loss, 0
+        elif loss >= state.best_metric and self._is_over(state):
+            control.should_training_stop = True
+
+    def _is_over(self, state: TrainerState) -> bool:
+        best = state.best_global_step or 0
+        return sum("eval_loss" in entry for entry in state.log_history if entry["step"] > best) >= self._patience
 
 
 class ProgressCallback(TrainerCallback):

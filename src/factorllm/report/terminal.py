@@ -32,6 +32,8 @@ def show_healed(console: Console, healed) -> None:
     """The table of a healing (`heal.Healed`)."""
     title = f"perplexity on {healed.held_out_tokens:,} held-out tokens: {healed.text_origin}"
     console.print(result_table(healed.results, title))
+    if healed.outcome:
+        console.print(healed.outcome, soft_wrap=True)
     written = "done already" if healed.seconds is None else f"in {healed.seconds:.0f} s; written"
     console.print(f"healed on {healed.tokens:,} tokens, {written}: {healed.out}", soft_wrap=True)
 

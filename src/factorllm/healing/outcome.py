@@ -1,0 +1,85 @@
+"""What a training came to: the checkpoint that is kept, which may be the start, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerState
+
+from factorllm.healing.rate import Rate
+from factorllm.healing.trainer import SKIPPED
+
+_WHY = {
+    "given": "was given: use a smaller one, or leave --learning-rate out and one is found",
+    "found": "was found on the student itself: use more --tokens, or a smaller --learning-rate",
+    "usual": "is the usual one, for these tokens are too few to find one: use more --tokens, or a smaller "
+    "--learning-rate",
+}
+"""Where the rate is from, and what to do when nothing was gained."""
+
+_CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to.
+
+    Attributes:
+        rate: the learning rate, and where it is from.
+        best_step: after which the validation loss was lowest; 0 is the start, whose weights are kept then.
+        skipped_steps: steps that were left out because their gradient was not finite.
+        curve: of each step that was logged, the losses.
+    """
+
+    rate: Rate
+    best_step: int
+    skipped_steps: int
+    curve: list[dict[str, Any]]
+
+    @property
+    def gained(self) -> bool:
+        """Whether a checkpoint is better than the start."""
+        return self.best_step > 0
+
+    @property
+    def sentence(self) -> str:
+        """For the user: what was gained, or why nothing was."""
+        validation = {point["step"]: point["eval_loss"] for point in self.curve if "eval_loss" in point}
+        start = validation[0]
+        skipped = f"; {self.skipped_steps} steps were left out, for their gradient was not finite"
+        skipped = skipped if self.skipped_steps else ""
+        if self.gained:
+            kept = f"{start:.4f} before, {validation[self.best_step]:.4f} after step {self.best_step}, which is kept"
+            return f"KL to the teacher on validation text: {kept}{skipped}"
+        after = min((loss for step, loss in validation.items() if step), default=math.inf)
+        return (
+            "nothing was gained, and the student is written as it was: its KL to the teacher on validation text is "
+            f"{start:.4f}, and at best {after:.4f} after steps at a learning rate of {self.rate.value:.2g}, which "
+            f"{_WHY[self.rate.origin]}{skipped}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `factorllm.json` has it."""
+        return {
+            "learning_rate": self.rate.as_dict(),
+            "best_step": self.best_step,
+            "skipped_steps": self.skipped_steps,
+            "outcome": self.sentence,
+            "curve": self.curve,
+        }
+
+
+def read_outcome(state: TrainerState, rate: Rate) -> Outcome:
+    """What a finished training came to, from what the Trainer logged."""
+    history = state.log_history
+    last = max(entry["step"] for entry in history if "eval_loss" in entry)
+    points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
+    return Outcome(
+        rate=rate,
+        best_step=state.best_global_step or 0,
+        skipped_steps=sum(SKIPPED in entry for entry in history),
+        # A run that goes on where another one had stopped takes a step before it stops too.
+        curve=[point for point in points if len(point) > 1 and point["step"] <= last],
+    )

@@ -1,0 +1,157 @@
+"""A student's training: its Trainer, how it is told to train, and where a killed run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from factorllm.healing.experts import use_autocast
+from factorllm.healing.job import HealJob
+from factorllm.healing.students import set_learning
+from factorllm.healing.targets import Targets
+from factorllm.healing.trainer import BestCallback, FactorTrainer, ProgressCallback
+from factorllm.runs.progress import meter, minutes
+from factorllm.student.routers import Routers
+
+_LOGS = 50
+"""Points of the loss curve."""
+
+
+def train(job: HealJob, targets: dict[str, Targets], rate: float) -> FactorTrainer:
+    """Train the student, or go on where a killed run was.
+
+    Returns:
+        The trainer, with the weights of the best checkpoint; if that is the start, with those of the last step.
+    """
+    steps = steps_of(job)
+    resume = _last_checkpoint(job.work.folder / "trainer")
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    trainer = new_trainer(job, _arguments(job, rate, steps, done), targets["train"], targets["validation"])
+    trainer.add_callback(BestCallback(job.settings.patience))
+    _predict(job, trainer, targets["train"], steps - done)
+    with meter(job.console, "healing", steps, done) as bar:
+        trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def steps_of(job: HealJob) -> int:
+    """Optimizer steps of the whole training."""
+    return job.settings.epochs * (len(job.text["train"]) // job.settings.batch)
+
+
+def new_trainer(
+    job: HealJob,
+    arguments: TrainingArguments,
+    train: Dataset,
+    validation: Dataset,
+    kind: type[FactorTrainer] = FactorTrainer,
+) -> FactorTrainer:
+    """A trainer of the student as it was given, on data like the items of `Targets`."""
+    settings = job.settings
+    torch.manual_seed(job.made_with.seed)
+    model = job.load(job.student)
+    routers = Routers(model)
+    if routers.modules:
+        use_autocast(model, job.device)
+    if settings.gates == "soft":
+        routers.unflatten()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    learner = set_learning(model, settings)
+    trainer = kind(
+        learner, settings, routers, job.bfloat16, args=arguments, train_dataset=train, eval_dataset=validation
+    )
+    trainer.remove_callback(PrinterCallback)  # progress is told by ours
+    return trainer
+
+
+def common_arguments(job: HealJob, rate: float, steps: int, folder: str, **more) -> TrainingArguments:
+    """What the training has in common with the search for its rate.
+
+    Args:
+        folder: name in the workspace.
+    """
+    settings = job.settings
+    arguments = TrainingArguments(
+        output_dir=str(job.work.folder / folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // (settings.micro_batch * job.ranks.count),
+        learning_rate=rate,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        use_cpu=job.device.type == "cpu",
+        seed=job.made_with.seed,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        **more,
+    )
+    arguments.mixed_precision = "no"  # whatever the launcher says: `--precision` decides, and the trainer does it
+    return arguments
+
+
+def _arguments(job: HealJob, rate: float, steps: int, done: int) -> TrainingArguments:
+    every = math.ceil(steps / job.settings.evaluations)
+    return common_arguments(
+        job,
+        rate,
+        steps,
+        "trainer",
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(steps / 20),
+        logging_steps=max(steps // _LOGS, 1),
+        eval_on_start=done == 0,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
+    )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: the Trainer writes its state last."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(checkpoints):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    return None
+
+
+def _predict(job: HealJob, trainer: FactorTrainer, train: Targets, steps: int) -> None:
+    """Time one part of a batch and say how long training will take."""
+    settings = job.settings
+    if job.ranks.count > 1 or steps <= 0:
+        return  # the model is not wrapped yet, so a step here would not be a step there
+    batch = trainer.data_collator([train[i] for i in range(settings.micro_batch)])
+    inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
+    model: Any = trainer.model
+    model.train()
+    for _ in range(2):  # the first one also warms up
+        start = time.monotonic()
+        with trainer.compute_loss_context_manager():
+            trainer.compute_loss(model, inputs).backward()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - start
+    model.zero_grad()
+    trainer.forget_terms()
+    speed = inputs["input_ids"].numel() / seconds
+    tokens = steps * settings.batch * inputs["input_ids"].shape[1]
+    job.console.print(f"about {speed:.0f} tokens/s: {minutes(tokens / speed)} for {tokens:,} tokens of healing")
