@@ -959,13 +959,13 @@ _STUDENT_CONFIG = {
 def _students(bases: Bases) -> Sampled:
     made, partition = (
         bases.json("students/sparse/factorllm.json"),
-        bases.json("students/sparse/factorllm.convert.partition.json"),
+        bases.json("students/sparse/factorllm.partition.json"),
     )
     config = bases.json("students/sparse/config.json")
     likely_partition = {(0,): ([], None, [0] * 64), (0, 0): (-1, 64, 1, 0.5, None), (1,): (MISSING,)}
     files = {
         "factorllm.json": edits_of(made, _MADE),
-        "factorllm.convert.partition.json": edits_of(partition, likely_partition),
+        "factorllm.partition.json": edits_of(partition, likely_partition),
         "config.json": edits_of(config, _STUDENT_CONFIG),
     }
     edited = [

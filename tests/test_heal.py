@@ -473,10 +473,10 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
     refused("too short", settings=QUICK.model_copy(update={"tokens": 10_000_000}))
     older = tmp_path / "older"
     shutil.copytree(student, older)
-    (older / "factorllm.convert.partition.json").write_text("[[1, 1]]")
+    (older / "factorllm.partition.json").write_text("[[1, 1]]")
     refused("is damaged", student=older)
-    (older / "factorllm.convert.partition.json").unlink()
-    refused("has no factorllm.convert.partition.json", student=older)
+    (older / "factorllm.partition.json").unlink()
+    refused("has no factorllm.partition.json", student=older)
     for name, value in {"label_weight": math.inf, "learning_rate": math.nan, "rate": 1e-4}.items():
         with pytest.raises(ValidationError, match=name):
             HealSettings(**{name: value})

@@ -28,7 +28,7 @@ JOB = "job.json"
 
 _FILES = (
     "README.md", "config.json", "generation_config.json", "factorllm.json", "factorllm.run.json",
-    "factorllm.convert.partition.json", "model.safetensors", "model.safetensors.index.json",
+    "factorllm.partition.json", "model.safetensors", "model.safetensors.index.json",
     "model-[0-9]*-of-[0-9]*.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",

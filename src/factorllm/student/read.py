@@ -18,7 +18,7 @@ from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, workspace_folder
 from factorllm.student.provenance import check_provenance
 
-PARTITION_FILE = "factorllm.convert.partition.json"
+PARTITION_FILE = "factorllm.partition.json"
 """For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
 
 
