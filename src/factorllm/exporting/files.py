@@ -16,7 +16,7 @@ from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import Kind, workspace_folder
 
 _MAGIC = b"GGUF"
-_JOB_KEY = "factorllm.convert.job"
+_JOB_KEY = "factorllm.job"
 """The key that says what made a file: JSON."""
 
 
