@@ -30,7 +30,7 @@ from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import require_space
 from factorllm.runs.output import check_output, is_done, located, own_files
-from factorllm.runs.progress import meter
+from factorllm.runs.progress import Meter, meter
 from factorllm.runs.stored import refuse_unquantisable
 from factorllm.text.calibration import file_digest, public_name
 
@@ -124,14 +124,7 @@ def export_gguf(
     beside = _beside(out) if text is not None else None
     for path in filter(None, (out, beside)):
         check_output(path, GGUF_FILE, [model, tokenizer, text])
-    checkpoint = open_checkpoint(model)
-    if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
-        raise FactorLLMError(
-            f"{model} cannot be exported: {reason}, so its outputs would be wrong; factorize with --host "
-            "granitemoeshared or mixtral, or serve it with transformers or vLLM"
-        )
-    if top_k is not None:
-        checkpoint = checkpoint.with_top_k(top_k)
+    checkpoint = _open(model, top_k)
     job = _job(model, file_type, text, tokens, tokenizer, top_k)
     done = [is_done(path, GGUF_FILE, job) for path in (out, beside) if path and not overwrite]
     if done and all(done):
@@ -150,13 +143,24 @@ def export_gguf(
             say(message)
         write_importance(importance, beside, job, when_full)
     with publishing(writer, unfinished(out), out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
-        for name, tensor in gguf_tensors(checkpoint):
-            kind = plan[name].kind
-            refuse_unquantisable(name, tensor, kind.name)
-            writer.write_tensor_data(_quantized(name, tensor, kind, importance))
-            bar.advance()
+        _write_tensors(checkpoint, writer, plan, importance, bar)
     larger = {name: planned.kind.name for name, planned in plan.items() if planned.kind is not planned.wanted}
     return Exported(out, out.stat().st_size, larger, beside)
+
+
+def _open(model: str, top_k: int | None) -> Checkpoint:
+    """The model, with the top-k that is wanted of it.
+
+    Raises:
+        FactorLLMError: when llama.cpp would compute something else.
+    """
+    checkpoint = open_checkpoint(model)
+    if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
+        raise FactorLLMError(
+            f"{model} cannot be exported: {reason}, so its outputs would be wrong; factorize with --host "
+            "granitemoeshared or mixtral, or serve it with transformers or vLLM"
+        )
+    return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
 
 
 def _check_type(file_type: str, text: str | None, tokens: int) -> None:
@@ -276,6 +280,20 @@ def _writer(
     for name, planned in plan.items():
         writer.add_tensor_info(name, planned.shape, np.dtype(np.float32), planned.size, raw_dtype=planned.kind)
     return writer
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    writer: gguf.GGUFWriter,
+    plan: dict[str, _Planned],
+    importance: Importance | None,
+    bar: Meter,
+) -> None:
+    for name, tensor in gguf_tensors(checkpoint):
+        kind = plan[name].kind
+        refuse_unquantisable(name, tensor, kind.name)
+        writer.write_tensor_data(_quantized(name, tensor, kind, importance))
+        bar.advance(1)
 
 
 def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | None) -> np.ndarray:
