@@ -102,9 +102,8 @@ def export_gguf(
         model: a folder that factorllm wrote, or whatever `factorize` takes.
         file_type: one of `FILE_TYPES`. Vectors and routers stay fp32; with types of fewer than 8 bits the embeddings
             and the output head are q8_0.
-        text: a text as for `factorize`, on which is measured what each input channel counts, so that what counts more
-            is kept better. The importance-matrix file of llama.cpp is written too, as NAME.imatrix.gguf.
-        tokens: how many of the text.
+        text: a text as for `factorize`, on `tokens` of which is measured what each input channel counts: what counts
+            more is kept better. The importance-matrix file of llama.cpp is written too, as NAME.imatrix.gguf.
         tokenizer: a GGUF file to copy the tokenizer from, instead of building it.
         top_k: experts that run for a token, for hosts that let it be changed.
         overwrite: replace a GGUF file at `out`.
@@ -126,26 +125,31 @@ def export_gguf(
         check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = _open(model, top_k)
     job = _job(model, file_type, text, tokens, tokenizer, top_k)
-    done = [is_done(path, GGUF_FILE, job) for path in (out, beside) if path and not overwrite]
-    if done and all(done):
+    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in filter(None, (out, beside))):
         say("done already, with the same arguments")
         return Exported(out, out.stat().st_size, {}, beside)
-    for message in [*_fallbacks(checkpoint, file_type), *_unweighted(file_type, text)]:
-        say(message)
+    _say(say, [*_fallbacks(checkpoint, file_type), *_unweighted(file_type, text)])
     console = console or Console(quiet=True)
-    # All that can be refused is refused before the model is run on the text.
+    # What can be refused is refused before the model is run on the text.
     plan = _plan(checkpoint, out, file_type, when_full)
     writer = _writer(checkpoint, unfinished(out), file_type, tokenizer, plan, job)
     importance = None
     if text is not None and beside is not None:
         importance = read_importance(checkpoint, text, tokens, console)
-        for message in _seen(importance):
-            say(message)
+        _say(say, _seen(importance))
         write_importance(importance, beside, job, when_full)
     with publishing(writer, unfinished(out), out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
         _write_tensors(checkpoint, writer, plan, importance, bar)
-    larger = {name: planned.kind.name for name, planned in plan.items() if planned.kind is not planned.wanted}
-    return Exported(out, out.stat().st_size, larger, beside)
+    return Exported(out, out.stat().st_size, _larger(plan), beside)
+
+
+def _say(say: Callable[[str], None], messages: Sequence[str]) -> None:
+    for message in messages:
+        say(message)
+
+
+def _larger(plan: dict[str, _Planned]) -> dict[str, str]:
+    return {name: planned.kind.name for name, planned in plan.items() if planned.kind is not planned.wanted}
 
 
 def _open(model: str, top_k: int | None) -> Checkpoint:
