@@ -317,7 +317,7 @@ def test_an_expert_that_never_runs_is_weighted_by_all_tokens(student, text_file,
         save_file(weights, path, metadata={"format": "pt"})
     said = []
     made = export_gguf(str(idle), tmp_path / "out.gguf", "q4_k", text=str(text_file), tokens=TOKENS, say=said.append)
-    assert said[-1] == "no token ran 1 experts: they are weighted by all tokens of their layers"
+    assert said[-1] == "experts that no token ran: 1, weighted by all tokens of their layers"
     read = tensors_in(made.importance)
     assert read["blk.1.ffn_down_exps.weight.counts"][0] == 0
     assert not read["blk.1.ffn_down_exps.weight.in_sum2"][0].any()

@@ -201,7 +201,7 @@ def _seen(importance: Importance) -> list[str]:
     sequences, length = importance.shape
     said = [f"weighted by {sequences * length:,} tokens of {importance.text}"]
     if importance.never_run:
-        said.append(f"no token ran {importance.never_run} experts: they are weighted by all tokens of their layers")
+        said.append(f"experts that no token ran: {importance.never_run}, weighted by all tokens of their layers")
     return said
 
 
