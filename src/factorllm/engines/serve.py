@@ -122,6 +122,8 @@ def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Ca
             raise FactorLLMError(
                 f"llama.cpp cannot serve {model} on {settings.host}:{settings.port}: {error}"
             ) from None
+        # One token: a server that is told to stop before its loop has begun never ends.
+        server.handle_completions({"prompt": [0], "max_tokens": 1})
         say(f"without factorllm: {llamacpp_command(path, settings)}")
         say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
         with suppress(KeyboardInterrupt):
