@@ -33,6 +33,9 @@ from transformers import (
 
 from factorllm.runs.settings import Settings
 
+# A shell without a terminal starts what runs in the background with Ctrl-C ignored, and so would be what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 
 BASE = {

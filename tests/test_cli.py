@@ -156,9 +156,7 @@ def test_ctrl_c_ends_a_server(made):  # noqa: F811
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # A test run in the background of a shell that has no terminal hands on that Ctrl-C is ignored.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    code += "import factorllm.engines.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
+    code = "import factorllm.engines.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
     code += "xllamacpp.Server = lambda params: types.SimpleNamespace("
     code += "listening_address='here', handle_completions=lambda request: None);"
     code += "from factorllm.cli import main; main()"

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-from factorllm import sample as module
 from factorllm.dense import open_model
 from factorllm.errors import FactorLLMError
 from factorllm.runs.settings import Settings
+from factorllm.text import sample as module
 from factorllm.text.calibration import read_documents
 from factorllm.text.sample import sample
 from factorllm.text.sampling import BATCH, chat_opening, sample_from_model, start_token
