@@ -79,9 +79,17 @@ def main() -> None:
             f"`factorllm --debug` before the same command shows where; please report what it prints",
             1,
         )
+    _leave_group()
     if code == _INTERRUPTED:
         _end("interrupted; " + _after_interruption(), code)
     raise SystemExit(code)
+
+
+def _leave_group() -> None:
+    """Leave the group of `accelerate launch`: its threads, if they still ran at the end, would abort the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _after_interruption() -> str:
