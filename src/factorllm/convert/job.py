@@ -16,13 +16,13 @@ from factorllm.dense.reference import check_against_references
 from factorllm.hosts import Host, choose_host
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
-from factorllm.runs.disk import explain_full_disk, require_space
+from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import CHECKPOINT, check_output, located
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.rows import Rows
 from factorllm.runs.settings import Settings
-from factorllm.runs.workspace import Workspace, finish_publishing, is_done_already, write_shard
+from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.text import CalibrationText, read_calibration_text
 
 
@@ -115,25 +115,21 @@ def open_job(
         "model": source.fingerprint,
         **common_identity(text, settings),
     }
-    if not overwrite and is_done_already(out, identity, ranks.is_main):
-        yield None
-        return
-    with explain_full_disk(out):
+    with open_checkpoint_job(out, identity, overwrite, ranks) as work:
+        if work is None:
+            yield None
+            return
+        students = [
+            Student(name, recipe, shapes[name], hosts[name], work.folder_at(name)) for name, recipe in recipes.items()
+        ]
         with ranks.main_first():
-            work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
-        with work:
-            students = [
-                Student(name, recipe, shapes[name], hosts[name], work.folder_at(name))
-                for name, recipe in recipes.items()
-            ]
-            with ranks.main_first():
-                calibration = _read_text(work, source, tokenizer, text, settings, console)
-            job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
-            _check_disk(job)
-            with ranks.main_first():
-                if ranks.is_main and not work.layers_done:
-                    check_against_references(source, tokenizer, settings.length, ranks.device, console)
-            yield job
+            calibration = _read_text(work, source, tokenizer, text, settings, console)
+        job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
+        _check_disk(job)
+        with ranks.main_first():
+            if ranks.is_main and not work.layers_done:
+                check_against_references(source, tokenizer, settings.length, ranks.device, console)
+        yield job
 
 
 def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:

@@ -126,10 +126,6 @@ class RidgeStatistics:
     def gram(self) -> Tensor:
         return self._lower.tril() + self._lower.tril(-1).T
 
-    def residual(self, down: Tensor) -> Tensor:
-        """`M^T W (T - M down^T)`, what is still missing with `down` (d, kept): (kept, d), fp64."""
-        return self.cross.double() - self.gram.double() @ down.double().T
-
     def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
         """Add a batch.
 
@@ -208,7 +204,9 @@ def _projection(d: int, device: torch.device) -> Tensor:
 
 def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float) -> Tensor:
     """As `solve_ridge`, with a strength that is given: (d, kept), fp32."""
-    return _add(down, _ridge(sums.gram.double(), sums.residual(down), strength))
+    gram = sums.gram.double()
+    missing = sums.cross.double() - gram @ down.double().T  # M^T W (T - M down^T)
+    return _add(down, _ridge(gram, missing, strength))
 
 
 def _add(down: Tensor, change: Tensor) -> Tensor:

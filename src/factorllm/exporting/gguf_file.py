@@ -132,13 +132,14 @@ def export_gguf(
     console = console or Console(quiet=True)
     # What can be refused is refused before the model is run on the text.
     plan = _plan(checkpoint, out, file_type, when_full)
-    writer = _writer(checkpoint, unfinished(out), file_type, tokenizer, plan, job)
+    partial = unfinished(out)
+    writer = _writer(checkpoint, partial, file_type, tokenizer, plan, job)
     importance = None
     if text is not None and beside is not None:
         importance = read_importance(checkpoint, text, tokens, console)
         _say(say, _seen(importance))
         write_importance(importance, beside, job, when_full)
-    with publishing(writer, unfinished(out), out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
+    with publishing(writer, partial, out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
         _write_tensors(checkpoint, writer, plan, importance, bar)
     return Exported(out, out.stat().st_size, _larger(plan), beside)
 

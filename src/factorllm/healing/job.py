@@ -23,12 +23,12 @@ from factorllm.healing.students import check_learning
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.digest import digest_of
-from factorllm.runs.disk import explain_full_disk, require_space
+from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
-from factorllm.runs.workspace import Workspace, finish_publishing, is_done_already, write_shard
+from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.student.read import check_shape, load_student, read_partitions, read_provenance
 from factorllm.text import CalibrationText
 from factorllm.text.calibration import hold_out, refuse_too_few, say_notes, text_origin
@@ -123,24 +123,21 @@ def open_heal_job(
         "teacher": source.fingerprint,
         **common_identity(text, settings.model_copy(update={"device": str(ranks.device)})),
     }
-    if not overwrite and is_done_already(out, identity, ranks.is_main):
-        yield None
-        return
-    with explain_full_disk(out):
+    with open_checkpoint_job(out, identity, overwrite, ranks) as work:
+        if work is None:
+            yield None
+            return
         with ranks.main_first():
-            work = Workspace(out, CHECKPOINT, identity, overwrite, leads=ranks.is_main)
-        with work:
-            with ranks.main_first():
-                tokens = _read_text(work, source, made, text, settings, made_with, console)
-            origin = text_origin(text, cut=bool(tokens.pop("cut")))
-            job = HealJob(
-                student, made, identity, source.licence, recipe, shape, partitions, source, settings, made_with,
-                tokens, origin, work, ranks, console,
-            )  # fmt: skip
-            if ranks.is_main:
-                _check_disk(job)
-                _copy_companions(job)
-            yield job
+            tokens = _read_text(work, source, made, text, settings, made_with, console)
+        origin = text_origin(text, cut=bool(tokens.pop("cut")))
+        job = HealJob(
+            student, made, identity, source.licence, recipe, shape, partitions, source, settings, made_with, tokens,
+            origin, work, ranks, console,
+        )  # fmt: skip
+        if ranks.is_main:
+            _check_disk(job)
+            _copy_companions(job)
+        yield job
 
 
 def _copy_companions(job: HealJob) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from factorllm.dense.gguf.file import open_gguf
+from factorllm.dense.gguf.file import open_gguf, read_field, split_count
+from factorllm.dense.gguf.keys import Keys
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.engines.process import how_to_install
 from factorllm.errors import FactorLLMError
@@ -44,18 +46,19 @@ class GgufSubject:
             raise FactorLLMError(f"{path} is measured through llama.cpp, which is not installed; {_INSTALL}")
         if not path.is_file():
             raise FactorLLMError(f"no file {path}; check the path")
-        fields = open_gguf(path).fields
-
-        def field(key: str, default: object) -> object:
-            return fields[key].contents() if key in fields else default
-
-        if field("split.count", 0) > 1:
+        reader = open_gguf(path)
+        if split_count(path, reader) > 1:
             raise FactorLLMError(
                 f"{path} is a part of a split model, and whole files are measured; join them with "
                 "llama-gguf-split --merge"
             )
-        trained = field(f"{field('general.architecture', '')}.context_length", _CONTEXT)
-        begin = field("tokenizer.ggml.bos_token_id", field("tokenizer.ggml.eos_token_id", 0))
+
+        def said(key: str) -> Any:
+            return read_field(str(path), reader.fields, key)
+
+        ids = (said(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
+        begin = next((token for token in ids if token is not None), 0)
+        trained = Keys(str(path), reader.fields, said("general.architecture")).integer("context_length", _CONTEXT)
         engine = f"xllamacpp {version('xllamacpp')}"
         return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin)
 

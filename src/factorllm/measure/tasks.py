@@ -163,6 +163,8 @@ def check_tasks(tasks: Iterable[str], data: Path | None, run_generated_code: boo
         if task not in TASKS:
             raise FactorLLMError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
         _check_programs(task, run_generated_code)
+        if task in _RUNS_PROGRAMS:
+            check_runner()
         if data:
             _check_file(data / f"{task}.jsonl", task)
         elif task in _LOCAL_ONLY:
@@ -170,14 +172,11 @@ def check_tasks(tasks: Iterable[str], data: Path | None, run_generated_code: boo
 
 
 def _check_programs(task: str, allowed: bool) -> None:
-    if task not in _RUNS_PROGRAMS:
-        return
-    if not allowed:
+    if task in _RUNS_PROGRAMS and not allowed:
         raise FactorLLMError(
             f"{task} runs programs that the model writes, with limits but on this machine; say --run-generated-code to "
             "allow it, best in a container, or leave the task out"
         )
-    check_runner()
 
 
 def _check_file(path: Path, task: str) -> None:

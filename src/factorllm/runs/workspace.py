@@ -12,6 +12,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from factorllm.errors import FactorLLMError
+from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import (
     CHECKPOINT,
     INSIDE,
@@ -33,6 +36,7 @@ from factorllm.runs.output import (
     read_json,
     workspace_folder,
 )
+from factorllm.runs.ranks import Ranks
 
 _PUBLISHING = "publishing.json"
 """Names the finished checkpoint and its files, while they are moved into an output folder that was there before."""
@@ -198,6 +202,24 @@ def is_done_already(out: Path, job: dict, leads: bool) -> bool:
         if before and first_difference(before, job) is None:
             _remove(folder)
     return True
+
+
+@contextmanager
+def open_checkpoint_job(out: Path, job: dict, overwrite: bool, ranks: Ranks) -> Iterator[Workspace | None]:
+    """The workspace of a checkpoint, shared by all processes and held while the block runs; None where `out` was made
+    by the same job already.
+
+    Raises:
+        FactorLLMError: as `Workspace`; and when the disk is full.
+    """
+    if not overwrite and is_done_already(out, job, ranks.is_main):
+        yield None
+        return
+    with explain_full_disk(out):
+        with ranks.main_first():
+            work = Workspace(out, CHECKPOINT, job, overwrite, leads=ranks.is_main)
+        with work:
+            yield work
 
 
 def _remove(folder: Path) -> None:

@@ -82,11 +82,7 @@ class GGUFSource(ModelSource):
         return licence if isinstance(licence, str) else None
 
     def _field(self, key: str) -> object | None:
-        field = self._fields.get(key)
-        if field is None:
-            return None
-        with refusing(self.label, _AGAIN):
-            return field.contents()
+        return read_field(self.label, self._fields, key)
 
     def _check_kind(self) -> None:
         kind = self._field("general.type") or "model"
@@ -167,6 +163,19 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     return reader
 
 
+def read_field(label: str, fields: dict[str, gguf.ReaderField], key: str) -> object | None:
+    """What a key says, None where it is not there.
+
+    Raises:
+        FactorLLMError: when its content is damaged.
+    """
+    field = fields.get(key)
+    if field is None:
+        return None
+    with refusing(label, _AGAIN):
+        return field.contents()
+
+
 def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
     """The file, or all parts of a split model (`NAME-00001-of-00003.gguf` ...), the first of which has the keys."""
     found = _PART.fullmatch(path.name)
@@ -175,7 +184,7 @@ def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
     if missing := [part.name for part in paths if not part.is_file()]:
         raise FactorLLMError(f"{path} is one of {count} parts, and {missing[0]} is not beside it; fetch that too")
     readers = {part: open_gguf(part) for part in paths}
-    parts = [_split_count(part, reader) for part, reader in readers.items()]
+    parts = [split_count(part, reader) for part, reader in readers.items()]
     if parts != [count] * count:
         raise FactorLLMError(
             f"{path} is one of {max(parts)} parts of a split model, but its name says that there are {count}; name the "
@@ -186,7 +195,12 @@ def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
     return readers
 
 
-def _split_count(path: Path, reader: gguf.GGUFReader) -> int:
+def split_count(path: Path, reader: gguf.GGUFReader) -> int:
+    """How many parts the model is split into; 1 if it is whole.
+
+    Raises:
+        FactorLLMError: when the header is damaged.
+    """
     field = reader.fields.get("split.count")
     if field is None:
         return 1
