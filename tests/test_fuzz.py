@@ -701,7 +701,7 @@ _OF_FACTORIZE: dict[str, tuple[str, ...]] = {
     "--device": ("cpu", "cuda", "cuda:99", "meta", "mps", "cpu:7", *_WORDS),
     "--dtype": ("float32", "bfloat16", "float16", "float64", "int8", *_WORDS),
     "--tune": ("-1", "0", *_WHOLE[4:10]),
-    "--memory-limit": ("-1", "0", "1", *_WHOLE[4:]),
+    "--memory-limit": ("-1", "0", "0.3", "nan", "inf", *_WHOLE[4:]),
     "--text": (
         "text.txt",
         "",

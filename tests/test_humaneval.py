@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import BASE, byte_tokenizer, words
 from test_evaluate import write_lines
 from test_export import save_model
@@ -17,6 +18,9 @@ from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
 from factorllm.exporting import export_gguf
 from factorllm.measure import humaneval, programs
+from factorllm.measure.agreement import agreement
+from factorllm.measure.gguf_subject import GgufSubject
+from factorllm.measure.perplexity import perplexity
 from factorllm.measure.programs import Limits, check_runner, passes
 from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
@@ -282,6 +286,31 @@ def test_log_probabilities_through_llamacpp_are_the_models(models):
 
 
 @pytest.mark.engine
+def test_a_text_says_the_same_through_llamacpp_and_through_transformers(models, tmp_path, monkeypatch):
+    text, subjects = str(models / "text.txt"), {n: GgufSubject.of(models / f"{n}.gguf") for n in ("student", "dense")}
+    tokens = subjects["student"].held_out(text)
+    assert tokens.shape == (32, 512)
+    tokens = tokens[:2]
+    tokens[:, 100] = AutoTokenizer.from_pretrained(models / "student").eos_token_id  # it is no end of the text here
+    loaded = {name: AutoModelForCausalLM.from_pretrained(models / name) for name in subjects}
+    followed = {name: subject.follow(tokens) for name, subject in subjects.items()}
+    for name, model in loaded.items():
+        assert followed[name].perplexity == pytest.approx(perplexity(model, tokens), rel=2e-3)  # f16 in its cache
+        likeliest = model(tokens).logits[:, :-1].argmax(-1).flatten()
+        assert (torch.tensor(followed[name].likeliest) == likeliest).float().mean() > 0.99
+    close = followed["student"].agreement(followed["dense"])
+    assert close.kl is None
+    assert close.top_1 == pytest.approx(agreement(loaded["dense"], loaded["student"], tokens).top_1, abs=0.01)
+
+    monkeypatch.setattr(GgufSubject, "held_out", lambda self, text: tokens)
+    found = evaluate(
+        models / "student.gguf", against=str(models / "dense.gguf"), text=text, settings=EvalSettings(tasks=())
+    )
+    assert found.perplexity == {name: each.perplexity for name, each in followed.items()}
+    assert found.agreement == close
+
+
+@pytest.mark.engine
 def test_what_is_not_measured_through_llamacpp_is_refused(models, data, tmp_path, monkeypatch):
     def refused(match: str, model="student.gguf", **options):
         changes = {name: options.pop(name) for name in ("dtype", "device") if name in options}
@@ -292,7 +321,6 @@ def test_what_is_not_measured_through_llamacpp_is_refused(models, data, tmp_path
 
     write_lines(data / "arc_easy.jsonl", [{"query": "a", "choices": ["b", "c" * 3000], "gold": 0}])
     refused("compares engines as well as models", against=str(models / "dense"))
-    refused("not measured through llama.cpp", text=str(models / "text.txt"))
     refused("leave out --device and --dtype", dtype="bfloat16")
     refused("no file .*nowhere.gguf", model="nowhere.gguf")
     refused("has 3001 tokens, and the model's context has 2048")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from factorllm.exporting.gguf_file import export_gguf as export
     from factorllm.healing.run import heal
     from factorllm.healing.settings import HealSettings
+    from factorllm.measure.front.plan import FrontPlan
+    from factorllm.measure.front.run import run_front as front
     from factorllm.measure.scores import evaluate
     from factorllm.measure.settings import EvalSettings
     from factorllm.measure.speed.plan import Plan
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "EvalSettings": ("measure.settings", "EvalSettings"),
+    "FrontPlan": ("measure.front.plan", "FrontPlan"),
     "HealSettings": ("healing.settings", "HealSettings"),
     "Plan": ("measure.speed.plan", "Plan"),
     "Recipe": ("recipe", "Recipe"),
@@ -34,6 +37,7 @@ _PUBLIC = {
     "evaluate": ("measure.scores", "evaluate"),
     "export": ("exporting.gguf_file", "export_gguf"),
     "factorize": ("convert.factorize", "factorize"),
+    "front": ("measure.front.run", "run_front"),
     "heal": ("healing.run", "heal"),
     "parse_recipe": ("recipe", "parse_recipe"),
     "sample": ("text.sample", "sample"),
@@ -45,6 +49,7 @@ is asked for."""
 __all__ = [
     "EvalSettings",
     "FactorLLMError",
+    "FrontPlan",
     "HealSettings",
     "Plan",
     "Recipe",
@@ -55,6 +60,7 @@ __all__ = [
     "evaluate",
     "export",
     "factorize",
+    "front",
     "heal",
     "parse_recipe",
     "sample",

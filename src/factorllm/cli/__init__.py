@@ -17,6 +17,7 @@ from factorllm.cli.doctor import doctor
 from factorllm.cli.evaluate import evaluate
 from factorllm.cli.export import export
 from factorllm.cli.factorize import factorize
+from factorllm.cli.front import front
 from factorllm.cli.heal import heal
 from factorllm.cli.hosts import hosts
 from factorllm.cli.inspect import inspect
@@ -37,6 +38,7 @@ for _name, _command in {
     "hosts": hosts,
     "export": export,
     "bench": bench,
+    "front": front,
     "serve": serve,
     "demo": demo,
     "doctor": doctor,
@@ -44,7 +46,7 @@ for _name, _command in {
     app.command(_name)(_command)
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
-_RESUMED = ("factorize", "heal", "sample", "demo")
+_RESUMED = ("factorize", "heal", "sample", "demo", "front")
 _OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 

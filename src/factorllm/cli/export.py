@@ -21,6 +21,9 @@ def export(
         typer.Option(help="Text that says which weights count: .txt, .jsonl, .json, .parquet or a dataset id."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of --text to run.", min=1, max=MOST_TOKENS)] = 65_536,
+    gptq: Annotated[
+        bool, typer.Option("--gptq", help="Round so that errors are made good on --text: q4_0 and iq4_nl, minutes.")
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.", **IS_PATH),
@@ -39,6 +42,7 @@ def export(
         file_type,
         text=text,
         tokens=tokens,
+        gptq=gptq,
         tokenizer=tokenizer,
         top_k=top_k,
         overwrite=overwrite,

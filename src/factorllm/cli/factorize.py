@@ -18,8 +18,8 @@ def factorize(
     recipe: Annotated[str, typer.Option(help="S2A2E8, S0A4E8N3, 1R4E2K, cmoe, or a .yaml file.")] = "S2A2E8",
     text: Text = None,
     memory_limit: Annotated[
-        int, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
-    ] = 2,
+        float, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
+    ] = 0.5,
     resume: Resume = True,
     **chosen,
 ) -> None:
@@ -27,7 +27,7 @@ def factorize(
     from factorllm.convert.factorize import factorize as run
     from factorllm.report.terminal import show_summary
 
-    settings = Settings(**chosen, memory_limit=memory_limit << 30)
+    settings = Settings(**chosen, memory_limit=memory_limit * 2**30 // 1)
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=terminal.console)
     if summary:
         show_summary(terminal.console, summary)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from factorllm.convert.task import LayerTask
+from factorllm.runs.device import fast_products
 
 
 def collect(task: LayerTask) -> None:
     """Fill the task's `middle`, `inputs` and `sample`."""
     layer = task.layer
     for run in task.middle.runs():
-        middle = layer.attend(task.streams.before.read(run, task.device))
-        inputs = layer.ffn_input(middle)
+        with fast_products(task.device):
+            middle = layer.attend(task.streams.before.read(run, task.device))
+            inputs = layer.ffn_input(middle)
+            sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride])
         task.middle.write(run, middle)
         task.inputs.write(run, inputs)
-        task.sample.write(run, layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride]))
+        task.sample.write(run, sample)
         task.tick(run)

@@ -21,6 +21,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.hosts import StudentFFN
 from factorllm.recipe import Recipe, parse_recipe
 from factorllm.report import ModelRow, Summary, read_summary
+from factorllm.runs.device import fast_products
 from factorllm.runs.finite import is_finite
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import located
@@ -165,7 +166,8 @@ def _convert(
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
     before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
-        states = layer.forward(before.read(run, job.settings.torch_device))
+        with fast_products(job.settings.torch_device):
+            states = layer.forward(before.read(run, job.settings.torch_device))
         if not is_finite(states):
             raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")
         after.write(run, states)

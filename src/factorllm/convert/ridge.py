@@ -109,7 +109,7 @@ class RidgeStatistics:
     """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32."""
 
     def __init__(self, kept: int, d: int, device: torch.device):
-        self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; its blocks right of the diagonal stay 0
+        self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; right of the diagonal nothing is read
         self.cross = torch.zeros(kept, d, device=device)
 
     @classmethod
@@ -124,7 +124,9 @@ class RidgeStatistics:
 
     @property
     def gram(self) -> Tensor:
-        return self._lower.tril() + self._lower.tril(-1).T
+        # Kept in the place of the half that was summed up: of 4,864 neurons a second one has 95 MB.
+        self._lower = self._lower.tril() + self._lower.tril(-1).T
+        return self._lower
 
     def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
         """Add a batch.
@@ -228,7 +230,8 @@ def _descend(value: Callable[[int], float], count: int, start: int) -> tuple[int
 
 def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
     ridge = strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped = gram.clone()
+    damped.diagonal().add_(ridge)
     with refusing(
         "the dense model's activations on this text", "they are all 0, or too large: use another copy of the model"
     ):

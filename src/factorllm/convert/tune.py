@@ -17,7 +17,7 @@ from factorllm.convert.ridge import GatedHidden, RidgeStatistics, solve_ridge_at
 from factorllm.convert.task import LayerTask
 from factorllm.dense.ffn import FFN
 from factorllm.recipe import Shape
-from factorllm.runs.device import has_bfloat16
+from factorllm.runs.device import fast_products
 from factorllm.runs.rows import Rows
 
 BATCH = 512
@@ -40,7 +40,7 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
     runs = list(inputs.runs())
     stride = max(inputs.sequences * inputs.length // _START_TOKENS, 1)
     for number, run in enumerate(runs):
-        with tuning_precision(device):
+        with fast_products(device):
             dense, weights = task.dense_output(run)
         output.write(run, dense)
         if number % stride == 0:
@@ -89,7 +89,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARM_UP, steps), steps)
     device = ffn.gate.device
     for x, gates, target, weights in batches:
-        with torch.enable_grad(), tuning_precision(device):
+        with torch.enable_grad(), fast_products(device):
             student = FFN(*matrices)
             # All neurons, and the gates as a mask: few large products of one size, where products of the active ones
             # alone are small and of another size in each step, and take four times as long in bfloat16 on a CPU.
@@ -100,11 +100,6 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
         optimizer.zero_grad()
         schedule.step()
     return FFN(*(matrix.detach() for matrix in matrices))
-
-
-def tuning_precision(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 where they are fast: its rounding is far below what a tuned layer's error is."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def _root_mean_square(matrix: Tensor) -> float:

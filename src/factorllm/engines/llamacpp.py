@@ -38,7 +38,7 @@ class LlamaCpp(Engine):
         params = server_params(model, options)
         params.cache_ram_mib = 0
         params.ui = False
-        self._server = xllamacpp.Server(params)
+        self._server, self._batch = xllamacpp.Server(params), options.batch
         vocabulary = gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].contents()
         self._vocabulary = len(vocabulary)
         self._plain_token = vocabulary.index("a")
@@ -58,18 +58,32 @@ class LlamaCpp(Engine):
         """The most likely text that follows, up to the model's end, one of `stop`, or `count` tokens."""
         return self._complete(tokens, count, ignore_eos=False, stop=stop)["content"]
 
-    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, bool]]:
-        """For each token that follows its log-probability, and whether it is the likeliest one."""
+    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
+        """For each token that follows its log-probability, and the likeliest one in its place."""
+        return self._follow(0, tokens, following)
+
+    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
+        """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
+        found = []
+        with ThreadPoolExecutor(self._batch) as pool:
+            for first in range(0, len(rows), self._batch):
+                some = rows[first : first + self._batch]
+                found += pool.map(lambda slot, row: self._follow(slot, row[:1], row[1:]), range(len(some)), some)
+        return found
+
+    def _follow(self, slot: int, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         # The server has no probabilities of prompts. So its sampler is made to take each token; the log-probabilities
         # are those before sampling, and what came before stays in the cache.
         found = []
         for token in following:
-            answer = self._complete(tokens, 1, n_probs=1, logit_bias=[[token, 1000]], cache_prompt=True)
-            if said := answer.get("completion_probabilities"):
-                found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"] == token))
+            forced = {"n_probs": 1, "logit_bias": [[token, 1000]], "ignore_eos": False}
+            answer = self._complete(tokens, 1, **forced, cache_prompt=True, id_slot=slot)
+            said = answer.get("completion_probabilities")
+            if said and said[0]["id"] == token:
+                found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"]))
             else:  # a token that ends within a character is kept back: it is among all of them
                 every = self.next_tokens(tokens, self._vocabulary)
-                found.append((dict(every)[token], every[0][0] == token))
+                found.append((dict(every)[token], every[0][0]))
             tokens = [*tokens, token]
         return found
 

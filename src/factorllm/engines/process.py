@@ -118,9 +118,13 @@ class EngineProcess:
         """The most likely text that follows, up to its end, one of `stop`, or `count` tokens (llama.cpp)."""
         return self._ask("complete", tokens, count, stop)
 
-    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, bool]]:
-        """For each token that follows its log-probability, and whether it is the likeliest one (llama.cpp)."""
+    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
+        """For each token that follows its log-probability, and the likeliest one in its place (llama.cpp)."""
         return [tuple(pair) for pair in self._ask("score", tokens, following)]
+
+    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
+        """What `score` says of all tokens of each row but the first, as many rows at once as may be (llama.cpp)."""
+        return [[tuple(pair) for pair in row] for row in self._ask("score_rows", rows)]
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text's tokens, with `special` those that begin or end a text too (llama.cpp)."""

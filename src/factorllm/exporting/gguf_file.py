@@ -21,6 +21,8 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
 from factorllm.exporting.files import GGUF_FILE, add_job, publishing, unfinished
 from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, check_ggml, quantize
+from factorllm.exporting.gptq import LEVELS, quantize_compensated
+from factorllm.exporting.grams import Grams
 from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
 from factorllm.exporting.plan import FILE_TYPES, Planned, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
@@ -31,6 +33,8 @@ from factorllm.runs.output import check_output, is_done, located, own_files
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.stored import refuse_unquantisable
 from factorllm.text.calibration import file_digest, public_name
+
+_GPTQ = tuple(name for name, (kind, _) in FILE_TYPES.items() if kind in LEVELS)
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ def export_gguf(
     *,
     text: str | None = None,
     tokens: int = TOKENS,
+    gptq: bool = False,
     tokenizer: Path | None = None,
     top_k: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda message: None,
     console: Console | None = None,
     when_full: str = "free some, or choose another -o",
+    weigh: Callable[[Checkpoint, str, int, Console], Importance] = read_importance,
 ) -> Exported:
     """Write a student, or a dense or pruned model, as one GGUF file. It appears whole or not at all.
 
@@ -71,12 +77,14 @@ def export_gguf(
             and the output head are q8_0.
         text: a text as for `factorize`, on `tokens` of which is measured what each input channel counts: what counts
             more is kept better. The importance-matrix file of llama.cpp is written too, as NAME.imatrix.gguf.
+        gptq: round so that errors are made good on the text, which takes minutes; for `q4_0` and `iq4_nl`.
         tokenizer: a GGUF file to copy the tokenizer from, instead of building it.
         top_k: experts that run for a token, for hosts that let it be changed.
         overwrite: replace a GGUF file at `out`.
         say: is told of tensors that take a larger type, before anything is written.
         console: where progress is shown.
         when_full: what to do when the disk is too small.
+        weigh: how the model is run on the text; `WeighOnce` for files of several types of one model.
 
     Raises:
         FactorLLMError: when llama.cpp would compute something else, or the file cannot be written.
@@ -85,13 +93,13 @@ def export_gguf(
         >>> export_gguf("student", "student.gguf", "q8_0").path.name
         'student.gguf'
     """
-    _check_type(file_type, text, tokens)
+    _check_type(file_type, text, tokens, gptq)
     out = located(out)
     beside = _beside(out) if text is not None else None
     for path in filter(None, (out, beside)):
         check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = _open(model, top_k)
-    job = _job(model, file_type, text, tokens, tokenizer, top_k)
+    job = _job(model, file_type, text, tokens, gptq, tokenizer, top_k)
     if not overwrite and all(is_done(path, GGUF_FILE, job) for path in filter(None, (out, beside))):
         say("done already, with the same arguments")
         return Exported(out, out.stat().st_size, {}, beside)
@@ -101,13 +109,14 @@ def export_gguf(
     plan = plan_tensors(checkpoint, out, file_type, when_full)
     partial = unfinished(out)
     writer = _writer(checkpoint, partial, file_type, tokenizer, plan, job)
-    importance = None
+    importance, grams = None, None
     if text is not None and beside is not None:
-        importance = read_importance(checkpoint, text, tokens, console)
+        importance = weigh(checkpoint, text, tokens, console)
         _say(say, _seen(importance))
         write_importance(importance, beside, job, when_full)
+        grams = Grams(checkpoint, text, tokens, console) if gptq else None
     with publishing(writer, partial, out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
-        _write_tensors(checkpoint, writer, plan, importance, bar)
+        _write_tensors(checkpoint, writer, plan, importance, grams, bar)
     return Exported(out, out.stat().st_size, larger(plan), beside)
 
 
@@ -131,7 +140,7 @@ def _open(model: str, top_k: int | None) -> Checkpoint:
     return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
 
 
-def _check_type(file_type: str, text: str | None, tokens: int) -> None:
+def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> None:
     """Refuse a type that there is not, or that cannot be quantised to here."""
     if file_type not in FILE_TYPES:
         raise FactorLLMError(
@@ -141,6 +150,10 @@ def _check_type(file_type: str, text: str | None, tokens: int) -> None:
     if tokens < 1:
         raise FactorLLMError(f"--tokens {tokens} is no number of tokens to run; give at least 1")
     kind = FILE_TYPES[file_type][0]
+    if gptq and (text is None or kind not in LEVELS):
+        raise FactorLLMError(
+            f"--gptq makes the errors of 4-bit rounding good on a text: give --text, and --type {' or '.join(_GPTQ)}"
+        )
     if kind in ONLY_GGML or (text is not None and kind in WEIGHTED):
         check_ggml()
 
@@ -170,12 +183,14 @@ def _seen(importance: Importance) -> list[str]:
 
 
 def _job(
-    model: str, file_type: str, text: str | None, tokens: int, tokenizer: Path | None, top_k: int | None
+    model: str, file_type: str, text: str | None, tokens: int, gptq: bool, tokenizer: Path | None, top_k: int | None
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the file."""
     weighted = {}
     if text is not None:
         weighted = {"text": public_name(text), "text file": file_digest(text), "tokens": tokens}
+    if gptq:
+        weighted["gptq"] = True
     quantiser = ("xllamacpp",) if FILE_TYPES[file_type][0] in (WEIGHTED if weighted else ONLY_GGML) else ()
     return {
         "model": _model_digest(model),
@@ -222,18 +237,21 @@ def _write_tensors(
     writer: gguf.GGUFWriter,
     plan: dict[str, Planned],
     importance: Importance | None,
+    grams: Grams | None,
     bar: Meter,
 ) -> None:
     for name, tensor in gguf_tensors(checkpoint):
         kind = plan[name].kind
         refuse_unquantisable(name, tensor, kind.name)
-        writer.write_tensor_data(_quantized(name, tensor, kind, importance))
+        writer.write_tensor_data(_quantized(name, tensor, kind, importance, grams))
         bar.advance(1)
 
 
-def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | None) -> np.ndarray:
+def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | None, grams: Grams | None) -> np.ndarray:
     """A tensor's bytes. The older types without weights are made by the package gguf, which needs no llama.cpp."""
     data = tensor.contiguous().numpy()
+    if grams and kind in LEVELS and (inputs := grams.of(name)) is not None:
+        return quantize_compensated(name, data, kind, inputs)
     weights = importance.weights(name) if importance and kind in WEIGHTED else None
     if kind in ONLY_GGML or weights is not None:
         return quantize(name, data, kind, weights)

@@ -11,16 +11,13 @@ import gguf
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.files import add_job, publishing, unfinished
-from factorllm.exporting.tensors import ATTENTION
-from factorllm.hosts import Host
+from factorllm.exporting.watch import INTO_EXPERTS, OUT_OF_EXPERTS, ROUTER, run_watched
 from factorllm.runs.finite import is_finite
 from factorllm.runs.progress import meter
 from factorllm.text.calibration import hold_out, public_name, say_notes
@@ -29,14 +26,8 @@ from factorllm.text.parts import open_text, sequences_of
 TOKENS = 65_536
 """Tokens of the text that are run, by default."""
 
-_AT_ONCE = 2048  # tokens
 _LEAST = 1e-8
 """Share of the mean below which no channel counts: a block whose weights are all 0 would be written as zeros."""
-
-_ROUTER = "ffn_gate_inp.weight"
-_INTO_EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
-_OUT_OF_EXPERTS = "ffn_down_exps.weight"
-_NAME = "factorllm_importance"
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ class Importance:
     @property
     def never_run(self) -> int:
         """Experts, over all layers, that no token was routed to."""
-        return sum(int((self.counts[name] == 0).sum()) for name in self.counts if name.endswith(_OUT_OF_EXPERTS))
+        return sum(int((self.counts[name] == 0).sum()) for name in self.counts if name.endswith(OUT_OF_EXPERTS))
 
 
 def read_importance(checkpoint: Checkpoint, text: str, tokens: int, console: Console | None = None) -> Importance:
@@ -91,6 +82,28 @@ def read_importance(checkpoint: Checkpoint, text: str, tokens: int, console: Con
         FactorLLMError: when the text cannot be read or is too short, or the model computes NaN or infinity on it.
     """
     console = console or Console(quiet=True)
+    model, taken = open_inputs(checkpoint, text, tokens, console)
+    seen = _Sums()
+    with meter(console, "finding what counts", len(taken)) as bar:
+        run_watched(model, checkpoint, taken, seen, tick=bar.advance)
+    if not all(is_finite(each) for each in seen.sums.values()):
+        raise FactorLLMError(
+            f"{checkpoint.name} computes NaN or infinity on {text}, so nothing can be said of what counts in it; "
+            "export without --text"
+        )
+    return Importance(seen.sums, seen.counts, seen.unrouted(), public_name(text), tuple(taken.shape))
+
+
+def open_inputs(checkpoint: Checkpoint, text: str, tokens: int, console: Console) -> tuple[PreTrainedModel, Tensor]:
+    """A model in transformers, and what it is run on: (sequences, length), int64.
+
+    Args:
+        text: of which no part is taken that `factorize` holds out.
+        tokens: how many; where the text has fewer, all.
+
+    Raises:
+        FactorLLMError: when the text cannot be read or is too short.
+    """
     settings = checkpoint.settings().model_copy(update={"device": "auto"}).resolve(checkpoint.config)
     parts = open_text(text, checkpoint.tokenizer, settings)
     hold_out(parts, settings)
@@ -101,123 +114,57 @@ def read_importance(checkpoint: Checkpoint, text: str, tokens: int, console: Con
             f"the text is too short: beside the {settings.held_out_tokens} tokens that are held out it has not one "
             f"sequence of {settings.length}; give more text, or leave out --text"
         )
-    model = checkpoint.load(settings.compute_dtype, settings.torch_device)
-    with meter(console, "finding what counts", len(taken)) as bar:
-        sums, counts, unrouted = collect(model, checkpoint, taken, bar.advance)
-    if not all(is_finite(each) for each in sums.values()):
-        raise FactorLLMError(
-            f"{checkpoint.name} computes NaN or infinity on {text}, so nothing can be said of what counts in it; "
-            "export without --text"
-        )
-    return Importance(sums, counts, unrouted, public_name(text), tuple(taken.shape))
+    return checkpoint.load(settings.compute_dtype, settings.torch_device), taken
 
 
-@torch.inference_mode()
-def collect(
-    model: PreTrainedModel, checkpoint: Checkpoint, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """`sums`, `counts` and `unrouted` of `Importance`.
+class WeighOnce:
+    """`read_importance` of one model and text, of which files of several types are written."""
 
-    Args:
-        model: the checkpoint in transformers; it is left with hooks and a way of its own to compute experts.
-        tokens: (sequences, length), int64.
-        tick: called with the number of sequences after each batch.
-    """
-    seen = _Seen(model, checkpoint)
-    for rows in tokens.split(max(_AT_ONCE // tokens.shape[1], 1)):
-        model.model(rows.to(model.device), use_cache=False)  # without the head, which is not asked
-        tick(len(rows))
-    return seen.sums, seen.counts, seen.unrouted()
+    def __init__(self) -> None:
+        self._found: Importance | None = None
+
+    def __call__(self, checkpoint: Checkpoint, text: str, tokens: int, console: Console) -> Importance:
+        if self._found is None:
+            self._found = read_importance(checkpoint, text, tokens, console)
+        return self._found
 
 
-class _Seen:
-    """Sums over the tokens that a model has been run on since."""
+class _Sums:
+    """Of squares, over the tokens that were seen."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint):
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self._spare: dict[str, Tensor] = {}
-        self._prefixes: dict[int, str] = {}
-        for index, layer in enumerate(model.model.layers):
-            for name, module in _linears(layer, checkpoint.host).items():
-                module.register_forward_pre_hook(self._hook(f"blk.{index}.{name}"))
-            for module in layer.modules():
-                if type(module).__name__.endswith("Experts"):
-                    self._prefixes[id(module)] = f"blk.{index}."
-                elif type(module).__name__.endswith("Router"):
-                    module.top_k = checkpoint.config.num_experts_per_tok  # of `with_top_k`
-        if self._prefixes:
-            ALL_EXPERTS_FUNCTIONS.register(_NAME, self._experts)
-            model.set_experts_implementation(_NAME)
+        self._idle: dict[str, Tensor] = {}
 
-    def unrouted(self) -> dict[str, Tensor]:
-        """`unrouted` of `Importance`."""
-        found = {}
-        for prefix in self._prefixes.values():
-            into, idle = prefix + _ROUTER, self.counts[prefix + _OUT_OF_EXPERTS][:, None] == 0
-            tokens = self.counts[into]
-            for name in _INTO_EXPERTS:
-                found[prefix + name] = torch.where(idle, self.sums[into] / tokens, 0.0)
-            found[prefix + _OUT_OF_EXPERTS] = torch.where(idle, self._spare[prefix] / tokens, 0.0)
-        return found
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._add(name, 0, 1, inputs[0])
-
-        return see
-
-    def _add(self, name: str, row: int, rows: int, inputs: Tensor) -> None:
-        """Count inputs (..., d) for one row of a tensor's sums."""
+    def see(self, name: str, row: int, rows: int, inputs: Tensor) -> None:
         if name not in self.sums:
             self.sums[name] = torch.zeros(rows, inputs.shape[-1], dtype=torch.float64)
             self.counts[name] = torch.zeros(rows, dtype=torch.float64)
         self.sums[name][row] += _squares(inputs)
         self.counts[name][row] += inputs[..., 0].numel()
 
-    def _experts(self, experts: nn.Module, hidden: Tensor, picks: Tensor, gates: Tensor) -> Tensor:
-        """The experts of a layer, one by one, as transformers computes them.
+    def see_idle(self, prefix: str, expert: int, experts: int, inner: Callable[[], Tensor]) -> None:
+        if not self.counts[prefix + OUT_OF_EXPERTS][expert]:  # it may never run
+            squares = _squares(inner())
+            self._idle.setdefault(prefix, torch.zeros(experts, len(squares), dtype=torch.float64))[expert] += squares
 
-        Args:
-            hidden: (tokens, d).
-            picks: (tokens, k), int64.
-            gates: (tokens, k).
-        """
-        prefix, count = self._prefixes[id(experts)], len(experts.down_proj)
-        self._add(prefix + _ROUTER, 0, 1, hidden)
-        spare = self._spare.setdefault(prefix, torch.zeros(count, experts.down_proj.shape[-1], dtype=torch.float64))
-        out = torch.zeros_like(hidden)
-        for expert in range(count):
-            rows, place = torch.where(picks == expert)
-            inner = _inner(experts, expert, hidden[rows])
-            for name in _INTO_EXPERTS:
-                self._add(prefix + name, expert, count, hidden[rows])
-            self._add(prefix + _OUT_OF_EXPERTS, expert, count, inner)
-            if not self.counts[prefix + _OUT_OF_EXPERTS][expert]:  # it may never run
-                spare[expert] += _squares(_inner(experts, expert, hidden))
-            made = linear(inner, experts.down_proj[expert]) * gates[rows, place, None]
-            out.index_add_(0, rows, made.to(out.dtype))
-        return out
-
-
-def _inner(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
-    """What goes into an expert's down projection: (n, d) -> (n, width)."""
-    gate, up = linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return experts.act_fn(gate) * up
+    def unrouted(self) -> dict[str, Tensor]:
+        """`unrouted` of `Importance`."""
+        found = {}
+        for prefix in (name.removesuffix(ROUTER) for name in self.sums if name.endswith(ROUTER)):
+            out, into = prefix + OUT_OF_EXPERTS, prefix + ROUTER
+            idle, tokens = self.counts[out][:, None] == 0, self.counts[into]
+            for name in INTO_EXPERTS:
+                found[prefix + name] = torch.where(idle, self.sums[into] / tokens, 0.0)
+            spare = self._idle.get(prefix, torch.zeros_like(self.sums[out]))
+            found[out] = torch.where(idle, spare / tokens, 0.0)
+        return found
 
 
 def _squares(inputs: Tensor) -> Tensor:
     """The sum of squares over all but the last dimension, fp64, on the CPU."""
     return inputs.flatten(0, -2).float().square().sum(0).double().cpu()
-
-
-def _linears(layer: nn.Module, host: Host) -> dict[str, nn.Linear]:
-    """The linear maps of a layer by their names in GGUF files. The routed experts are none: they are one tensor."""
-    sources = {f"{target}.weight": source for source, target in ATTENTION.items()}
-    sources |= {target: stored.name.removesuffix(".weight") for target, stored in host.gguf_ffn.items()}
-    modules = dict(layer.named_modules())
-    found = {target: modules.get(source) for target, source in sources.items()}
-    return {target: module for target, module in found.items() if isinstance(module, nn.Linear)}
 
 
 class _ImportanceWriter(gguf.GGUFWriter):

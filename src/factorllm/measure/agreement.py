@@ -16,11 +16,11 @@ class Agreement:
     """Means over positions.
 
     Attributes:
-        kl: KL(dense || student) of the next-token distributions, in nats.
+        kl: KL(dense || student) of the next-token distributions, in nats; None where an engine does not give them.
         top_1: share of positions where both models have the same most likely token.
     """
 
-    kl: float
+    kl: float | None
     top_1: float
 
 

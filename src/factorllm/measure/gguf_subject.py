@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from factorllm.dense.gguf.file import open_gguf, read_field, split_count
 from factorllm.dense.gguf.keys import Keys
+from factorllm.dense.gguf.tokenizer import build_tokenizer
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.engines.process import how_to_install
 from factorllm.errors import FactorLLMError
+from factorllm.measure.agreement import Agreement
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, ask, need_lm_eval
 from factorllm.runs.digest import digest_of
+from factorllm.runs.settings import Settings
+from factorllm.text.calibration import hold_out
+from factorllm.text.parts import open_text
 
 _CONTEXT = 4096
 """Tokens of a question and its answer; less where the model has been trained on less."""
+
+_ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a model says of each token of a text but the first of each sequence.
+
+    Attributes:
+        logprobs: of the tokens that are there, in nats.
+        likeliest: ids of those that it would have taken.
+    """
+
+    logprobs: list[float]
+    likeliest: list[int]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-sum(self.logprobs) / len(self.logprobs))
+
+    def agreement(self, dense: Followed) -> Agreement:
+        """With the dense model on the same text; llama.cpp's server does not give away what KL needs."""
+        same = sum(own == its for own, its in zip(self.likeliest, dense.likeliest, strict=True))
+        return Agreement(None, same / len(self.likeliest))
 
 
 @dataclass(frozen=True)
@@ -28,12 +62,14 @@ class GgufSubject:
         fingerprint: of the file, and of the engine.
         context: tokens that a question and its answer may have.
         begin: id of the token that begins a text, or else ends one.
+        vocabulary: tokens that it knows.
     """
 
     path: Path
     fingerprint: tuple[str, ...]
     context: int
     begin: int
+    vocabulary: int
 
     @classmethod
     def of(cls, path: Path) -> GgufSubject:
@@ -60,7 +96,54 @@ class GgufSubject:
         begin = next((token for token in ids if token is not None), 0)
         trained = Keys(str(path), reader.fields, said("general.architecture")).integer("context_length", _CONTEXT)
         engine = f"xllamacpp {version('xllamacpp')}"
-        return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin)
+        vocabulary = len(said("tokenizer.ggml.tokens"))
+        return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, vocabulary)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the file describes.
+
+        Raises:
+            FactorLLMError: when it is of a kind that is not built here.
+        """
+        fields = open_gguf(self.path).fields
+        return build_tokenizer(
+            lambda key: read_field(str(self.path), fields, f"tokenizer.{key}"), str(self.path), self.context
+        )
+
+    def held_out(self, text: str) -> Tensor:
+        """The part of a text that `factorize` with default settings holds out.
+
+        Returns:
+            (sequences, length), int64.
+
+        Raises:
+            FactorLLMError: when the text cannot be read or is too short.
+        """
+        plain = Settings()
+        settings = plain.model_copy(update={"length": min(plain.length, self.context)})
+        return hold_out(open_text(text, self.tokenizer(), settings), settings)
+
+    def follow(self, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None) -> Followed:
+        """What the model says of a text.
+
+        Args:
+            tokens: (sequences, length), int64.
+            tick: called with the number of sequences after each batch.
+
+        Raises:
+            FactorLLMError: when llama.cpp fails, or computes NaN.
+        """
+        found: list[tuple[float, int]] = []
+        with EngineProcess("llamacpp", self.path, Options(tokens.shape[1] + 1, _ROWS_AT_ONCE)) as process:
+            for rows in tokens.split(_ROWS_AT_ONCE):
+                found += [pair for row in process.score_rows(rows.tolist()) for pair in row]
+                tick(len(rows))
+        logprobs, likeliest = ([pair[place] for pair in found] for place in (0, 1))
+        if not all(map(math.isfinite, logprobs)):
+            raise FactorLLMError(
+                f"llama.cpp computes NaN or infinity with {self.path}; write it again, or leave out --text"
+            )
+        return Followed(logprobs, likeliest)
 
     def score(self, task: str, settings: EvalSettings) -> Score:
         """The score on one task."""
@@ -75,7 +158,7 @@ class GgufSubject:
 _INSTALL = how_to_install("llamacpp")
 
 
-def check_gguf(against: str | None, text: str | None, settings: EvalSettings) -> None:
+def check_gguf(against: str | None, settings: EvalSettings) -> None:
     """Refuse what is not measured through llama.cpp.
 
     Raises:
@@ -85,11 +168,6 @@ def check_gguf(against: str | None, text: str | None, settings: EvalSettings) ->
         raise FactorLLMError(
             f"a .gguf file is measured through llama.cpp and {against} would be through transformers, which compares "
             "engines as well as models; give a .gguf file with --against too"
-        )
-    if text is not None:
-        raise FactorLLMError(
-            "perplexity and agreement on a --text are not measured through llama.cpp, whose server does not say the "
-            "probabilities of a whole text; give the checkpoint's folder"
         )
     plain = EvalSettings()
     if (settings.device, settings.dtype) != (plain.device, plain.dtype):

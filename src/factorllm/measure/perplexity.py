@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from factorllm.errors import FactorLLMError
 
 _LOGITS_AT_ONCE = 1 << 26  # elements: 256 MiB in fp32
+_LOSSES_AT_ONCE = 64  # positions
 _LARGEST_LOSS = math.log(sys.float_info.max)
 
 
@@ -29,11 +30,17 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], Non
     total = 0.0
     for rows in tokens.split(batch):
         rows = rows.to(model.device)
-        logits = model(rows, use_cache=False).logits[:, :-1]
-        total += cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum").item()
+        for logits, row in zip(model(rows, use_cache=False).logits, rows, strict=True):
+            total += _summed_loss(logits[:-1], row[1:])
         tick(len(rows))
     loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
     return math.exp(loss) if loss < _LARGEST_LOSS else loss * math.inf
+
+
+def _summed_loss(logits: Tensor, following: Tensor) -> float:
+    """Of (n, vocabulary) logits, and the n tokens that are there; a few at a time, for the loss copies its logits."""
+    pieces = zip(logits.split(_LOSSES_AT_ONCE), following.split(_LOSSES_AT_ONCE), strict=True)
+    return sum(cross_entropy(piece.float(), tokens, reduction="sum").item() for piece, tokens in pieces)
 
 
 def refuse_infinite(perplexities: dict[str, float], instead: str) -> None:

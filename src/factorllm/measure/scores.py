@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -25,7 +25,7 @@ from factorllm.dense import open_model
 from factorllm.dense.safetensors import read_config, read_tokenizer
 from factorllm.errors import FactorLLMError
 from factorllm.measure.agreement import Agreement, agreement
-from factorllm.measure.gguf_subject import GgufSubject, check_gguf
+from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
@@ -40,6 +40,8 @@ from factorllm.text.parts import open_text
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
 """Where scores are kept, by what they were measured on."""
+
+Measured = TypeVar("Measured", Score, Followed)
 
 _DECIDING = {
     "factorllm": "factorllm",
@@ -82,7 +84,8 @@ def evaluate(
     Args:
         student: a checkpoint's folder, or any model's `.gguf` file, which is then asked through llama.cpp.
         against: a dense model; beside a `.gguf` file, another one.
-        text: a text to measure perplexity and agreement on, as for `factorize`; its held-out part is used.
+        text: a text to measure perplexity and agreement on, as for `factorize`; the part is used that the student's
+            `factorize` holds out, or for a `.gguf` file, which does not say how it was made, one with default settings.
 
     Raises:
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
@@ -106,16 +109,26 @@ def evaluate(
     if text is not None:
         _check_vocabularies(subjects)
         tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
-    scores = {name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()}
+    scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
     return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
 
 
 def _of_gguf(
     student: Path, against: str | None, text: str | None, settings: EvalSettings, cache: Path, console: Console
 ) -> Evaluation:
-    check_gguf(against, text, settings)
+    check_gguf(against, settings)
     subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
-    return Evaluation({name: _scores(subject, name, settings, cache, console) for name, subject in subjects.items()})
+    if text is not None:
+        _check_vocabularies(subjects)
+        tokens = subjects["student"].held_out(text)
+    scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
+    if text is None:
+        return Evaluation(scores)
+    with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
+        followed = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
+    found = {name: each.perplexity for name, each in followed.items()}
+    close = followed["student"].agreement(followed["dense"]) if against else None
+    return Evaluation(scores, found, close)
 
 
 def _on_text(scores: dict[str, Any], subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
@@ -187,7 +200,7 @@ def _computed_in(settings: EvalSettings) -> tuple[str, str]:
     return settings.dtype, torch.device(settings.device).type
 
 
-def _check_vocabularies(subjects: dict[str, _Subject]) -> None:
+def _check_vocabularies(subjects: Mapping[str, _Subject | GgufSubject]) -> None:
     """Refuse to compare next tokens of models that do not have the same."""
     sizes = {name: subject.vocabulary for name, subject in subjects.items()}
     if len(set(sizes.values())) > 1:
@@ -197,28 +210,47 @@ def _check_vocabularies(subjects: dict[str, _Subject]) -> None:
         )
 
 
-def _scores(
+def scores_of(
     subject: _Subject | GgufSubject, name: str, settings: EvalSettings, cache: Path, console: Console
 ) -> dict[str, Score]:
-    """One task at a time, so that an interrupted run keeps what it has."""
-    found = {}
-    for task in settings.tasks:
-        path = cache / f"{_key(subject, task, settings)}.json"
-        if (known := _cached(path)) is None:
-            console.print(f"{name}: {task}")
-            known = subject.score(task, settings)
-            with suppress(OSError):  # without a cache it takes longer, and that is all
-                cache.mkdir(parents=True, exist_ok=True)
-                write_json(path, asdict(known))
-        found[task] = known
-    return found
+    """The scores of one model, one task at a time, so that an interrupted run keeps what it has.
+
+    Args:
+        name: of the model, for the console.
+    """
+
+    def ask(task: str) -> Score:
+        console.print(f"{name}: {task}")
+        return subject.score(task, settings)
+
+    return {
+        task: _once(cache / f"{_key(subject, task, settings)}.json", Score, partial(ask, task))
+        for task in settings.tasks
+    }
 
 
-def _cached(path: Path) -> Score | None:
+def follow_text(
+    subject: GgufSubject, tokens: Tensor, cache: Path, tick: Callable[[int], None] = lambda sequences: None
+) -> Followed:
+    """What a file's model says of a text, (sequences, length), int64; from the cache where it was asked before.
+
+    Args:
+        tick: called with the number of sequences after each batch.
+    """
+    key = xxhash.xxh3_128(json.dumps([subject.fingerprint, tokens.tolist()]).encode()).hexdigest()
+    return _once(cache / f"{key}.json", Followed, partial(subject.follow, tokens, tick))
+
+
+def _once(path: Path, kind: type[Measured], measure: Callable[[], Measured]) -> Measured:
+    """What is cached in a file, or else is measured now."""
     try:
-        return TypeAdapter(Score).validate_json(path.read_bytes())
-    except (OSError, ValueError):  # not there, or damaged: it is measured again
-        return None
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValueError):  # not there, or damaged
+        found = measure()
+    with suppress(OSError):  # without a cache it takes longer, and that is all
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(found))
+    return found
 
 
 def _key(subject: _Subject | GgufSubject, task: str, settings: EvalSettings) -> str:

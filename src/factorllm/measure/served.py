@@ -44,7 +44,8 @@ class Served(TemplateLM):
                     f"{self._context}; leave the question out"
                 )
             found = self._process.score(context[-room:], continuation)
-            answers.append((sum(value for value, _ in found), all(likeliest for _, likeliest in found)))
+            greedy = [likeliest for _, likeliest in found] == continuation
+            answers.append((sum(value for value, _ in found), greedy))
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -39,7 +39,8 @@ def score_table(found: Evaluation) -> Table:
         values = [f"{found.perplexity[name]:.2f}" if name in found.perplexity else "-" for name in ("dense", "student")]
         table.add_row("text", "perplexity", "", *values, "", "")
     if found.agreement:
-        table.add_row("text", "KL to dense", "", "0", f"{found.agreement.kl:.3f}", "", "")
+        if found.agreement.kl is not None:
+            table.add_row("text", "KL to dense", "", "0", f"{found.agreement.kl:.3f}", "", "")
         table.add_row("text", "top-1 agreement", "", "100%", f"{found.agreement.top_1:.1%}", "", "")
     return table
 

@@ -53,7 +53,7 @@ class Settings(BaseModel):
     """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
     tune: int = Field(default=0, ge=0, le=10_000)
     """Passes over the calibration tokens that fit each layer's kept neurons by gradient, before the restore."""
-    memory_limit: int = Field(default=2 << 30, ge=0, le=1 << 60)
+    memory_limit: int = Field(default=1 << 29, ge=0, le=1 << 60)
     """Bytes that one kind of a layer's activations may take in memory before it spills to disk."""
 
     def resolve(self, config: PreTrainedConfig) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -49,17 +50,24 @@ def open_subjects(
     """
     names = ["student", "dense", *(f"pruned {i}" if len(against) > 2 else "pruned" for i in range(1, len(against)))]
     models = zip(names, [student, *against], strict=True)
-    return [_open(name, model, engine, file_type, work, console) for name, model in models]
+    return [open_subject(name, model, engine, file_type, work, console) for name, model in models]
 
 
-def _open(name: str, model: str, engine: str, file_type: str, work: Path, console: Console) -> Subject:
+def open_subject(
+    name: str, model: str, engine: str, file_type: str, work: Path, console: Console, **weighted: Any
+) -> Subject:
+    """A model in the form that the engine loads; `open_subjects` says more.
+
+    Args:
+        weighted: how `export_gguf` weighs what counts.
+    """
     checkpoint = open_checkpoint(model)
     cost = cost_of(checkpoint.config, checkpoint.host.shape(checkpoint.config))
     path = Path(model)
     if engine == "llamacpp":
         path = work / f"{name.replace(' ', '-')}-{file_type}.gguf"
         console.print(f"writing {model} as {path.name}", highlight=False, soft_wrap=True)
-        export_gguf(model, path, file_type, say=console.print, when_full=IN_TMPDIR)
+        export_gguf(model, path, file_type, say=console.print, when_full=IN_TMPDIR, **weighted)
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))

@@ -1,0 +1,112 @@
+"""Rounding that makes errors good: GPTQ (arXiv 2210.17323, algorithm 1), for types whose blocks have one scale.
+
+A weight that is rounded up puts too much into its row's output; the weights of later columns, which are not rounded
+yet, are moved so that on a text's inputs the output comes back as near as it can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from factorllm.exporting.ggml import quantize
+from factorllm.runs.stored import refuse_lost
+
+LEVELS = {
+    Type.Q4_0: tuple(range(-8, 8)),
+    Type.IQ4_NL: tuple(gguf.quants.IQ4_NL.kvalues),
+}
+"""What a code of four bits stands for, in units of its block's scale. A block of 32 weights is its scale, fp16, and 16
+bytes: byte j has the code of weight j in its low half, and that of weight j + 16 in its high one."""
+
+_BLOCK = 32
+_SCALE_BYTES = 2
+_DAMPING = 0.01  # of the mean diagonal, as in the paper
+
+
+def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tensor) -> np.ndarray:
+    """A tensor in one of the types of `LEVELS`, its errors made good on a text's inputs.
+
+    Args:
+        name: for messages.
+        tensor: (..., d), fp32, d a multiple of 32.
+        kind: the type.
+        grams: `X^T X` of the inputs X, (n, d, d), one for each of the n matrices of a tensor of three dimensions.
+
+    Returns:
+        uint8, (..., bytes of a row).
+
+    Raises:
+        FactorLLMError: when a row does not come out as what was put in.
+    """
+    matrices = torch.from_numpy(np.ascontiguousarray(tensor, np.float32)).reshape(-1, *tensor.shape[-2:])
+    made = np.stack(
+        [_Rounding.of(name, matrix, kind, gram).run() for matrix, gram in zip(matrices, grams, strict=True)]
+    )
+    typical = float(matrices.double().square().sum(-1).mean().sqrt())
+    back = gguf.quants.dequantize(made.reshape(-1, made.shape[-1]), kind)
+    refuse_lost(name, matrices.flatten(0, 1).numpy(), back, kind.name, typical)
+    return made.reshape(*tensor.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """One matrix on its way to a file.
+
+    Attributes:
+        rest: (rows, d), fp32: the weights, those that are not rounded yet moved by the errors of those that are.
+        pull: (d, d), fp32, upper triangular: how an error in a column moves the later ones.
+        weights: (1, d), fp32: what the squared error of each column counts for the choice of scales.
+    """
+
+    name: str
+    rest: Tensor
+    kind: Type
+    pull: Tensor
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, matrix: Tensor, kind: Type, gram: Tensor) -> _Rounding:
+        gram = gram.double() if gram.any() else torch.eye(len(gram), dtype=torch.float64)
+        diagonal = gram.diagonal()
+        diagonal.add_(_DAMPING * diagonal.mean())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        pull = torch.linalg.cholesky(inverse, upper=True).float()
+        weights = (diagonal / diagonal.mean()).float().numpy()[None]
+        return cls(name, matrix.clone(), kind, pull, weights)
+
+    def run(self) -> np.ndarray:
+        """The matrix's bytes: (rows, bytes of a row), uint8."""
+        width = self.rest.shape[1]
+        blocks = [self._block(slice(first, first + _BLOCK)) for first in range(0, width, _BLOCK)]
+        return np.concatenate(blocks, axis=1)
+
+    def _block(self, columns: slice) -> np.ndarray:
+        """Round a block of every row, and move what comes after it."""
+        weights = np.ascontiguousarray(self.weights[:, columns])
+        scaled = quantize(self.name, np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
+        scales = torch.from_numpy(scaled[:, :_SCALE_BYTES].copy().view(np.float16).astype(np.float32))[:, 0]
+        codes, errors = self._codes(columns, scales)
+        self.rest[:, columns.stop :] -= errors @ self.pull[columns, columns.stop :]
+        low, high = codes.T.reshape(-1, 2, _BLOCK // 2).unbind(1)
+        return np.concatenate([scaled[:, :_SCALE_BYTES], (low | high << 4).numpy()], axis=1)
+
+    def _codes(self, columns: slice, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of a block, (32, rows), uint8; and what is to be made good after it, (rows, 32)."""
+        levels = torch.tensor(LEVELS[self.kind], dtype=torch.float32)
+        between = (levels[1:] + levels[:-1]) / 2
+        own = self.pull[columns, columns]
+        block = self.rest[:, columns].T.contiguous()
+        inverse = torch.where(scales != 0, 1 / scales, 0.0)
+        codes = torch.empty(block.shape, dtype=torch.uint8)
+        errors = torch.empty_like(block)
+        for column in range(_BLOCK):
+            codes[column] = torch.bucketize(block[column] * inverse, between)
+            errors[column] = (block[column] - levels[codes[column].long()] * scales) / own[column, column]
+            block[column + 1 :] -= own[column, column + 1 :, None] * errors[column]
+        return codes, errors.T

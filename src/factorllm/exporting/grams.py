@@ -1,0 +1,81 @@
+"""`X^T X` of what goes into each matrix, for rounding that makes errors good; a few layers at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from factorllm.exporting.checkpoints import Checkpoint
+from factorllm.exporting.importance import open_inputs
+from factorllm.exporting.watch import run_watched
+from factorllm.runs.progress import meter
+
+_AT_MOST = 1 << 30
+"""Bytes that the sums of some layers may take together."""
+
+_SAME_INPUTS = {
+    "attn_k": "attn_q",
+    "attn_v": "attn_q",
+    "ffn_up": "ffn_gate",
+    "ffn_up_exps": "ffn_gate_exps",
+    "ffn_up_shexp": "ffn_gate_shexp",
+}
+"""Tensors that read what another one reads, which is summed up once."""
+
+
+class Grams:
+    """Sums over a text for each matrix of a model's layers.
+
+    The model is run on the text again for every few layers, so that any model's sums fit in memory.
+
+    Args:
+        text: as for `read_importance`.
+        tokens: how many tokens of it are run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, text: str, tokens: int, console: Console):
+        self._checkpoint, self._console = checkpoint, console
+        self._model, self._tokens = open_inputs(checkpoint, text, tokens, console)
+        self._layers = range(0)
+        self._sums: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor | None:
+        """`X^T X` of a tensor's inputs: (n, d, d), fp32, one for each of its matrices; None for what no layer has."""
+        if not name.startswith("blk.") or not name.endswith(".weight"):
+            return None
+        layer = int(name.split(".")[1])
+        if layer not in self._layers:
+            self._collect(layer)
+        return self._sums.get(_read_by(name))
+
+    def _collect(self, first: int) -> None:
+        """Sum up for as many layers as fit, or for one."""
+        self._sums = {}
+        count = self._checkpoint.config.num_hidden_layers
+        size = 4 * (2 * self._checkpoint.config.hidden_size**2 + self._inner_width() ** 2)
+        self._layers = range(first, min(first + max(_AT_MOST // size, 1), count))
+        with meter(self._console, f"summing up layers {first + 1} to {self._layers.stop}", len(self._tokens)) as bar:
+            run_watched(self._model, self._checkpoint, self._tokens, self, self._layers, bar.advance)
+
+    def _inner_width(self) -> int:
+        return self._checkpoint.host.shape(self._checkpoint.config).kept_width
+
+    def see(self, name: str, row: int, rows: int, inputs: Tensor) -> None:
+        if _read_by(name) != name:
+            return
+        flat = inputs.flatten(0, -2).float()
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(rows, flat.shape[1], flat.shape[1])
+        self._sums[name][row] += (flat.T @ flat).cpu()
+
+    def see_idle(self, prefix: str, expert: int, experts: int, inner: Callable[[], Tensor]) -> None:
+        """Experts that never ran are rounded as if their inputs had nothing in common."""
+
+
+def _read_by(name: str) -> str:
+    """The tensor whose inputs are summed up for one: `blk.3.attn_k.weight` -> `blk.3.attn_q.weight`."""
+    start, leaf = name.removesuffix(".weight").rsplit(".", 1)
+    return f"{start}.{_SAME_INPUTS.get(leaf, leaf)}.weight"

@@ -1,0 +1,201 @@
+"""One front from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from factorllm.dense.families import FAMILIES
+from factorllm.errors import FactorLLMError
+from factorllm.exporting import FILE_TYPES
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.ggml import WEIGHTED
+from factorllm.exporting.importance import WeighOnce
+from factorllm.measure.front.plan import FrontPlan
+from factorllm.measure.front.points import Front, Kind, Point, Timed
+from factorllm.measure.front.show import front_json, write_picture
+from factorllm.measure.gguf_subject import GgufSubject, check_gguf
+from factorllm.measure.scores import CACHE, follow_text, scores_of
+from factorllm.measure.settings import EvalSettings
+from factorllm.measure.speed.subjects import Subject, open_subject
+from factorllm.measure.speed.timing import Measure, measure_speed
+from factorllm.measure.tasks import Score, check_tasks
+from factorllm.runs.digest import digest_of
+from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.output import check_own_files, located, read_json
+from factorllm.runs.progress import meter
+from factorllm.runs.workspace import write_json
+from factorllm.text.parts import sequences_of
+
+NUMBERS, PICTURE = "front.json", "front.png"
+
+REFERENCE = "q8_0"
+"""The dense model's file that all speeds are told against."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    kind: Kind
+    path: str
+
+
+def run_front(
+    students: Sequence[str],
+    against: Sequence[str],
+    text: str,
+    out: Path,
+    plan: FrontPlan | None = None,
+    settings: EvalSettings | None = None,
+    cache: Path = CACHE,
+    console: Console | None = None,
+) -> Front:
+    """Write every model in every type to `out`, weighed by the text, and measure each file through llama.cpp.
+
+    Each type is timed in turns, with the dense model's q8_0 among them. What was written or measured is not done again,
+    so an interrupted front goes on. `front.json` and `front.png` are written last.
+
+    Args:
+        against: the dense model first, then static prunes.
+        text: as for `factorize`.
+        settings: tasks that each file is asked; None for no tasks.
+
+    Raises:
+        FactorLLMError: when a model, the text or llama.cpp cannot be used.
+
+    Example:
+        >>> plan = FrontPlan(types=("q8_0",), importance_tokens=64, perplexity_tokens=64, rounds=2, prompt=8, steps=2)
+        >>> front = run_front(["student"], ["dense"], "my-text.txt", Path("front"), plan)
+        >>> [(point.model, point.kind) for point in front.points]
+        [('dense', 'dense'), ('student', 'student')]
+    """
+    plan, settings, console = plan or FrontPlan(), settings or EvalSettings(tasks=()), console or Console(quiet=True)
+    out, models = located(out), _models(students, against)
+    _check(out, plan, settings)
+    with explain_full_disk(out, "free some, or choose another -o"):
+        out.mkdir(parents=True, exist_ok=True)
+        files = {(model, kind): file for model in models for kind, file in _write(model, text, out, plan, console)}
+        said = _ask(files, text, plan, settings, cache, console)
+        timed = {kind: _time(kind, files, out, plan, console) for kind in plan.types}
+        points = [
+            _point(model, kind, file, timed[kind][model.name], *said[file.path])
+            for (model, kind), file in files.items()
+            if kind in plan.types
+        ]
+        front = Front(points, text, plan, settings)
+        write_json(out / NUMBERS, front_json(front))
+        write_picture(points, out / PICTURE)
+    return front
+
+
+def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
+    """The dense model, then students, then prunes.
+
+    Raises:
+        FactorLLMError: when one is not what it is given as, or two have one name.
+    """
+    given: list[tuple[Kind, Sequence[str]]] = [
+        ("dense", against[:1]),
+        ("student", students),
+        ("static prune", against[1:]),
+    ]
+    models = [_Model(_name(path), kind, path) for kind, paths in given for path in paths]
+    for model in models:
+        is_dense = open_checkpoint(model.path).config.model_type in FAMILIES
+        if is_dense == (model.kind == "student"):
+            raise FactorLLMError(
+                f"{model.path} is {'a dense or pruned model' if is_dense else 'a student'}; give students first, and "
+                "with --against the dense model and static prunes"
+            )
+    names = [model.name for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FactorLLMError(f"two models are called {twice}, and files are called by their models; rename one")
+    return models
+
+
+def _name(path: str) -> str:
+    return Path(path).absolute().name.removesuffix(".gguf")
+
+
+def _check(out: Path, plan: FrontPlan, settings: EvalSettings) -> None:
+    """Refuse before the work what cannot be measured or written."""
+    for kind in plan.types:
+        if kind not in FILE_TYPES:
+            raise FactorLLMError(f"no type {kind!r}; types: {', '.join(FILE_TYPES)}")
+    check_gguf(None, settings)
+    check_tasks(settings.tasks, settings.data, settings.run_generated_code)
+    names = (NUMBERS, PICTURE, *map(_timings, plan.types))
+    check_own_files(out, names, _is_ours)
+
+
+def _is_ours(folder: Path) -> bool:
+    made = [read_json(folder / name) or {} for name in (NUMBERS, *map(_timings, FILE_TYPES))]
+    return any({"points", "plan"} <= each.keys() or {"job", "timed"} <= each.keys() for each in made)
+
+
+def _write(model: _Model, text: str, out: Path, plan: FrontPlan, console: Console) -> Iterator[tuple[str, Subject]]:
+    """A model's files, by type."""
+    weigh, weights = WeighOnce(), {"text": text, "tokens": plan.importance_tokens}
+    extra = [REFERENCE] if model.kind == "dense" and REFERENCE not in plan.types else []
+    for kind in (*plan.types, *extra):
+        weighted = weights if FILE_TYPES[kind][0] in WEIGHTED else {}
+        yield kind, open_subject(model.name, model.path, "llamacpp", kind, out, console, weigh=weigh, **weighted)
+
+
+def _ask(
+    files: dict[tuple[_Model, str], Subject],
+    text: str,
+    plan: FrontPlan,
+    settings: EvalSettings,
+    cache: Path,
+    console: Console,
+) -> dict[Path, tuple[float, dict[str, Score]]]:
+    """Perplexity and scores of each file that is on the front."""
+    subjects = {
+        f"{model.name} {kind}": GgufSubject.of(file.path) for (model, kind), file in files.items() if kind in plan.types
+    }
+    tokens = next(iter(subjects.values())).held_out(text)
+    tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
+    with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
+        found = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
+    return {
+        subject.path: (found[name].perplexity, scores_of(subject, name, settings, cache, console))
+        for name, subject in subjects.items()
+    }
+
+
+def _time(
+    kind: str, files: dict[tuple[_Model, str], Subject], out: Path, plan: FrontPlan, console: Console
+) -> dict[str, Timed]:
+    """How fast the files of one type are, by model; timed in turns, the reference among them."""
+    reference = next(file for (model, each), file in files.items() if model.kind == "dense" and each == REFERENCE)
+    subjects = {model.name: file for (model, each), file in files.items() if each == kind}
+    job = {
+        "plan": plan.speed_plan().model_dump(mode="json"),
+        "files": [digest_of([each.path]) for each in (reference, *subjects.values())],
+    }
+    path = out / _timings(kind)
+    if (known := read_json(path)) and known.get("job") == job:
+        return TypeAdapter(dict[str, Timed]).validate_python(known["timed"])
+    measures = measure_speed([reference, *subjects.values()], "llamacpp", plan.speed_plan(), console)
+    timed = {name: _against(measure, measures[0], plan) for name, measure in zip(subjects, measures[1:], strict=True)}
+    write_json(path, {"job": job, "timed": {name: asdict(each) for name, each in timed.items()}})
+    return timed
+
+
+def _timings(kind: str) -> str:
+    return f"speed-{kind}.json"
+
+
+def _against(measure: Measure, reference: Measure, plan: FrontPlan) -> Timed:
+    prefill, decode = plan.speed_plan().names()
+    return Timed(measure.ratio(reference, prefill), measure.ratio(reference, decode))
+
+
+def _point(model: _Model, kind: str, file: Subject, timed: Timed, perplexity: float, scores: dict[str, Score]) -> Point:
+    bits = 8 * file.size / file.cost.total_parameters
+    return Point(model.name, model.kind, kind, file.size, bits, timed, perplexity, scores)

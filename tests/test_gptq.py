@@ -1,0 +1,135 @@
+"""Rounding that makes errors good: less error on the text's inputs, in the types that llama.cpp reads."""
+
+from functools import partial
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import words
+from gguf import GGMLQuantizationType as Type
+from rich.console import Console
+from test_export import save_model
+from test_kquants import SMALL, TOKENS, seen_by_hand, tensors_in, tokens_of, wide
+
+from factorllm import FactorLLMError, factorize
+from factorllm.exporting import export_gguf, grams
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.ggml import quantize
+from factorllm.exporting.gptq import LEVELS, quantize_compensated
+from factorllm.exporting.grams import Grams
+from factorllm.student.read import load_student
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+
+
+def correlated(count: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Inputs (count, d) of which some directions hold most."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator) * torch.logspace(0, -1.5, d)
+    return torch.randn(count, d, generator=generator) @ mixing.T
+
+
+def lost(weights: torch.Tensor, made: np.ndarray, kind: Type, inputs: torch.Tensor) -> float:
+    """Squared error of the outputs, relative to the outputs."""
+    back = torch.from_numpy(gguf.quants.dequantize(made, kind)).view_as(weights)
+    return (((weights - back) @ inputs.T).square().sum() / (weights @ inputs.T).square().sum()).item()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", LEVELS)
+def test_less_is_lost_on_inputs_like_the_texts(kind):
+    weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    seen, new = correlated(4096, 128).split(2048)
+    gram = seen.T @ seen
+    importance = (gram.diagonal() / gram.diagonal().mean())[None].numpy()
+    plain = lost(weights, quantize("w", weights.numpy(), kind, importance), kind, new)
+    assert lost(weights, quantize_compensated("w", weights.numpy(), kind, gram[None]), kind, new) < 0.5 * plain
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", LEVELS)
+def test_inputs_that_have_nothing_in_common_leave_the_nearest_levels(kind):
+    weights = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    made = quantize_compensated("w", weights.numpy(), kind, torch.zeros(1, 64, 64))
+    assert np.array_equal(made, quantize_compensated("w", weights.numpy(), kind, torch.eye(64)[None]))
+    scales = torch.from_numpy(made.reshape(8, 2, 18)[..., :2].copy().view(np.float16).astype(np.float32))
+    levels = scales * torch.tensor(LEVELS[kind], dtype=torch.float32)
+    nearest = (weights.view(8, 2, 32, 1) - levels[:, :, None]).abs().min(-1).values
+    back = torch.from_numpy(gguf.quants.dequantize(made, kind)).view(8, 2, 32)
+    assert torch.allclose((weights.view(8, 2, 32) - back).abs(), nearest, atol=1e-6)
+
+
+@pytest.mark.engine
+def test_each_matrix_of_a_tensor_has_inputs_of_its_own():
+    weights = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+    sums = torch.stack([x.T @ x for x in (correlated(512, 64, seed) for seed in (2, 3))])
+    together = quantize_compensated("w", weights.numpy(), Type.Q4_0, sums)
+    for number in range(2):
+        alone = quantize_compensated("w", weights[number].numpy(), Type.Q4_0, sums[number, None])
+        assert np.array_equal(together[number], alone)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A dense model, a student of three experts, of which one runs beside the shared part, and a text."""
+    root = tmp_path_factory.mktemp("gptq")
+    save_model(wide(), root / "dense")
+    (root / "text.txt").write_text("\n\n".join(words(40, seed) for seed in range(400)))
+    settings = SMALL.model_copy(update={"host": "glm4_moe"})
+    factorize(str(root / "dense"), root / "student", "S1A1E4", text=str(root / "text.txt"), settings=settings)
+    return root
+
+
+def test_the_sums_are_those_of_the_models_own_inputs(models, monkeypatch):
+    monkeypatch.setattr(grams, "_AT_MOST", 1)  # a layer at a time
+    text = str(models / "text.txt")
+    found = Grams(open_checkpoint(str(models / "student")), text, TOKENS, Console(quiet=True))
+    seen = seen_by_hand(load_student(models / "student"), tokens_of(models / "student", text, SMALL))
+    for layer in (1, 0):
+        given = {name.split(f"layers.{layer}.")[-1]: each for name, each in seen.items() if f"layers.{layer}." in name}
+        for name, module in {
+            "attn_q": "self_attn.q_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up_shexp": "mlp.shared_experts.up_proj",
+            "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        }.items():
+            inputs = given[module][0].flatten(0, -2)
+            torch.testing.assert_close(
+                found.of(f"blk.{layer}.{name}.weight"), (inputs.T @ inputs)[None], rtol=1e-3, atol=1e-3
+            )
+        hidden, picks = given["mlp.experts"][0].flatten(0, -2), given["mlp.experts"][1]
+        into = found.of(f"blk.{layer}.ffn_up_exps.weight")
+        assert into.shape == (3, 256, 256)
+        for expert in range(3):
+            own = hidden[(picks == expert).any(1)]
+            assert_close(into[expert], own.T @ own)
+    assert found.of("token_embd.weight") is None
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["dense", "student"])
+def test_a_file_computes_more_nearly_what_the_model_does(name, models, tmp_path):
+    from factorllm.measure.gguf_subject import GgufSubject
+
+    text = str(models / "text.txt")
+    paths = {"exact": ("f32", False), "plain": ("q4_0", False), "better": ("q4_0", True)}
+    for out, (file_type, gptq) in paths.items():
+        weighted = {"text": text, "tokens": 4 * TOKENS, "gptq": gptq} if file_type == "q4_0" else {}
+        export_gguf(str(models / name), tmp_path / f"{out}.gguf", file_type, **weighted)
+    subjects = {out: GgufSubject.of(tmp_path / f"{out}.gguf") for out in paths}
+    tokens = subjects["exact"].held_out(text)[:1]
+    said = {out: torch.tensor(subject.follow(tokens).logprobs) for out, subject in subjects.items()}
+    better, plain = ((said[out] - said["exact"]).square().mean() for out in ("better", "plain"))
+    assert better < 0.8 * plain
+    kinds = {each.name: each.tensor_type for each in gguf.GGUFReader(tmp_path / "better.gguf").tensors}
+    assert kinds == {each.name: each.tensor_type for each in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+    assert tensors_in(tmp_path / "better.gguf").keys() == kinds.keys()
+
+
+def test_what_it_cannot_do_is_refused(models, tmp_path):
+    for options in ({"file_type": "q4_0"}, {"file_type": "q4_k", "text": str(models / "text.txt")}):
+        with pytest.raises(FactorLLMError, match="give --text, and --type q4_0 or iq4_nl"):
+            export_gguf(str(models / "dense"), tmp_path / "out.gguf", gptq=True, **options)
+    assert not list(tmp_path.iterdir())
