@@ -13,7 +13,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 
 
-@settings_from(FrontPlan, "importance_tokens", "perplexity_tokens", "rounds", "threads")
+@settings_from(FrontPlan, "importance_tokens", "gptq", "perplexity_tokens", "rounds", "threads")
 @settings_from(EvalSettings, "data", "limit", "run_generated_code")
 def front(
     students: Annotated[list[str], typer.Argument(help="Checkpoints that factorllm made.")],

@@ -24,6 +24,8 @@ class FrontPlan(BaseModel):
     """Types of the files, as `export` has them."""
     importance_tokens: Tokens = 65_536
     """Tokens of the text that each model is run on, to weigh what counts when it is quantised."""
+    gptq: bool = False
+    """Round 4-bit types so that errors are made good on the text, which takes minutes a file."""
     perplexity_tokens: Tokens = 4096
     """Tokens of the text's held-out part that perplexity is measured on."""
     rounds: int = Field(default=5, ge=2, le=10_000)

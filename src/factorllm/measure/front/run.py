@@ -14,6 +14,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting import FILE_TYPES
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.ggml import WEIGHTED
+from factorllm.exporting.gptq import LEVELS
 from factorllm.exporting.importance import WeighOnce
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
@@ -143,6 +144,8 @@ def _write(model: _Model, text: str, out: Path, plan: FrontPlan, console: Consol
     extra = [REFERENCE] if model.kind == "dense" and REFERENCE not in plan.types else []
     for kind in (*plan.types, *extra):
         weighted = weights if FILE_TYPES[kind][0] in WEIGHTED else {}
+        if plan.gptq and FILE_TYPES[kind][0] in LEVELS:
+            weighted = weights | {"gptq": True}
         yield kind, open_subject(model.name, model.path, "llamacpp", kind, out, console, weigh=weigh, **weighted)
 
 
