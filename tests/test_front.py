@@ -11,7 +11,7 @@ from factorllm import FactorLLMError, factorize
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Point, Timed, ahead, decode_time, mean_score, mebibytes, plain_loss
 from factorllm.measure.front.run import run_front
-from factorllm.measure.front.show import front_table
+from factorllm.measure.front.show import front_table, read_front
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score
 from factorllm.runs.settings import Settings
@@ -86,6 +86,7 @@ def test_every_model_is_measured_in_every_type_and_nothing_twice(models, tmp_pat
     assert found["pruned", "f16"].size < found["dense", "f16"].size
     made = json.loads((tmp_path / "out" / "front.json").read_text())
     assert [each["perplexity"] for each in made["points"]] == [each.perplexity for each in front.points]
+    assert read_front(tmp_path / "out" / "front.json").points == front.points
     assert (tmp_path / "out" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert len(front_table(front).rows) == 6
 

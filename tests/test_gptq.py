@@ -13,11 +13,13 @@ from test_export import save_model
 from test_kquants import SMALL, TOKENS, seen_by_hand, tensors_in, tokens_of, wide
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense.ffn import FFN
 from factorllm.exporting import export_gguf, grams
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.ggml import quantize
 from factorllm.exporting.gptq import LEVELS, quantize_compensated
 from factorllm.exporting.grams import Grams
+from factorllm.exporting.tensors import gguf_tensors
 from factorllm.student.read import load_student
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
@@ -106,6 +108,25 @@ def test_the_sums_are_those_of_the_models_own_inputs(models, monkeypatch):
             own = hidden[(picks == expert).any(1)]
             assert_close(into[expert], own.T @ own)
     assert found.of("token_embd.weight") is None
+
+
+def test_neurons_are_put_in_order_together(models):
+    checkpoint = open_checkpoint(str(models / "student"))
+    found = Grams(checkpoint, str(models / "text.txt"), TOKENS, Console(quiet=True))
+    tensors = dict(gguf_tensors(checkpoint))
+    x = correlated(4, 256)
+    for which in ("shexp", "exps"):
+        names = [f"blk.1.ffn_{part}_{which}.weight" for part in ("gate", "up", "down")]
+        plain = [tensors[name].reshape(-1, *tensors[name].shape[-2:]) for name in names]
+        ordered = [found.in_order(name, tensors[name]).view_as(own) for name, own in zip(names, plain, strict=True)]
+        assert not torch.equal(plain[0], ordered[0])
+        for number in range(len(plain[0])):
+            wanted, found_ffn = (FFN(*(each[number] for each in matrices)) for matrices in (plain, ordered))
+            assert_close(found_ffn.hidden(x) @ found_ffn.down.T, wanted.hidden(x) @ wanted.down.T)
+        sizes = found.of(names[2]).diagonal(dim1=1, dim2=2)
+        assert (sizes.diff(dim=1) <= 0).all()
+    query = "blk.1.attn_q.weight"
+    assert torch.equal(found.in_order(query, tensors[query]), tensors[query])
 
 
 @pytest.mark.engine

@@ -249,7 +249,7 @@ def _write_tensors(
 
 def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | None, grams: Grams | None) -> np.ndarray:
     """A tensor's bytes. The older types without weights are made by the package gguf, which needs no llama.cpp."""
-    data = tensor.contiguous().numpy()
+    data = (grams.in_order(name, tensor) if grams else tensor).contiguous().numpy()
     if grams and kind in LEVELS and (inputs := grams.of(name)) is not None:
         return quantize_compensated(name, data, kind, inputs)
     weights = importance.weights(name) if importance and kind in WEIGHTED else None

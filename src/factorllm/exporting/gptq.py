@@ -72,7 +72,7 @@ class _Rounding:
 
     @classmethod
     def of(cls, name: str, matrix: Tensor, kind: Type, gram: Tensor) -> _Rounding:
-        gram = gram.double() if gram.any() else torch.eye(len(gram), dtype=torch.float64)
+        gram = gram.to(torch.float64, copy=True) if gram.any() else torch.eye(len(gram), dtype=torch.float64)
         diagonal = gram.diagonal()
         diagonal.add_(_DAMPING * diagonal.mean())
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))

@@ -26,6 +26,12 @@ _SAME_INPUTS = {
 """Tensors that read what another one reads, which is summed up once."""
 
 
+_ORDERED_BY = {
+    f"ffn_{part}{which}": f"ffn_down{which}" for part in ("gate", "up", "down") for which in ("", "_exps", "_shexp")
+}
+"""Matrices of an FFN, and the one whose inputs are its neurons."""
+
+
 class Grams:
     """Sums over a text for each matrix of a model's layers.
 
@@ -43,7 +49,38 @@ class Grams:
         self._sums: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor | None:
-        """`X^T X` of a tensor's inputs: (n, d, d), fp32, one for each of its matrices; None for what no layer has."""
+        """`X^T X` of a tensor's inputs, those of a down projection in the order of `in_order`.
+
+        Returns:
+            (n, d, d), fp32, one for each of its matrices; None for what no layer has.
+        """
+        gram = self._sum(name)
+        if gram is None or (order := self._neuron_order(name)) is None or not _is_down(name):
+            return gram
+        return torch.stack([own[neurons][:, neurons] for own, neurons in zip(gram, order, strict=True)])
+
+    def in_order(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of an FFN, (..., rows, d), with each FFN's neurons the most active first; others as they are.
+
+        In whatever order, an FFN computes the same. Where those that count most are rounded first, their errors are
+        made good by all the others, as with `act-order` in GPTQ's own code; but no engine needs to know of it.
+        """
+        order = self._neuron_order(name)
+        if order is None:
+            return tensor
+        dim, matrices = (-1 if _is_down(name) else -2), tensor.reshape(-1, *tensor.shape[-2:])
+        ordered = [own.index_select(dim, neurons) for own, neurons in zip(matrices, order, strict=True)]
+        return torch.stack(ordered).view_as(tensor)
+
+    def _neuron_order(self, name: str) -> Tensor | None:
+        """(n, width), int64; None for what is no matrix of an FFN."""
+        start, leaf = _split(name)
+        if leaf not in _ORDERED_BY or (gram := self._sum(f"{start}.{_ORDERED_BY[leaf]}.weight")) is None:
+            return None
+        return gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+
+    def _sum(self, name: str) -> Tensor | None:
+        """What was seen of a tensor's inputs."""
         if not name.startswith("blk.") or not name.endswith(".weight"):
             return None
         layer = int(name.split(".")[1])
@@ -77,5 +114,15 @@ class Grams:
 
 def _read_by(name: str) -> str:
     """The tensor whose inputs are summed up for one: `blk.3.attn_k.weight` -> `blk.3.attn_q.weight`."""
-    start, leaf = name.removesuffix(".weight").rsplit(".", 1)
+    start, leaf = _split(name)
     return f"{start}.{_SAME_INPUTS.get(leaf, leaf)}.weight"
+
+
+def _is_down(name: str) -> bool:
+    return _split(name)[1].startswith("ffn_down")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`blk.3.attn_k.weight` -> `blk.3`, `attn_k`."""
+    start, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return start, leaf

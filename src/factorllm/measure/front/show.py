@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from factorllm.errors import refusing
 from factorllm.measure.front.points import Front, Point, ahead, decode_time, mean_score, mebibytes, plain_loss
 from factorllm.text.calibration import public_name
 
@@ -99,9 +102,20 @@ def front_json(front: Front) -> dict:
         "engine": "llamacpp",
         "text": public_name(front.text),
         "plan": front.plan.model_dump(mode="json"),
-        "tasks": {"names": list(front.settings.tasks), "limit": front.settings.limit},
+        "settings": front.settings.model_dump(mode="json", include={"tasks", "limit"}),
         "points": [asdict(point) for point in front.points],
     }
+
+
+def read_front(path: Path) -> Front:
+    """What `front_json` made, from its file.
+
+    Raises:
+        FactorLLMError: when it is no such file.
+    """
+    with refusing(path, "give the front.json that factorllm front wrote"):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        return TypeAdapter(Front).validate_python({key: made[key] for key in ("points", "text", "plan", "settings")})
 
 
 def write_picture(points: list[Point], path: Path) -> None:
