@@ -134,7 +134,8 @@ class GGUFSource(ModelSource):
     def _dequantised(self, tensor: gguf.ReaderTensor) -> torch.Tensor:
         instead = "use a file of another type, Q8_0 or F16 for the best quality"
         with refusing(f"tensor {tensor.name} of {self.label}, of type {tensor.tensor_type.name},", instead):
-            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            return torch.from_numpy(np.require(found, requirements="W"))  # F32 is the file itself, not to be written to
 
 
 class _Reader(gguf.GGUFReader):
