@@ -13,7 +13,7 @@ def collect(task: LayerTask) -> None:
         with fast_products(task.device):
             middle = layer.attend(task.streams.before.read(run, task.device))
             inputs = layer.ffn_input(middle)
-            sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride])
+            sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride].flatten(0, 1))
         task.middle.write(run, middle)
         task.inputs.write(run, inputs)
         task.sample.write(run, sample)
