@@ -28,6 +28,16 @@ def test_tokens_are_drawn_as_the_model_says(dense_folder, temperature, opening):
     assert wanted.max() > 2 * wanted.min()  # so a uniform draw would not pass
 
 
+def test_the_head_is_given_a_block_of_memory(dense_folder, monkeypatch):
+    """Of a slice torch may copy the head for each sequence, and without room for that lose its fast products for good."""
+    source = open_model(str(dense_folder))
+    model, given = source.load_model(torch.float32, torch.device("cpu")), []
+    compute = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: given.append(x.is_contiguous()) or compute(x))
+    sample_from_model(model, source.tokenizer(), 4, 3, seed=3, opening=[7, 42, 99])
+    assert given == [True] * 3
+
+
 def test_a_document_begins_after_the_token_between_documents():
     tokenizer = byte_tokenizer()
     assert start_token(tokenizer) in (tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -16,7 +16,7 @@ from factorllm.measure.cost import cost_of, dense_shape
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import RUN_FILE, ModelRow, Spent, Summary, model_card
 from factorllm.runs.identity import versions
-from factorllm.runs.memory import peak_memory
+from factorllm.runs.memory import give_back_freed_memory, peak_memory
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.progress import meter
 from factorllm.runs.workspace import (
@@ -73,6 +73,7 @@ def measure_students(
     settings, dense = job.settings, job.source.config
     models = len(job.students) + 1
     with meter(job.console, "measuring perplexity", models * len(job.text.held_out)) as bar:
+        give_back_freed_memory()
         model = job.source.load_model(settings.compute_dtype, settings.torch_device)
         rows = [
             ModelRow("dense", perplexity(model, job.text.held_out, bar.advance), cost_of(dense, dense_shape(dense)))
@@ -80,6 +81,8 @@ def measure_students(
         visit(rows[0], model)
         for student in job.students:
             write_index(student.folder)
+            del model
+            give_back_freed_memory()
             model = load_pretrained(
                 student.folder,
                 config=student_config(job, student),

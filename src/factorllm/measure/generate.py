@@ -17,9 +17,9 @@ _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).param
 def next_logits(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """Logits (sequences, vocabulary) after what the cache holds and `tokens` (sequences, n), which it holds then.
 
-    The last positions of several sequences are no block of memory. From such a slice torch multiplies each sequence with
-    a copy of the head of its own on a CPU, and where there is no room for that (35 GB for 128 sequences and 151,936
-    tokens) it does without oneDNN from then on, in all products: eight times slower in bfloat16.
+    The last positions of several sequences are no block of memory. Given such a slice on a CPU, torch multiplies each
+    sequence with a copy of the head of its own, and where there is no room for them (35 GB for 128 sequences and
+    151,936 tokens) it does without oneDNN from then on, in all products: eight times slower in bfloat16.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:

@@ -29,6 +29,13 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def give_back_freed_memory() -> None:
+    """Give back to the system what malloc kept, where the C library can: before a whole model is loaded."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def reuse_freed_memory() -> None:
     """Let malloc keep up to 1 GiB that was freed, in blocks of up to 32 MiB, where the C library can (glibc).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,7 +136,18 @@ class GGUFSource(ModelSource):
         instead = "use a file of another type, Q8_0 or F16 for the best quality"
         with refusing(f"tensor {tensor.name} of {self.label}, of type {tensor.tensor_type.name},", instead):
             found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(np.require(found, requirements="W"))  # F32 is the file itself, not to be written to
+            weight = np.require(found, requirements="W")  # F32 is the file itself, which is not to be written to
+        _forget_pages(tensor.data)
+        return torch.from_numpy(weight)
+
+
+def _forget_pages(data: np.ndarray) -> None:
+    """Let go of the pages of a mapped file that an array is a part of; whoever reads it again gets them again."""
+    base: object = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class _Reader(gguf.GGUFReader):
