@@ -29,7 +29,7 @@ def test_tokens_are_drawn_as_the_model_says(dense_folder, temperature, opening):
 
 
 def test_the_head_is_given_a_block_of_memory(dense_folder, monkeypatch):
-    """Of a slice torch may copy the head for each sequence, and without room for that lose its fast products for good."""
+    """Of a slice torch may copy the head for each sequence, and without room lose its fast products for good."""
     source = open_model(str(dense_folder))
     model, given = source.load_model(torch.float32, torch.device("cpu")), []
     compute = model.lm_head.forward

@@ -11,10 +11,11 @@ from torch import Tensor
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.importance import open_inputs
 from factorllm.exporting.watch import run_watched
+from factorllm.runs.memory import available_memory
 from factorllm.runs.progress import meter
 
-_AT_MOST = 1 << 30
-"""Bytes that the sums of some layers may take together."""
+_AT_MOST = 1 / 4
+"""Share of the memory that is free which the sums of some layers may take together."""
 
 _SAME_INPUTS = {
     "attn_k": "attn_q",
@@ -93,7 +94,8 @@ class Grams:
         self._sums = {}
         count = self._checkpoint.config.num_hidden_layers
         size = 4 * (2 * self._checkpoint.config.hidden_size**2 + self._inner_width() ** 2)
-        self._layers = range(first, min(first + max(_AT_MOST // size, 1), count))
+        fitting = int(_AT_MOST * available_memory()) // size
+        self._layers = range(first, min(first + max(fitting, 1), count))
         with meter(self._console, f"summing up layers {first + 1} to {self._layers.stop}", len(self._tokens)) as bar:
             run_watched(self._model, self._checkpoint, self._tokens, self, self._layers, bar.advance)
 
