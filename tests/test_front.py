@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from conftest import CONFIGS, words
@@ -65,6 +66,10 @@ def models(tmp_path_factory, text_file):
     root, small = tmp_path_factory.mktemp("front"), Settings(tokens=2048, held_out_tokens=512, length=64)
     factorized(CONFIGS["mha"], root, text_file, small).rename(root / "student")
     factorize(str(root / "dense"), root / "pruned", "S4A0E8", text=str(text_file), settings=small)
+    shutil.copytree(root / "student", root / "other")
+    made = json.loads((root / "other/factorllm.json").read_text())
+    made["settings"]["seed"] = 1
+    (root / "other/factorllm.json").write_text(json.dumps(made))
     (root / "text.txt").write_text("\n\n".join(words(40, seed) for seed in range(400)))
     return root
 
@@ -102,6 +107,7 @@ def test_every_model_is_measured_in_every_type_and_nothing_twice(models, tmp_pat
         ({"against": ["student"]}, "student is a student; give students first"),
         ({"students": ["student", "student"]}, "two models are called student"),
         ({"plan": FrontPlan(types=("q9",))}, "no type 'q9'"),
+        ({"students": ["student", "other"]}, "student was made with seed 0 and other with 1"),
         ({"settings": EvalSettings(tasks=("arc",))}, "unknown task 'arc'"),
     ],
 )

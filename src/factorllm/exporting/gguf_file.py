@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
 from factorllm.runs.output import check_output, is_done, located, own_files
 from factorllm.runs.progress import Meter, meter
+from factorllm.runs.settings import Settings
 from factorllm.runs.stored import refuse_unquantisable
 from factorllm.text.calibration import file_digest, public_name
 
@@ -68,6 +69,7 @@ def export_gguf(
     console: Console | None = None,
     when_full: str = "free some, or choose another -o",
     weigh: Callable[[Checkpoint, str, int, Console], Importance] = read_importance,
+    made_with: Settings | None = None,
 ) -> Exported:
     """Write a student, or a dense or pruned model, as one GGUF file. It appears whole or not at all.
 
@@ -85,6 +87,7 @@ def export_gguf(
         console: where progress is shown.
         when_full: what to do when the disk is too small.
         weigh: how the model is run on the text; `WeighOnce` for files of several types of one model.
+        made_with: settings of which the held-out part of the text is left alone; those of the checkpoint unless given.
 
     Raises:
         FactorLLMError: when llama.cpp would compute something else, or the file cannot be written.
@@ -99,7 +102,11 @@ def export_gguf(
     for path in filter(None, (out, beside)):
         check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = _open(model, top_k)
+    if made_with is not None:
+        checkpoint = replace(checkpoint, settings=lambda: made_with)
     job = _job(model, file_type, text, tokens, gptq, tokenizer, top_k)
+    if text is not None and made_with is not None:
+        job["held out"] = made_with.model_dump(include={"seed", "length", "held_out_tokens"})
     if not overwrite and all(is_done(path, GGUF_FILE, job) for path in filter(None, (out, beside))):
         say("done already, with the same arguments")
         return Exported(out, out.stat().st_size, {}, beside)

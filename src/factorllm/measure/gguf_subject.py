@@ -110,8 +110,8 @@ class GgufSubject:
             lambda key: read_field(str(self.path), fields, f"tokenizer.{key}"), str(self.path), self.context
         )
 
-    def held_out(self, text: str) -> Tensor:
-        """The part of a text that `factorize` with default settings holds out.
+    def held_out(self, text: str, made_with: Settings | None = None) -> Tensor:
+        """The part of a text that `factorize` with these settings, or default ones, holds out.
 
         Returns:
             (sequences, length), int64.
@@ -119,8 +119,8 @@ class GgufSubject:
         Raises:
             FactorLLMError: when the text cannot be read or is too short.
         """
-        plain = Settings()
-        settings = plain.model_copy(update={"length": min(plain.length, self.context)})
+        settings = made_with or Settings()
+        settings = settings.model_copy(update={"length": min(settings.length, self.context)})
         return hold_out(open_text(text, self.tokenizer(), settings), settings)
 
     def follow(self, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None) -> Followed:

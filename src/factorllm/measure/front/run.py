@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 from rich.console import Console
@@ -29,6 +30,7 @@ from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import check_own_files, located, read_json
 from factorllm.runs.progress import meter
+from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
 from factorllm.text.parts import sequences_of
 
@@ -76,11 +78,13 @@ def run_front(
     """
     plan, settings, console = plan or FrontPlan(), settings or EvalSettings(tasks=()), console or Console(quiet=True)
     out, models = located(out), _models(students, against)
+    made_with = _held_out_by(models)
     _check(out, plan, settings)
     with explain_full_disk(out, "free some, or choose another -o"):
         out.mkdir(parents=True, exist_ok=True)
-        files = {(model, kind): file for model in models for kind, file in _write(model, text, out, plan, console)}
-        said = _ask(files, text, plan, settings, cache, console)
+        weights = {"text": text, "tokens": plan.importance_tokens, "made_with": made_with}
+        files = {(model, kind): file for model in models for kind, file in _write(model, weights, out, plan, console)}
+        said = _ask(files, text, made_with, plan, settings, cache, console)
         timed = {kind: _time(kind, files, out, plan, console) for kind in plan.types}
         points = [
             _point(model, kind, file, timed[kind][model.name], *said[file.path])
@@ -118,6 +122,24 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
     return models
 
 
+def _held_out_by(models: list[_Model]) -> Settings:
+    """Settings of which the held-out part of the text is new to all models.
+
+    Raises:
+        FactorLLMError: when they were made with others.
+    """
+    made = {model.name: open_checkpoint(model.path).settings() for model in models if model.kind != "dense"}
+    first, *others = made
+    for name in others:
+        for key in ("seed", "length", "held_out_tokens"):
+            if getattr(made[first], key) != getattr(made[name], key):
+                raise FactorLLMError(
+                    f"{first} was made with {key} {getattr(made[first], key)} and {name} with "
+                    f"{getattr(made[name], key)}, so no part of the text is new to both; make one of them again"
+                )
+    return made[first]
+
+
 def _name(path: str) -> str:
     return Path(path).absolute().name.removesuffix(".gguf")
 
@@ -138,9 +160,11 @@ def _is_ours(folder: Path) -> bool:
     return any({"points", "plan"} <= each.keys() or {"job", "timed"} <= each.keys() for each in made)
 
 
-def _write(model: _Model, text: str, out: Path, plan: FrontPlan, console: Console) -> Iterator[tuple[str, Subject]]:
-    """A model's files, by type."""
-    weigh, weights = WeighOnce(), {"text": text, "tokens": plan.importance_tokens}
+def _write(
+    model: _Model, weights: dict[str, Any], out: Path, plan: FrontPlan, console: Console
+) -> Iterator[tuple[str, Subject]]:
+    """A model's files, by type; `weights` are arguments of `export_gguf` for types that heed importance."""
+    weigh = WeighOnce()
     extra = [REFERENCE] if model.kind == "dense" and REFERENCE not in plan.types else []
     for kind in (*plan.types, *extra):
         weighted = weights if FILE_TYPES[kind][0] in WEIGHTED else {}
@@ -152,6 +176,7 @@ def _write(model: _Model, text: str, out: Path, plan: FrontPlan, console: Consol
 def _ask(
     files: dict[tuple[_Model, str], Subject],
     text: str,
+    made_with: Settings,
     plan: FrontPlan,
     settings: EvalSettings,
     cache: Path,
@@ -161,7 +186,7 @@ def _ask(
     subjects = {
         f"{model.name} {kind}": GgufSubject.of(file.path) for (model, kind), file in files.items() if kind in plan.types
     }
-    tokens = next(iter(subjects.values())).held_out(text)
+    tokens = next(iter(subjects.values())).held_out(text, made_with)
     tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         found = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
