@@ -17,7 +17,7 @@ import torch
 from conftest import CONFIGS, LAUNCH_TWO, SHARD_OVER_TWO, relative_error, save_dense, some_tokens
 from pydantic import ValidationError
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_export import median_differences, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -26,11 +26,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.convert.route import pa_loss
 from factorllm.dense import open_model
+from factorllm.dense.safetensors import TensorFolder
 from factorllm.healing import rate, run
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
-from factorllm.healing.rate import FRACTION, LOWEST, STEPS, choose
+from factorllm.healing.rate import FRACTION, STEPS, choose, typical_weight
 from factorllm.healing.run import _ask_teacher, heal
 from factorllm.healing.settings import HealSettings, usual_rate
 from factorllm.healing.students import set_learning
@@ -484,13 +485,25 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])
 def test_the_usual_learning_rate_suits_the_student(recipe, rate):
-    assert usual_rate(parse_recipe(recipe).shape(64)) == rate
+    assert usual_rate(parse_recipe(recipe).shape(64), 0.2) == pytest.approx(rate)
+    assert usual_rate(parse_recipe(recipe).shape(64), 0.02) == pytest.approx(rate / 10)
+
+
+def test_the_size_of_the_weights_is_that_of_the_median_matrix(tmp_path):
+    matrices = {
+        f"model.layers.{layer}.{name}.weight": torch.full((4, 4), value)
+        for layer in (0, 1)
+        for name, value in (("a", -0.1), ("b", 0.2), ("c", 9.0))
+    }
+    others = {"model.layers.0.norm.weight": torch.full((4,), 7.0), "lm_head.weight": torch.full((4, 4), 8.0)}
+    save_file(matrices | others, tmp_path / "model.safetensors")
+    assert typical_weight(TensorFolder(tmp_path, "student")) == pytest.approx(0.2)
 
 
 def test_the_rate_is_a_safe_part_of_the_one_that_brought_the_divergence_down_most():
     tried = [(1e-5, 0.49), (2e-5, 0.45), (4e-5, 0.40), (8e-5, 0.44), (16e-5, 0.9)]
     assert choose(0.5, tried) == pytest.approx(4e-5 * FRACTION)
-    assert choose(0.3, tried) == LOWEST
+    assert choose(0.3, tried) == 1e-5
 
 
 def test_a_rate_far_too_high_leaves_the_input_as_it_was_and_says_so(student, dense_folder, text_file, tmp_path):

@@ -11,6 +11,7 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from accelerate import DistributedType, PartialState
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
+from factorllm.dense.safetensors import TensorFolder
 from factorllm.healing.job import HealJob
 from factorllm.healing.settings import usual_rate
 from factorllm.healing.targets import Targets
@@ -28,12 +30,12 @@ from factorllm.runs.output import read_json
 from factorllm.runs.progress import meter
 from factorllm.runs.workspace import write_json
 
-LOWEST = 4e-6
-"""Rate of the first step."""
+LOWEST = 2e-5
+"""Rate of the first step, x the size of the student's weights."""
 GROWTH = 1.6
 """How many times that of the one before is the rate of each next step."""
 STEPS = 12
-"""So the last one's rate is 7e-4."""
+"""So the last one's rate is 3.5e-3 of that size."""
 
 _TOKENS = 1024  # of validation text
 _SHARE = 0.1  # of the run's work that finding the rate may take
@@ -85,7 +87,8 @@ def settle_rate(job: HealJob, targets: dict[str, Targets]) -> Rate:
 
 def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     """A rate that is found where that is worth its work, else the usual one; says which, and why."""
-    usual = usual_rate(job.shape)
+    weight = typical_weight(TensorFolder(job.student, str(job.student)))
+    usual = usual_rate(job.shape, weight)
     validation = targets["validation"]
     length = validation.tokens.shape[1]
     few = Subset(validation, range(min(len(validation), math.ceil(_TOKENS / length))))
@@ -96,7 +99,7 @@ def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     if PartialState().distributed_type == DistributedType.DEEPSPEED:  # two engines in one process were never tried
         job.console.print(f"learning rate {usual:.2g}, as usual: none is searched for under DeepSpeed")
         return Rate(usual, "usual")
-    start, tried = _sweep(job, targets["train"], few)
+    start, tried = _sweep(job, targets["train"], few, LOWEST * weight)
     gc.collect()  # a Trainer refers to itself; its model and moments should be gone before those of the training come
     rate = Rate(choose(start, tried), "found", start, tried)
     job.console.print(f"learning rate {rate.value:.2g}, found on the student itself in {share:.0%} of the whole work")
@@ -117,10 +120,16 @@ def _share(job: HealJob, validating: int) -> float:
     return search / (training + validations)
 
 
-def _sweep(job: HealJob, train: Targets, few: Subset) -> tuple[float, list[tuple[float, float]]]:
+def typical_weight(student: TensorFolder) -> float:
+    """Root mean square of the matrices in a student's layers, of the median one."""
+    inside = (name for name in student.names() if name.startswith("model.layers.") and len(student.shape(name)) > 1)
+    return median(student.read(name).float().square().mean().sqrt().item() for name in inside)
+
+
+def _sweep(job: HealJob, train: Targets, few: Subset, lowest: float) -> tuple[float, list[tuple[float, float]]]:
     """KL divergence before the first step; rate of each step, and the divergence after it."""
     arguments = common_arguments(
-        job, LOWEST, STEPS, "rate", eval_on_start=True, eval_steps=1, save_strategy="no", logging_strategy="no",
+        job, lowest, STEPS, "rate", eval_on_start=True, eval_steps=1, save_strategy="no", logging_strategy="no",
         report_to=[],
     )  # fmt: skip
     trainer = new_trainer(job, arguments, train, few, _Sweep)
@@ -128,7 +137,7 @@ def _sweep(job: HealJob, train: Targets, few: Subset) -> tuple[float, list[tuple
         trainer.add_callback(_SweepCallback(bar.advance))
         trainer.train()
     start, *after = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return start, [(LOWEST * GROWTH**step, loss) for step, loss in enumerate(after)]
+    return start, [(lowest * GROWTH**step, loss) for step, loss in enumerate(after)]
 
 
 class _Sweep(FactorTrainer):
@@ -166,4 +175,4 @@ def choose(start: float, tried: list[tuple[float, float]]) -> float:
         tried: rate of each step, and the divergence after it.
     """
     best, lowest = min(tried, key=lambda each: each[1])
-    return FRACTION * best if lowest < start else LOWEST
+    return FRACTION * best if lowest < start else tried[0][0]

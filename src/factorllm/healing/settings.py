@@ -11,8 +11,8 @@ from factorllm.runs.settings import Passes, Sequences, Tokens
 
 Train = Literal["router", "experts", "ffn", "all", "lora"]
 
-_RATE = 1e-4
-_LIGHT_RATE = 3e-5  # best at 25 % FFN sparsity of SmolLM2, where 1e-4 soon makes it worse (docs/experiments.md)
+_RATE = 5e-4  # of the size of the student's weights
+_LIGHT_RATE = 1.5e-4  # best at 25 % FFN sparsity of SmolLM2, where 5e-4 soon makes it worse (docs/experiments.md)
 _LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
 
 
@@ -38,8 +38,8 @@ class HealSettings(BaseModel):
     soft ones of the host."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: found on the student itself before
-    training; of few tokens, where that would take more than a tenth of the run, 1e-4, or 3e-5 where less than 3/8 of
-    the FFN is off."""
+    training; of few tokens, where that would take more than a tenth of the run, 5e-4 of the root mean square of its
+    weights, or 1.5e-4 of it where less than 3/8 of the FFN is off."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of teacher and student in the KL divergence."""
     vocabulary: int = Field(default=64, ge=1, le=65_536)
@@ -76,9 +76,16 @@ class HealSettings(BaseModel):
     """`auto`, `cpu`, `cuda` ..."""
 
 
-def usual_rate(shape: Shape) -> float:
+def usual_rate(shape: Shape, weight: float) -> float:
     """The learning rate of a student on which none can be found: a smaller one where little of the FFN is off, and so
     little is to repair. A static prune bears the larger one always: all of it sees every token, so its gradients are
-    less noisy."""
+    less noisy.
+
+    AdamW moves every weight by about the rate in each step, however small the weight; so the rate is a share of their
+    size. SmolLM2-135M's weights are ten times as large as those of Qwen2.5-Coder-0.5B, which bears a tenth of the rate.
+
+    Args:
+        weight: root mean square of the student's matrices, of the median one.
+    """
     light = shape.experts > 0 and shape.sparsity < _LIGHT
-    return _LIGHT_RATE if light else _RATE
+    return (_LIGHT_RATE if light else _RATE) * weight
