@@ -36,6 +36,8 @@ from factorllm.text.parts import sequences_of
 
 NUMBERS, PICTURE = "front.json", "front.png"
 
+_WHEN_FULL = "free some, or choose another -o"
+
 REFERENCE = "q8_0"
 """The dense model's file that all speeds are told against."""
 
@@ -80,7 +82,7 @@ def run_front(
     out, models = located(out), _models(students, against)
     made_with = _held_out_by(models)
     _check(out, plan, settings)
-    with explain_full_disk(out, "free some, or choose another -o"):
+    with explain_full_disk(out, _WHEN_FULL):
         out.mkdir(parents=True, exist_ok=True)
         weights = {"text": text, "tokens": plan.importance_tokens, "made_with": made_with}
         files = {(model, kind): file for model in models for kind, file in _write(model, weights, out, plan, console)}
@@ -170,7 +172,10 @@ def _write(
         weighted = weights if FILE_TYPES[kind][0] in WEIGHTED else {}
         if plan.gptq and FILE_TYPES[kind][0] in LEVELS:
             weighted = weights | {"gptq": True}
-        yield kind, open_subject(model.name, model.path, "llamacpp", kind, out, console, weigh=weigh, **weighted)
+        yield (
+            kind,
+            open_subject(model.name, model.path, "llamacpp", kind, out, console, _WHEN_FULL, weigh=weigh, **weighted),
+        )
 
 
 def _ask(

@@ -54,11 +54,19 @@ def open_subjects(
 
 
 def open_subject(
-    name: str, model: str, engine: str, file_type: str, work: Path, console: Console, **weighted: Any
+    name: str,
+    model: str,
+    engine: str,
+    file_type: str,
+    work: Path,
+    console: Console,
+    when_full: str = IN_TMPDIR,
+    **weighted: Any,
 ) -> Subject:
     """A model in the form that the engine loads; `open_subjects` says more.
 
     Args:
+        when_full: what to do when the disk of `work` is.
         weighted: how `export_gguf` weighs what counts.
     """
     checkpoint = open_checkpoint(model)
@@ -67,7 +75,7 @@ def open_subject(
     if engine == "llamacpp":
         path = work / f"{name.replace(' ', '-')}-{file_type}.gguf"
         console.print(f"writing {model} as {path.name}", highlight=False, soft_wrap=True)
-        export_gguf(model, path, file_type, say=console.print, when_full=IN_TMPDIR, **weighted)
+        export_gguf(model, path, file_type, say=console.print, console=console, when_full=when_full, **weighted)
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
