@@ -97,34 +97,26 @@ def export_gguf(
         'student.gguf'
     """
     _check_type(file_type, text, tokens, gptq)
-    out = located(out)
-    beside = _beside(out) if text is not None else None
-    for path in filter(None, (out, beside)):
-        check_output(path, GGUF_FILE, [model, tokenizer, text])
-    checkpoint = _open(model, top_k)
-    if made_with is not None:
-        checkpoint = replace(checkpoint, settings=lambda: made_with)
-    job = _job(model, file_type, text, tokens, gptq, tokenizer, top_k)
-    if text is not None and made_with is not None:
-        job["held out"] = made_with.model_dump(include={"seed", "length", "held_out_tokens"})
-    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in filter(None, (out, beside))):
+    out, *beside = _outputs(located(out), [model, tokenizer, text])
+    checkpoint = _open(model, top_k, made_with)
+    job = _job(model, file_type, _weighed(text, tokens, gptq, made_with), tokenizer, top_k)
+    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in (out, *beside)):
         say("done already, with the same arguments")
-        return Exported(out, out.stat().st_size, {}, beside)
+        return Exported(out, out.stat().st_size, {}, *beside)
     _say(say, [*fallbacks(checkpoint, file_type), *_unweighted(file_type, text)])
     console = console or Console(quiet=True)
     # What can be refused is refused before the model is run on the text.
     plan = plan_tensors(checkpoint, out, file_type, when_full)
     partial = unfinished(out)
     writer = _writer(checkpoint, partial, file_type, tokenizer, plan, job)
-    importance, grams = None, None
-    if text is not None and beside is not None:
-        importance = weigh(checkpoint, text, tokens, console)
+    importance = None if text is None else weigh(checkpoint, text, tokens, console)
+    if importance is not None:
         _say(say, _seen(importance))
-        write_importance(importance, beside, job, when_full)
-        grams = Grams(checkpoint, text, tokens, console) if gptq else None
+        write_importance(importance, beside[0], job, when_full)
+    grams = Grams(checkpoint, text, tokens, console) if text is not None and gptq else None
     with publishing(writer, partial, out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
         _write_tensors(checkpoint, writer, plan, importance, grams, bar)
-    return Exported(out, out.stat().st_size, larger(plan), beside)
+    return Exported(out, out.stat().st_size, larger(plan), *beside)
 
 
 def _say(say: Callable[[str], None], messages: Sequence[str]) -> None:
@@ -132,8 +124,8 @@ def _say(say: Callable[[str], None], messages: Sequence[str]) -> None:
         say(message)
 
 
-def _open(model: str, top_k: int | None) -> Checkpoint:
-    """The model, with the top-k that is wanted of it.
+def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoint:
+    """The model, with the top-k that is wanted of it, and the settings that say what is held out.
 
     Raises:
         FactorLLMError: when llama.cpp would compute something else.
@@ -144,6 +136,8 @@ def _open(model: str, top_k: int | None) -> Checkpoint:
             f"{model} cannot be exported: {reason}, so its outputs would be wrong; factorize with --host "
             "granitemoeshared or mixtral, or serve it with transformers or vLLM"
         )
+    if made_with is not None:
+        checkpoint = replace(checkpoint, settings=lambda: made_with)
     return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
 
 
@@ -165,9 +159,17 @@ def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> No
         check_ggml()
 
 
-def _beside(out: Path) -> Path:
-    """The importance-matrix file of a GGUF file."""
-    return out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")
+def _outputs(out: Path, inputs: list[str | Path | None]) -> list[Path]:
+    """The GGUF file and, where the last of the inputs, the text, is given, its importance-matrix file beside it.
+
+    Raises:
+        FactorLLMError: when one of them must not be replaced, or cannot be written.
+    """
+    beside = out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")
+    outputs = [out] if inputs[-1] is None else [out, beside]
+    for path in outputs:
+        check_output(path, GGUF_FILE, inputs)
+    return outputs
 
 
 def _unweighted(file_type: str, text: str | None) -> list[str]:
@@ -189,22 +191,29 @@ def _seen(importance: Importance) -> list[str]:
     return said
 
 
+def _weighed(text: str | None, tokens: int, gptq: bool, made_with: Settings | None) -> dict[str, Any]:
+    """What decides how weights are rounded on a text, where there is one."""
+    if text is None:
+        return {}
+    found: dict[str, Any] = {"text": public_name(text), "text file": file_digest(text), "tokens": tokens}
+    if gptq:
+        found["gptq"] = True
+    if made_with is not None:
+        found["held out"] = made_with.model_dump(include={"seed", "length", "held_out_tokens"})
+    return found
+
+
 def _job(
-    model: str, file_type: str, text: str | None, tokens: int, gptq: bool, tokenizer: Path | None, top_k: int | None
+    model: str, file_type: str, weighed: dict[str, Any], tokenizer: Path | None, top_k: int | None
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the file."""
-    weighted = {}
-    if text is not None:
-        weighted = {"text": public_name(text), "text file": file_digest(text), "tokens": tokens}
-    if gptq:
-        weighted["gptq"] = True
-    quantiser = ("xllamacpp",) if FILE_TYPES[file_type][0] in (WEIGHTED if weighted else ONLY_GGML) else ()
+    quantiser = ("xllamacpp",) if FILE_TYPES[file_type][0] in (WEIGHTED if weighed else ONLY_GGML) else ()
     return {
         "model": _model_digest(model),
         "type": file_type,
         "tokenizer": tokenizer and file_digest(str(tokenizer)),
         "top_k": top_k,
-        **weighted,
+        **weighed,
         "versions": {package: version(package) for package in ("factorllm", "gguf", *quantiser)},
     }
 
