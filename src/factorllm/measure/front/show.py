@@ -132,7 +132,9 @@ def write_picture(points: list[Point], path: Path) -> None:
     speed.legend(frameon=False)
     _draw(size, points, mebibytes, lambda room: room)
     size.set_xlabel("file, MiB")
-    size.invert_xaxis()  # better is to the right in both
+    size.invert_xaxis()  # better is to the right in both panels
+    speed.margins(0.12)
+    size.margins(0.12)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
