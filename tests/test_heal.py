@@ -574,8 +574,9 @@ def test_a_search_that_would_cost_too_much_is_left_out_and_that_is_said(student,
     console = Console(record=True, width=200, file=io.StringIO())
     settings = QUICK.model_copy(update={"learning_rate": None, "tokens": 1024})
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings, console=console)
-    assert told(tmp_path / "out")["learning_rate"] == {"value": 1e-4, "origin": "usual"}
-    assert re.search(r"learning rate 0.0001, as usual: to find one would be [0-9]{3}% of", console.export_text())
+    usual = usual_rate(parse_recipe("S2A2E8").shape(64), typical_weight(TensorFolder(student)))
+    assert told(tmp_path / "out")["learning_rate"] == {"value": usual, "origin": "usual"}
+    assert re.search(r"learning rate [0-9.e-]+, as usual: to find one would be [0-9]{3}% of", console.export_text())
 
 
 class Poisoned(FactorTrainer):

@@ -10,6 +10,8 @@ from factorllm.cli import terminal
 from factorllm.cli.options import Model, Out, Resume, Text, settings_from
 from factorllm.runs.settings import Settings
 
+_MOST_GIB = 2.0**31  # more than the settings take, which refuse it
+
 
 @settings_from(Settings, "tokens", "host", "seed", "device", "dtype", "tune", "baseline")
 def factorize(
@@ -27,7 +29,7 @@ def factorize(
     from factorllm.convert.factorize import factorize as run
     from factorllm.report.terminal import show_summary
 
-    settings = Settings(**chosen, memory_limit=memory_limit * 2**30 // 1)
+    settings = Settings(**chosen, memory_limit=min(memory_limit, _MOST_GIB) * 2**30 // 1)
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=terminal.console)
     if summary:
         show_summary(terminal.console, summary)

@@ -10,7 +10,7 @@ def collect(task: LayerTask) -> None:
     """Fill the task's `middle`, `inputs` and `sample`."""
     layer = task.layer
     for run in task.middle.runs():
-        with fast_products(task.device):
+        with fast_products(task.device, task.workplace.bears_rounding):
             middle = layer.attend(task.streams.before.read(run, task.device))
             inputs = layer.ffn_input(middle)
             sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride].flatten(0, 1))

@@ -122,7 +122,8 @@ def _convert_layers(job: Job) -> None:
     done = job.work.layers_done
     with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
         scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
-        workplace = Workplace(device, job.ranks, scratch, settings.memory_limit, settings.tune, bar.advance)
+        limit, bearable = settings.memory_limit, job.bears_rounding
+        workplace = Workplace(device, job.ranks, scratch, limit, bearable, settings.tune, bar.advance)
         for index in range(done, job.layers):
             bar.describe(f"layer {index + 1}/{job.layers}")
             clock = Clock()
@@ -166,7 +167,7 @@ def _convert(
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
     before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
-        with fast_products(job.settings.torch_device):
+        with fast_products(job.settings.torch_device, job.bears_rounding):
             states = layer.forward(before.read(run, job.settings.torch_device))
         if not is_finite(states):
             raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")

@@ -25,6 +25,8 @@ from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.text import CalibrationText, read_calibration_text
 
+_WIDE = 512  # channels
+
 
 @dataclass(frozen=True)
 class Student:
@@ -63,6 +65,13 @@ class Job:
     work: Workspace
     ranks: Ranks
     console: Console
+
+    @property
+    def bears_rounding(self) -> bool:
+        """Whether layers may be computed in bfloat16: its rounding is far below what a part of an FFN is off by. What
+        keeps every neuron is the dense model, to the last digit; and small products are no faster in it."""
+        sparse = all(student.shape.sparsity > 0 for student in self.students)
+        return sparse and self.source.config.hidden_size >= _WIDE
 
     @property
     def layers(self) -> int:

@@ -50,6 +50,7 @@ class Workplace:
         ranks: the processes that share the work.
         scratch: this process's folder for activations that spill.
         memory_limit: bytes that one kind of activations may take in memory.
+        bears_rounding: whether layers may be computed in bfloat16.
         tune: passes over the tokens that fit the kept neurons by gradient.
         tick: called with the number of sequences after each batch of each of the `passes`.
     """
@@ -58,6 +59,7 @@ class Workplace:
     ranks: Ranks
     scratch: Path
     memory_limit: int
+    bears_rounding: bool
     tune: int
     tick: Callable[[int], None]
 

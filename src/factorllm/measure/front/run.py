@@ -73,7 +73,8 @@ def run_front(
         FactorLLMError: when a model, the text or llama.cpp cannot be used.
 
     Example:
-        >>> plan = FrontPlan(types=("q8_0",), importance_tokens=64, perplexity_tokens=64, rounds=2, prompt=8, steps=2)
+        >>> short = {"importance_tokens": 64, "perplexity_tokens": 64, "prompt": 8, "context": 8, "steps": 2}
+        >>> plan = FrontPlan(types=("q8_0",), rounds=2, **short)
         >>> front = run_front(["student"], ["dense"], "my-text.txt", Path("front"), plan)
         >>> [(point.model, point.kind) for point in front.points]
         [('dense', 'dense'), ('student', 'student')]
