@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import IS_PATH, settings_from
+from factorllm.cli.options import IS_PATH, names_in, settings_from
 from factorllm.measure.settings import EvalSettings
 
 
@@ -36,8 +36,7 @@ def evaluate(
     if out:
         out = located(out)
         check_output(out, SCORES, [checkpoint, against, chosen["data"], text])
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    settings = EvalSettings(tasks=names, **chosen)
+    settings = EvalSettings(tasks=names_in(tasks), **chosen)
     found = run(checkpoint, against=against, text=text, settings=settings, console=terminal.console)
     terminal.console.print(score_table(found))
     if out:

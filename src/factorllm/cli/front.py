@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import IS_PATH, settings_from
+from factorllm.cli.options import IS_PATH, names_in, settings_from
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 
@@ -28,11 +28,8 @@ def front(
     from factorllm.measure.front.run import run_front
     from factorllm.measure.front.show import front_table
 
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
     asked = {name: chosen.pop(name) for name in ("data", "limit", "run_generated_code")}
-    settings = EvalSettings(tasks=names(tasks), **asked)
-    plan = FrontPlan(types=names(types), **chosen)
+    settings = EvalSettings(tasks=names_in(tasks), **asked)
+    plan = FrontPlan(types=names_in(types), **chosen)
     console = terminal.console
     console.print(front_table(run_front(students, against, text, out, plan, settings, console=console)))

@@ -50,6 +50,11 @@ Resume = Annotated[
 ]
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list with commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def settings_from(settings: type[BaseModel], *fields: str, **defaults: object) -> Callable[[Callable], Callable]:
     """Give a command an option for each of some fields of its settings, in the place of its parameter `**chosen`.
 

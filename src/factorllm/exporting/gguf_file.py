@@ -97,7 +97,7 @@ def export_gguf(
         'student.gguf'
     """
     _check_type(file_type, text, tokens, gptq)
-    out, *beside = _outputs(located(out), [model, tokenizer, text])
+    out, *beside = _outputs(located(out), text, [model, tokenizer])
     checkpoint = _open(model, top_k, made_with)
     job = _job(model, file_type, _weighed(text, tokens, gptq, made_with), tokenizer, top_k)
     if not overwrite and all(is_done(path, GGUF_FILE, job) for path in (out, *beside)):
@@ -159,16 +159,16 @@ def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> No
         check_ggml()
 
 
-def _outputs(out: Path, inputs: list[str | Path | None]) -> list[Path]:
-    """The GGUF file and, where the last of the inputs, the text, is given, its importance-matrix file beside it.
+def _outputs(out: Path, text: str | None, inputs: list[str | Path | None]) -> list[Path]:
+    """The GGUF file and, where there is a text, its importance-matrix file beside it.
 
     Raises:
         FactorLLMError: when one of them must not be replaced, or cannot be written.
     """
     beside = out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")
-    outputs = [out] if inputs[-1] is None else [out, beside]
+    outputs = [out] if text is None else [out, beside]
     for path in outputs:
-        check_output(path, GGUF_FILE, inputs)
+        check_output(path, GGUF_FILE, [*inputs, text])
     return outputs
 
 

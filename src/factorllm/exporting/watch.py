@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -117,19 +118,16 @@ class _Experts:
         out = torch.zeros_like(hidden)
         for expert in range(count):
             rows, place = torch.where(picks == expert)
-            inner = _inner(experts, expert, hidden[rows])
+            own = hidden[rows]
+            inner = _inner(experts, expert, own)
             if prefix:
-                self._show(prefix, expert, experts, hidden, rows, inner)
+                for name in INTO_EXPERTS:
+                    self._watcher.see(prefix + name, expert, count, own)
+                self._watcher.see(prefix + OUT_OF_EXPERTS, expert, count, inner)
+                self._watcher.see_idle(prefix, expert, count, partial(_inner, experts, expert, hidden))
             made = linear(inner, experts.down_proj[expert]) * gates[rows, place, None]
             out.index_add_(0, rows, made.to(out.dtype))
         return out
-
-    def _show(self, prefix: str, expert: int, experts: nn.Module, hidden: Tensor, rows: Tensor, inner: Tensor) -> None:
-        count = len(experts.down_proj)
-        for name in INTO_EXPERTS:
-            self._watcher.see(prefix + name, expert, count, hidden[rows])
-        self._watcher.see(prefix + OUT_OF_EXPERTS, expert, count, inner)
-        self._watcher.see_idle(prefix, expert, count, lambda: _inner(experts, expert, hidden))
 
 
 def _inner(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:

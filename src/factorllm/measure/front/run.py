@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from factorllm.dense.families import FAMILIES
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import FILE_TYPES
-from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
 from factorllm.exporting.ggml import WEIGHTED
 from factorllm.exporting.gptq import LEVELS
 from factorllm.exporting.importance import WeighOnce
@@ -46,6 +46,7 @@ REFERENCE = "q8_0"
 class _Model:
     name: str
     kind: Kind
+    checkpoint: Checkpoint = field(compare=False)
     path: str
 
 
@@ -111,9 +112,9 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
         ("student", students),
         ("static prune", against[1:]),
     ]
-    models = [_Model(_name(path), kind, path) for kind, paths in given for path in paths]
+    models = [_Model(_name(path), kind, open_checkpoint(path), path) for kind, paths in given for path in paths]
     for model in models:
-        is_dense = open_checkpoint(model.path).config.model_type in FAMILIES
+        is_dense = model.checkpoint.config.model_type in FAMILIES
         if is_dense == (model.kind == "student"):
             raise FactorLLMError(
                 f"{model.path} is {'a dense or pruned model' if is_dense else 'a student'}; give students first, and "
@@ -131,7 +132,7 @@ def _held_out_by(models: list[_Model]) -> Settings:
     Raises:
         FactorLLMError: when they were made with others.
     """
-    made = {model.name: open_checkpoint(model.path).settings() for model in models if model.kind != "dense"}
+    made = {model.name: model.checkpoint.settings() for model in models if model.kind != "dense"}
     first, *others = made
     for name in others:
         for key in ("seed", "length", "held_out_tokens"):
