@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 _NAME = "factorllm_autocast"
+_ROWS = 64
 
 
 def use_autocast(model: PreTrainedModel, device: torch.device) -> None:
@@ -20,7 +21,7 @@ def use_autocast(model: PreTrainedModel, device: torch.device) -> None:
         device: where the model is trained, which decides how its experts are computed under autocast.
     """
     grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    under_autocast = _masked if device.type == "cpu" else _cast
+    under_autocast = _padded if device.type == "cpu" else _cast
 
     def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         compute = under_autocast if torch.is_autocast_enabled(hidden_states.device.type) else grouped
@@ -36,19 +37,22 @@ def _cast(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](weights, hidden_states, top_k_index, top_k_weights)
 
 
-def _masked(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """All experts for all tokens, and the gate weights as a mask.
+def _padded(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Each expert's tokens in turn, filled up to a multiple of `_ROWS` with rows of weight 0.
 
-    A CPU compiles its bfloat16 products anew for each size, and a group's size is new in each step: that takes longer
-    than the products that a mask wastes (docs/experiments.md).
+    A CPU compiles its bfloat16 products anew for each size, and a group's size is new in each step: of so few sizes
+    each is compiled once (docs/experiments.md).
     """
-    count, double, _ = experts.gate_up_proj.shape
-    tokens = len(hidden_states)
-    weights = top_k_weights.new_zeros(tokens, count).scatter(1, top_k_index, top_k_weights)
-    gate_up = linear(hidden_states, experts.gate_up_proj.flatten(0, 1)).view(tokens, count, 2, double // 2)
-    gate, up = gate_up.unbind(2)
-    active = (experts.act_fn(gate) * up * weights[:, :, None]).flatten(1)
-    return linear(active, experts.down_proj.transpose(0, 1).flatten(1)).to(hidden_states.dtype)
+    output = torch.zeros_like(hidden_states)
+    for expert in range(len(experts.gate_up_proj)):
+        rows, slots = (top_k_index == expert).nonzero(as_tuple=True)
+        filling = (0, -len(rows) % _ROWS)
+        weights = pad(top_k_weights[rows, slots], filling)[:, None]
+        rows = pad(rows, filling)
+        gate, up = linear(hidden_states.index_select(0, rows), experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        found = linear(experts.act_fn(gate) * up * weights, experts.down_proj[expert])
+        output = output.index_add(0, rows, found.to(output.dtype))
+    return output
 
 
 class _Cast:
