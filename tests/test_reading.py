@@ -362,8 +362,8 @@ def test_quantised_tensors_without_a_config_that_says_so_are_refused(tmp_path, d
 def test_a_streamed_model_that_is_not_the_one_of_transformers_stops_the_run(
     dense_folder, tmp_path, text_file, small, monkeypatch
 ):
-    attend = DenseLayer.attend
-    monkeypatch.setattr(DenseLayer, "attend", lambda layer, stream: attend(layer, stream) * 1.01)
+    after = DenseLayer.after
+    monkeypatch.setattr(DenseLayer, "after", lambda layer, *streams: after(layer, *streams) * 1.01)
     with pytest.raises(FactorLLMError, match="layer 0 differ by"):
         factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@ import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
 
 from factorllm.dense import open_model
+from factorllm.dense.ends import Ends
 from factorllm.dense.layer import LayerLoader
 from factorllm.runs.rows import Rows
 
@@ -13,7 +14,7 @@ def test_layer_by_layer_equals_the_whole_model(name, tmp_path):
     model = save_dense(config, tmp_path)
     tokens = some_tokens(config)
     loader = LayerLoader(open_model(str(tmp_path)), tokens.shape[1], torch.float32, torch.device("cpu"))
-    stream = loader.embeddings()[tokens]
+    stream = Ends(open_model(str(tmp_path)), torch.device("cpu")).embed(tokens)
     with torch.no_grad():
         wanted = model(tokens, output_hidden_states=True).hidden_states
         for index in range(config.num_hidden_layers - 1):

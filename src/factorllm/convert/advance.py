@@ -21,7 +21,7 @@ def advance(task: LayerTask, router: Tensor | None, down: Tensor) -> float:
         middle = task.middle.read(run, task.device)
         gates = task.gates(task.inputs.read(run, task.device).flatten(0, 1), router)
         active = GatedHidden(task.active.read(run, task.device).flatten(0, 1).float(), gates, task.shape)
-        after = middle + active.project(down).view_as(middle).to(middle.dtype)
+        after = task.layer.after(task.streams.before.read(run, task.device), middle, active.project(down))
         task.streams.after.write(run, after)
         teacher = task.streams.teacher_after.read(run, task.device).float()
         total += ((after - teacher).square().sum(-1) / teacher.square().sum(-1)).sum()

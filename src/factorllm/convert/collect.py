@@ -11,8 +11,7 @@ def collect(task: LayerTask) -> None:
     layer = task.layer
     for run in task.middle.runs():
         with fast_products(task.device, task.workplace.bears_rounding):
-            middle = layer.attend(task.streams.before.read(run, task.device))
-            inputs = layer.ffn_input(middle)
+            middle, inputs = layer.attend(task.streams.before.read(run, task.device))
             sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride].flatten(0, 1))
         task.middle.write(run, middle)
         task.inputs.write(run, inputs)

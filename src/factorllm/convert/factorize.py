@@ -16,6 +16,7 @@ from factorllm.convert.layer import convert_layer, passes
 from factorllm.convert.partition import Partition
 from factorllm.convert.task import TOO_LARGE, LayerTask, Streams, Workplace
 from factorllm.convert.write import check_dtype, temper, write_companions, write_layer, write_outer_shards
+from factorllm.dense.ends import Ends
 from factorllm.dense.layer import DenseLayer, LayerLoader
 from factorllm.errors import FactorLLMError
 from factorllm.hosts import StudentFFN
@@ -114,7 +115,7 @@ def _convert_layers(job: Job) -> None:
     check_dtype(job)
     settings, device = job.settings, job.settings.torch_device
     loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
-    _start_streams(job, loader)
+    _start_streams(job)
     if job.ranks.is_main:
         write_outer_shards(job)
 
@@ -175,7 +176,7 @@ def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> Non
         bar.advance(run.stop - run.start)
 
 
-def _start_streams(job: Job, loader: LayerLoader) -> None:
+def _start_streams(job: Job) -> None:
     """Embed the text, or check that the hidden states of a resumed run are what was journalled."""
     done = job.work.layers_done
     if done:
@@ -186,11 +187,11 @@ def _start_streams(job: Job, loader: LayerLoader) -> None:
                 "start again"
             )
         return
-    embeddings = loader.embeddings()
+    ends = Ends(job.source, job.settings.torch_device)
     for name in job.stream_names:
         rows = job.stream(name, 0)
         for run in rows.runs():
-            rows.write(run, embeddings[job.text.calibration[run]])
+            rows.write(run, ends.embed(job.text.calibration[run]))
 
 
 def _commit_layer(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from factorllm.dense import ModelSource, open_model
+from factorllm.dense.families import ffn_width
 from factorllm.dense.reference import check_against_references
 from factorllm.hosts import Host, choose_host
 from factorllm.measure.cost import Cost, cost_of
@@ -108,7 +109,7 @@ def open_job(
     check_output(out, CHECKPOINT, [model, text])
     source = open_model(model)
     config = source.config
-    shapes = {name: recipe.shape(config.intermediate_size) for name, recipe in recipes.items()}
+    shapes = {name: recipe.shape(ffn_width(config)) for name, recipe in recipes.items()}
     hosts = _choose_hosts(shapes, settings.host, config)
     settings = settings.resolve(config)
     ranks = Ranks(settings)

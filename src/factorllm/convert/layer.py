@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from factorllm.convert.restore import restore
 from factorllm.convert.split import split_neurons
 from factorllm.convert.task import LayerTask
 from factorllm.convert.tune import tune_layer
-from factorllm.dense.ffn import FFN, neuron_energy
+from factorllm.dense.ffn import neuron_energy
 from factorllm.hosts import StudentFFN
 
 
@@ -50,7 +52,7 @@ def convert_layer(task: LayerTask) -> tuple[StudentFFN, Partition, dict]:
         "ridge_strength": strength,
         "stream_error": error,
     }
-    student = FFN(kept.gate, kept.up, down.to(kept.down.dtype))
+    student = replace(kept, down=down.to(kept.down.dtype))
     return StudentFFN(student, router, task.shape), split, statistics
 
 

@@ -144,12 +144,13 @@ class LayerTask:
         """What the student's FFN should give, and how much each token counts, for each `stride`-th token: (n, d), (n,).
 
         It is what brings the student's stream back to the teacher's, which also repairs the errors of the layers
-        before; or, if the recipe does not say so, the dense FFN's output.
+        before; or, if the recipe does not say so or the stream is not linear in that output, the dense FFN's output.
         """
-        if self.recipe.restore != "stream":
+        if self.recipe.restore != "stream" or self.layer.norm_follows:
             return self.dense_output(run, stride)
         teacher = self.tokens(self.streams.teacher_after, run, stride)
-        return teacher - self.tokens(self.middle, run, stride), token_weights(teacher)
+        missing = teacher - self.tokens(self.middle, run, stride)
+        return missing / self.layer.residual, token_weights(teacher)
 
     def dense_output(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
         """What the dense FFN gives, and how much each token counts, as `target`."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, rms_norm
+from torch.nn.functional import kl_div, log_softmax
 
+from factorllm.dense.ends import Ends
 from factorllm.runs.rows import Rows
 
 _LOGITS = 1 << 26  # elements to fit on: 256 MiB in fp32, 1,365 tokens of a vocabulary of 49,152
@@ -34,16 +35,15 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
     return float(best.x) if best.fun < loss(1.0) else 1.0
 
 
-def sample_logits(stream: Rows, norm: Tensor, eps: float, head: Tensor) -> Tensor:
+def sample_logits(stream: Rows, ends: Ends, vocabulary: int) -> Tensor:
     """Logits of as many tokens, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
 
     Args:
         stream: hidden states after the last layer, (sequences, length, d).
-        norm: (d,) weight of the final norm.
-        eps: of the final norm.
-        head: (vocabulary, d).
+        ends: of the dense model.
+        vocabulary: its size.
     """
-    tokens = max(_LOGITS // len(head), 1)
+    tokens = max(_LOGITS // vocabulary, 1)
     stride = -(-stream.sequences * stream.length // tokens)
-    rows = torch.cat([stream.read(run, head.device).flatten(0, 1)[::stride] for run in stream.all_runs()]).float()
-    return rms_norm(rows, norm.shape, norm.float(), eps) @ head.float().T
+    cpu = torch.device("cpu")
+    return ends.logits(torch.cat([stream.read(run, cpu).flatten(0, 1)[::stride] for run in stream.all_runs()]))

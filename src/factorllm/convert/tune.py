@@ -8,6 +8,7 @@ stream in it does not generalise (docs/experiments).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,11 +52,11 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
     start.share(task.ranks)
     down = solve_ridge_at(start, kept.down.float(), _START)
     steps = task.workplace.tune * sum(-(-(run.stop - run.start) * inputs.length // BATCH) for run in runs)
-    tuned = tune(FFN(kept.gate, kept.up, down), shape, _batches(task, runs, output, router), steps)
+    tuned = tune(replace(kept, down=down), shape, _batches(task, runs, output, router), steps)
     output.remove()
     # Each process has tuned on its own share of the tokens, from the same start.
     gate, up, down = (task.ranks.mean(matrix) for matrix in (tuned.gate, tuned.up, tuned.down))
-    return FFN(gate.to(kept.gate.dtype), up.to(kept.up.dtype), down)
+    return replace(kept, gate=gate.to(kept.gate.dtype), up=up.to(kept.up.dtype), down=down)
 
 
 def _batches(task: LayerTask, runs: list[slice], output: Rows, router: Tensor | None) -> Iterator[Batch]:
@@ -90,7 +91,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
     device = ffn.gate.device
     for x, gates, target, weights in batches:
         with torch.enable_grad(), fast_products(device):
-            student = FFN(*matrices)
+            student = FFN(*matrices, ffn.activation)
             # All neurons, and the gates as a mask: few large products of one size, where products of the active ones
             # alone are small and of another size in each step, and take four times as long in bfloat16 on a CPU.
             output = GatedHidden(student.hidden(x), gates, shape).dense() @ student.down.T
@@ -99,7 +100,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return FFN(*(matrix.detach() for matrix in matrices))
+    return FFN(*(matrix.detach() for matrix in matrices), ffn.activation)
 
 
 def _root_mean_square(matrix: Tensor) -> float:

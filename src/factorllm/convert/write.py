@@ -8,6 +8,9 @@ from transformers import PreTrainedConfig
 from factorllm.convert.job import Job, Student
 from factorllm.convert.task import TOO_LARGE
 from factorllm.convert.temperature import fit_logit_scale, sample_logits
+from factorllm.dense.ends import Ends
+from factorllm.dense.families import family_of
+from factorllm.dense.names import HEAD, LAYERS, layer_prefix
 from factorllm.errors import refusing
 from factorllm.hosts import StudentFFN
 from factorllm.runs.stored import as_stored, refuse_unstorable
@@ -15,8 +18,6 @@ from factorllm.runs.workspace import (
     shard_name,
     write_shard,
 )
-
-FINAL_NORM = "model.norm.weight"
 
 
 def write_companions(job: Job) -> None:
@@ -42,39 +43,38 @@ def check_dtype(job: Job) -> None:
 
 def write_outer_shards(job: Job) -> None:
     """The first shard of each student: embeddings and output head, as in the dense model."""
-    job.source.tensor(FINAL_NORM)  # needed at the end only, but a damaged one must be refused before the work
-    names = [name for name in job.source.parameter_names() if not name.startswith(("model.layers.", FINAL_NORM))]
+    last = set(Ends(job.source, job.settings.torch_device).scaled_norm(1.0))
+    names = [name for name in job.source.parameter_names() if not name.startswith(LAYERS) and name not in last]
     for student in job.students:
         path = student.folder / shard_name(1, _shards(job))
         if not path.exists():
             tensors = {name: job.source.tensor(name) for name in names}
             if not student.host.ties_embeddings:
-                tensors["lm_head.weight"] = job.source.output_head().clone()
+                tensors[HEAD] = job.source.output_head().clone()
             write_shard(path, as_stored(tensors, job.settings.stored_dtype, TOO_LARGE))
 
 
 def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
-    prefix = f"model.layers.{index}."
-    names = [name for name in job.source.names() if name.startswith(prefix) and ".mlp." not in name]
-    tensors = {name: job.source.tensor(name) for name in sorted(names)}
-    added = student.host.attention_tensors(job.source.config) | student.host.ffn_tensors(ffn)
-    tensors |= {prefix + name: tensor for name, tensor in added.items()}
+    source, prefix = job.source, layer_prefix(index)
+    names = [name.removeprefix(prefix) for name in sorted(source.parameter_names()) if name.startswith(prefix)]
+    others = [name for name in names if not family_of(source.config).ffn.holds(name)]
+    tensors = {name: source.tensor(prefix + name) for name in others}
+    tensors |= student.host.attention_tensors(source.config) | student.host.ffn_tensors(ffn, source.config)
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
     write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
 
 
 def temper(job: Job) -> dict[str, float]:
     """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
-    norm, eps = job.source.tensor(FINAL_NORM), job.source.config.rms_norm_eps
-    head = job.source.output_head().to(job.settings.torch_device)
-    norm = norm.to(head.device)
-    teacher = sample_logits(job.stream("teacher", job.layers), norm, eps, head)
+    ends, words = Ends(job.source, job.settings.torch_device), job.source.config.vocab_size
+    teacher = sample_logits(job.stream("teacher", job.layers), ends, words)
     scales = {}
     for student in job.students:
         scale = 1.0
         if student.recipe.restore != "none":
-            scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), norm, eps, head))
-        tensors = as_stored({FINAL_NORM: norm.float() * scale}, job.settings.stored_dtype, TOO_LARGE)
+            scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), ends, words))
+        tensors = as_stored(ends.scaled_norm(scale), job.settings.stored_dtype, TOO_LARGE)
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
         scales[student.name] = scale
     return scales

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
-from factorllm.dense.families import FAMILIES, sliding_window
+from factorllm.dense.families import FAMILIES, OTHERS, activation, family_of, has_experts, sliding_window
 from factorllm.errors import FactorLLMError
 
 _OF_OTHERS: dict[str, tuple] = {
@@ -47,14 +48,23 @@ _OUTPUTS = (
 """What a config can ask a model to give back that it cannot give here, and why."""
 
 
-def check_family(label: str, family: object) -> None:
-    """Refuse a family that is not supported, and name those that are."""
+def check_family(label: str, config: PreTrainedConfig) -> None:
+    """Refuse a family that is not read, and say why; a Mixture of Experts too.
+
+    Raises:
+        FactorLLMError: for such a one.
+    """
+    family = config.model_type
+    if has_experts(config):
+        raise FactorLLMError(
+            f"{label} is a Mixture of Experts already ({family}); give the dense model that it is like"
+        )
     if family in FAMILIES:
         return
+    why = f", and it cannot be: {OTHERS[family]}" if family in OTHERS else " yet"
     known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
     raise FactorLLMError(
-        f"{label} is of the family {family!r}, which is not supported: no host architecture is known to reproduce it "
-        f"exactly; supported families: {known}"
+        f"{label} is of the family {family!r}, which is not supported{why}; supported families: {known}"
     )
 
 
@@ -80,23 +90,16 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
             f"{label} is quantised ({method}) and cannot be read tensor by tensor; give the unquantised "
             "checkpoint, or a GGUF file, whose quantisation can be undone"
         )
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise FactorLLMError(
-            f"{label} uses the activation {config.hidden_act!r}; the engines compute SiLU experts only, "
-            "so the student would be wrong in them: there is no host for it"
-        )
-    if getattr(config, "mlp_bias", False):
-        raise FactorLLMError(
-            f"{label} has biases in its FFN (mlp_bias), and no host architecture has them in its experts; "
-            "only models without FFN biases can be factorised exactly"
-        )
+    if not isinstance(activation(config), str) or activation(config) not in ACT2FN:
+        raise FactorLLMError(f"{label} uses the activation {activation(config)!r}, which transformers has not; mend it")
     for key in ("output_attentions", "output_hidden_states", "return_dict", "use_cache"):
         if not isinstance(getattr(config, key, None), bool | None):
             raise FactorLLMError(
                 f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
             )
-    if not 0 < config.rms_norm_eps < math.inf:
-        raise FactorLLMError(f"the config of {label} says rms_norm_eps = {config.rms_norm_eps}, not above 0; mend it")
+    for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps"):
+        if not 0 < getattr(config, key, 1.0) < math.inf:
+            raise FactorLLMError(f"the config of {label} says {key} = {getattr(config, key)}, not above 0; mend it")
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None and not (attention and isinstance(attention, str)):
         raise FactorLLMError(f"the config of {label} says attn_implementation = {attention!r}, no name; remove it")
@@ -109,11 +112,12 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
 
 
 def _check_layer_types(label: str, config: PreTrainedConfig) -> None:
-    """The families that are read have attention in all layers, within a window in some of them."""
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if others := sorted(map(str, kinds - {"sliding_attention"})):
+    """Most families have attention in all layers, within a window in some of them."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    known = {"full_attention", "sliding_attention", *family_of(config).kinds}
+    if others := sorted(map(str, kinds - known)):
         raise FactorLLMError(f"the config of {label} says layer_types with {others[0]}, which is not supported")
-    if kinds and not sliding_window(config):
+    if "sliding_attention" in kinds and not sliding_window(config):
         raise FactorLLMError(
             f"the config of {label} says layer_types with sliding_attention and no sliding_window in use; give the "
             "window, or say full_attention"
@@ -134,13 +138,16 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
 
 def _check_rope(label: str, config: PreTrainedConfig) -> None:
     rope = config.rope_parameters
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+    of_kinds = isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values())
+    for one in rope.values() if of_kinds else [rope]:  # some families rotate each kind of layer in its own way
+        theta = one.get("rope_theta") if isinstance(one, dict) else None
+        if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise FactorLLMError(
+                f"the config of {label} says no rope_theta above 0, by which positions are rotated; mend it"
+            )
+    share = rope.get("partial_rotary_factor", 1)
+    if share != 1 and "partial_rotary_factor" not in type(config)().rope_parameters:
         raise FactorLLMError(
-            f"the config of {label} says no rope_theta above 0, by which positions are rotated; mend it"
-        )
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise FactorLLMError(
-            f"the config of {label} rotates a part of each head only (partial_rotary_factor), and no host does; "
-            "there is no host for it"
+            f"the config of {label} says partial_rotary_factor = {share}, but a {config.model_type} rotates its heads "
+            "whole; if the model does not, it is of another family, and if it does, remove the key"
         )

@@ -1,10 +1,20 @@
-"""What is known of each dense family that can be factorised. All name their tensors as Llama does."""
+"""What is known of each dense family that can be read."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
+
+from factorllm.dense.ffn import FFNLayout
+
+_LLAMA = FFNLayout()
+_FUSED = FFNLayout(gate="gate_up_proj", up="gate_up_proj")
+_LFM2 = FFNLayout("feed_forward", "w1", "w3", "w2")
+_GRANITE = FFNLayout("shared_mlp", "input_linear", "input_linear", "output_linear")
+
+_SANDWICHED = "a norm follows its FFN, and hosts with such a norm normalise queries and keys, or values, otherwise"
 
 
 @dataclass(frozen=True)
@@ -13,20 +23,105 @@ class Family:
 
     Attributes:
         models: its well-known models, for messages.
-        gguf: its architecture in GGUF files.
+        gguf: its architecture in GGUF files, where they are read and written.
+        ffn: where a layer keeps its FFN.
+        width: the config's key of the FFN's width.
+        norm_follows: whether a norm comes between the FFN and the residual stream.
+        kinds: of layers, beside full and sliding attention.
+        no_host: why no architecture with experts reproduces it, where none does. A static prune needs none.
     """
 
     models: str
-    gguf: str
+    gguf: str | None = None
+    ffn: FFNLayout = _LLAMA
+    width: str = "intermediate_size"
+    norm_follows: bool = False
+    kinds: tuple[str, ...] = ()
+    no_host: str | None = None
 
 
 FAMILIES = {
-    "llama": Family("Llama 1-3, TinyLlama, SmolLM2", "llama"),
+    "llama": Family("Llama 1-3, TinyLlama, SmolLM2, Yi, Falcon 3", "llama"),
     "mistral": Family("Mistral", "llama"),
     "qwen2": Family("Qwen2, Qwen2.5", "qwen2"),
     "qwen3": Family("Qwen3", "qwen3"),
+    "qwen3_5_text": Family("Qwen3.5, Qwen3.6", kinds=("linear_attention",)),
+    "granite": Family("Granite 3"),
+    "granitemoehybrid": Family(
+        "Granite 4 without experts",
+        ffn=_GRANITE,
+        width="shared_intermediate_size",
+        kinds=("mamba", "attention", "linear_attention"),
+    ),
+    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", ffn=_FUSED),
+    "smollm3": Family("SmolLM3"),
+    "lfm2": Family("LFM2", ffn=_LFM2, kinds=("conv",)),
+    "gemma4_text": Family("Gemma 4", norm_follows=True),
+    "ministral3": Family("Ministral 3"),
+    "seed_oss": Family("Seed-OSS"),
+    "olmo2": Family("OLMo 2", norm_follows=True),
+    "olmo3": Family("OLMo 3", norm_follows=True),
+    "cohere": Family("Command-R, Aya"),
+    "cohere2": Family("Command R7B, Command A"),
+    "hunyuan_v1_dense": Family("Hunyuan"),
+    "ernie4_5": Family("ERNIE 4.5"),
+    "glm": Family("GLM-4-9B", ffn=_FUSED),
+    "glm4": Family("GLM-4-0414", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
+    "gemma2": Family("Gemma 2", norm_follows=True, no_host=_SANDWICHED),
+    "gemma3_text": Family("Gemma 3", norm_follows=True, no_host=_SANDWICHED),
+    "exaone4": Family("EXAONE 4", norm_follows=True, no_host=_SANDWICHED),
+    "stablelm": Family("StableLM", no_host="its norms have biases, and those of hosts have none"),
+    "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),
 }
 """Dense families by transformers' `model_type`."""
+
+_WITHOUT_GATE = (
+    "apertus", "arcee", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron",
+    "opt", "phi", "starcoder2",
+)  # fmt: skip
+
+OTHERS = {
+    **dict.fromkeys(_WITHOUT_GATE, "its FFN has no gate"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "it has no FFN"),
+    "bitnet": "a norm inside its FFN reads all neurons at once, so they cannot be told apart",
+    "gemma3n": "its layers have several streams (AltUp)",
+    "gemma3n_text": "its layers have several streams (AltUp)",
+    "mllama": "its layers read the image by cross-attention",
+}
+"""Families that cannot be read, and why."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a dense model that is read."""
+    return FAMILIES[config.model_type]
+
+
+def is_dense(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a dense model that is read. Some families have models with experts too."""
+    return config.model_type in FAMILIES and not has_experts(config)
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model is a Mixture of Experts."""
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return any(isinstance(count, int) and count > 1 for count in counts)
+
+
+def activation(config: PreTrainedConfig) -> str:
+    """The FFN's activation, by its name in transformers."""
+    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+
+
+def ffn_width(config: PreTrainedConfig) -> int:
+    width: int = getattr(config, family_of(config).width)
+    return width
+
+
+def residual_factor(config: PreTrainedConfig) -> float:
+    """What an FFN's output is multiplied with before it is added to the residual stream."""
+    if config.model_type == "minicpm3":
+        return config.scale_depth / math.sqrt(config.num_hidden_layers)
+    return getattr(config, "residual_multiplier", 1.0)
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -48,6 +143,11 @@ def normalises_heads(config: PreTrainedConfig) -> bool:
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE scaling: `default`, `linear`, `llama3`, `yarn` ..."""
     return config.rope_parameters.get("rope_type", "default")
+
+
+def rotary_share(config: PreTrainedConfig) -> float:
+    """The share of each head that is rotated by its position."""
+    return config.rope_parameters.get("partial_rotary_factor") or 1.0
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -1,26 +1,30 @@
-"""The dense gated FFN that is factorised, and what each of its neurons contributes."""
+"""The dense gated FFN that is factorised, where each family keeps it, and what each of its neurons contributes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from torch import Tensor
-from torch.nn.functional import silu
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 
 @dataclass(frozen=True)
 class FFN:
-    """`F(x) = down @ (silu(gate @ x) * (up @ x))`, with hidden size d and f intermediate neurons.
+    """`F(x) = down @ (act(gate @ x) * (up @ x))`, with hidden size d and f intermediate neurons.
 
     Attributes:
         gate: (f, d).
         up: (f, d).
         down: (d, f).
+        activation: transformers' name of `act`.
     """
 
     gate: Tensor
     up: Tensor
     down: Tensor
+    activation: str = "silu"
 
     @property
     def width(self) -> int:
@@ -28,11 +32,11 @@ class FFN:
 
     def part(self, neurons: Tensor | slice) -> FFN:
         """Some of the neurons, in the given order."""
-        return FFN(self.gate[neurons], self.up[neurons], self.down[:, neurons])
+        return replace(self, gate=self.gate[neurons], up=self.up[neurons], down=self.down[:, neurons])
 
     def hidden(self, x: Tensor) -> Tensor:
         """Intermediate activations h(x): (n, d) -> (n, f)."""
-        return silu(x @ self.gate.T) * (x @ self.up.T)
+        return ACT2FN[self.activation](x @ self.gate.T) * (x @ self.up.T)
 
     def neuron_gain(self) -> Tensor:
         """Squared norm of each column of `down`: (f,), fp32."""
@@ -42,3 +46,40 @@ class FFN:
 def neuron_energy(hidden: Tensor, gain: Tensor) -> Tensor:
     """Contribution energy of each neuron, `h_j^2 ||down[:, j]||^2`: (n, f), fp32. What is lost if it is dropped."""
     return hidden.float().square().mul_(gain)
+
+
+@dataclass(frozen=True)
+class FFNLayout:
+    """Where a decoder layer of a family keeps its FFN.
+
+    Attributes:
+        slot: the layer's attribute that is the FFN.
+        gate, up, down: names of its matrices there; where gate and up are one matrix, gate over up, both name it.
+    """
+
+    slot: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    @property
+    def is_fused(self) -> bool:
+        return self.gate == self.up
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of a layer, by its name there, is the FFN's."""
+        return name.startswith(f"{self.slot}.")
+
+    def of_layer(self, layer: nn.Module, activation: str) -> FFN:
+        """The FFN of a layer in transformers."""
+        weights = dict(layer.get_submodule(self.slot).named_parameters())
+        return self._read(lambda name: weights[f"{name}.weight"], activation)
+
+    def tensors(self, ffn: FFN) -> dict[str, Tensor]:
+        """An FFN's tensors by their names in a layer."""
+        inputs = {self.gate: torch.cat([ffn.gate, ffn.up])} if self.is_fused else {self.gate: ffn.gate, self.up: ffn.up}
+        return {f"{self.slot}.{name}.weight": tensor for name, tensor in (inputs | {self.down: ffn.down}).items()}
+
+    def _read(self, weight: Callable[[str], Tensor], activation: str) -> FFN:
+        gate, up = weight(self.gate).chunk(2) if self.is_fused else (weight(self.gate), weight(self.up))
+        return FFN(gate, up, weight(self.down), activation)

@@ -1,40 +1,95 @@
-"""One decoder layer of a dense model at a time, with its weights in memory only while it is used."""
+"""One decoder layer of a dense model at a time, with its weights in memory only while it is used.
+
+The layer's own forward of transformers does all but the FFN: whatever kind of attention it has, it is computed by the
+code that the model was made for.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from factorllm.dense import ModelSource
+from factorllm.dense.families import activation, family_of, residual_factor
 from factorllm.dense.ffn import FFN
+from factorllm.dense.model import ModelSource
+from factorllm.dense.modules import decoder_layers, final_norm, forwarding
+from factorllm.dense.names import layer_prefix
+
+
+def ffn_of(layer: nn.Module, config: PreTrainedConfig) -> FFN:
+    """The FFN of a decoder layer in transformers."""
+    family = family_of(config)
+    return family.ffn.of_layer(layer, activation(config))
 
 
 class DenseLayer:
-    """One decoder layer of the dense model, with its weights on the device."""
+    """One decoder layer of the dense model, with its weights on the device.
 
-    def __init__(self, module: nn.Module, position_embeddings: tuple[Tensor, Tensor]):
-        self._module, self._position_embeddings = module, position_embeddings
-        mlp = module.mlp
-        self.ffn = FFN(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    Attributes:
+        ffn: its FFN.
+        residual: what the FFN's output is multiplied with before it is added to the stream.
+        norm_follows: whether a norm comes between the FFN and the stream, which is then not linear in the FFN's output.
+    """
 
-    def attend(self, stream: Tensor) -> Tensor:
-        """The stream after attention, before the FFN: (sequences, length, d) -> the same."""
-        attended, _ = self._module.self_attn(
-            hidden_states=self._module.input_layernorm(stream),
-            position_embeddings=self._position_embeddings,
-            attention_mask=None,  # sdpa is causal then; sequences are never longer than a sliding window
-        )
-        return stream + attended
+    def __init__(self, module: nn.Module, call: _Call, config: PreTrainedConfig):
+        family = family_of(config)
+        self._module, self._call = module, call
+        self._ffn_module = module.get_submodule(family.ffn.slot)
+        self.ffn = ffn_of(module, config)
+        self.residual, self.norm_follows = residual_factor(config), family.norm_follows
 
-    def ffn_input(self, stream: Tensor) -> Tensor:
-        """The normalised stream that the FFN and the router read: (sequences, length, d) -> (tokens, d)."""
-        return self._module.post_attention_layernorm(stream).flatten(0, 1)
+    def attend(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything before the FFN.
+
+        Args:
+            stream: (sequences, length, d) before the layer.
+
+        Returns:
+            The stream that the FFN's output is added to, (sequences, length, d); and what the FFN and the router read,
+            (tokens, d).
+        """
+        seen: list[Tensor] = []
+
+        def record(x: Tensor) -> Tensor:
+            seen.append(x)
+            return torch.zeros_like(x)
+
+        with forwarding([self._ffn_module], record):
+            middle = self.forward(stream)
+        return middle, seen[0].flatten(0, 1)
 
     def forward(self, stream: Tensor) -> Tensor:
         """The whole dense layer: (sequences, length, d) -> the same."""
-        middle = self.attend(stream)
-        output = self.ffn.hidden(self.ffn_input(middle)) @ self.ffn.down.T
-        return middle + output.view_as(middle)
+        return self._call(self._module, stream)
+
+    def after(self, stream: Tensor, middle: Tensor, output: Tensor) -> Tensor:
+        """The stream after the layer, were `output` what the FFN gives.
+
+        Args:
+            stream, middle: (sequences, length, d), as `attend` takes and gives them.
+            output: (tokens, d).
+        """
+        output = output.view_as(middle).to(middle.dtype)
+        if not self.norm_follows:
+            return middle + self.residual * output
+        with forwarding([self._ffn_module], lambda _: output):
+            return self.forward(stream)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer is called with beside the stream: masks and positions, for one sequence."""
+
+    arguments: tuple = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, stream: Tensor) -> Tensor:
+        output = module(stream, *self.arguments, **self.keywords)
+        return output[0] if isinstance(output, tuple) else output
 
 
 class LayerLoader:
@@ -42,27 +97,35 @@ class LayerLoader:
 
     def __init__(self, source: ModelSource, length: int, dtype: torch.dtype, device: torch.device):
         self._source, self._dtype, self._device = source, dtype, device
-        base = source.skeleton().model
-        self._layers = base.layers
-        # The rotary tables are the same for every layer; they depend on positions only.
-        like = torch.empty(1, dtype=dtype, device=device)
-        self._positions = base.rotary_emb.to(device)(like, torch.arange(length, device=device)[None])
+        model = source.skeleton()
+        self._layers = decoder_layers(model)
+        self._calls = _record_calls(model, length, dtype, device)
 
     def __len__(self) -> int:
         return len(self._layers)
 
-    def embeddings(self) -> Tensor:
-        """The embedding table: (vocabulary, d), on the CPU."""
-        return self._source.tensor("model.embed_tokens.weight").to(self._dtype)
-
     def load(self, index: int) -> DenseLayer:
         """Decoder layer `index`; its weights are freed with the returned object."""
         module = self._layers[index]
-        weights = {
-            name: self._source.tensor(f"model.layers.{index}.{name}").to(self._device, self._dtype)
-            for name, _ in module.named_parameters()
-        }
+        self._source.fill(module, self._dtype, self._device, layer_prefix(index))
         # The module is only a way to compute: replace it by an empty one, so that nothing outlives the layer.
         self._layers[index] = nn.Identity()
-        module.load_state_dict(weights, assign=True)
-        return DenseLayer(module.requires_grad_(False), self._positions)
+        return DenseLayer(module, self._calls[index], self._source.config)
+
+
+@torch.no_grad()
+def _record_calls(model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device) -> list[_Call]:
+    """What a model calls each of its layers with, for a sequence of `length` tokens. Its weights are not used."""
+    decoder, calls = model.get_decoder(), []
+
+    def record(stream: Tensor, *arguments, **keywords) -> Tensor:
+        calls.append(_Call(arguments, keywords))
+        return stream
+
+    for module in decoder.children():
+        if not any(True for _ in module.parameters()):
+            module.to(device)  # the tables of positions
+    stream = torch.zeros(1, length, model.config.hidden_size, dtype=dtype, device=device)
+    with forwarding(decoder.layers, record), forwarding([final_norm(decoder)], lambda stream: stream):
+        decoder(inputs_embeds=stream, use_cache=False)
+    return calls

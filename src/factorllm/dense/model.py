@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,7 +19,9 @@ from transformers import (
 )
 
 from factorllm.dense.config_checks import check_config, check_family
-from factorllm.dense.tensor_checks import check_finite, check_names, check_shapes, check_tokenizer
+from factorllm.dense.names import EMBEDDINGS, HEAD
+from factorllm.dense.pretrained import shapes_of, skeleton, stored_tensors
+from factorllm.dense.tensor_checks import check_ffn, check_finite, check_names, check_shapes, check_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.digest import digest_of
 from factorllm.runs.finite import is_finite
@@ -94,16 +95,24 @@ class ModelSource(ABC):
 
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""
-        with (
-            refusing(f"the config of {self.label}", "mend it, or use another copy"),
-            init_empty_weights(include_buffers=False),
-        ):
-            # A copy: whoever changes the model changes its config, and this one is the dense model's.
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), attn_implementation="sdpa", trust_remote_code=False
-            ).eval()
-        model.tie_weights()
-        return model
+        with refusing(f"the config of {self.label}", "mend it, or use another copy"):
+            return skeleton(self.config)
+
+    def fill(self, module: nn.Module, dtype: torch.dtype, device: torch.device, prefix: str = "") -> None:
+        """Load a skeleton's weights, and move its tables to the device.
+
+        Args:
+            module: the skeleton, or a part of it.
+            prefix: what the names of the part's tensors begin with.
+        """
+        for name, empty in stored_tensors(module).items():
+            place, _, leaf = name.rpartition(".")
+            tensor = self.tensor(prefix + name).to(device, dtype)
+            is_parameter = isinstance(empty, nn.Parameter)
+            setattr(module.get_submodule(place), leaf, nn.Parameter(tensor, False) if is_parameter else tensor)
+        if isinstance(module, PreTrainedModel):
+            module.tie_weights()
+        module.to(device)
 
     def parameter_names(self) -> list[str]:
         """Names of the parameters that must be read; a tied output head is not among them."""
@@ -111,22 +120,18 @@ class ModelSource(ABC):
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The same with their shapes."""
-        return _shapes(self.skeleton())
+        return {name: tuple(shape) for name, shape in shapes_of(self.skeleton()).items()}
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
-        return self.tensor("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
+        return self.tensor(EMBEDDINGS if self.config.tie_word_embeddings else HEAD)
 
     def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole dense model, for evaluation and for sampling text."""
         model = self.skeleton()
-        for name in _shapes(model):
-            module, _, leaf = name.rpartition(".")
-            weight = torch.nn.Parameter(self.tensor(name).to(device, dtype), requires_grad=False)
-            setattr(model.get_submodule(module), leaf, weight)
-        model.tie_weights()
+        self.fill(model, dtype, device)
         model.generation_config = self.generation_config()
-        return model.to(device)
+        return model
 
     def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The model as transformers makes it by itself, in fp32.
@@ -140,15 +145,16 @@ class ModelSource(ABC):
 
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
-        check_family(self.label, self.config.model_type)
+        check_family(self.label, self.config)
         check_config(self.label, self.config)
-        skeleton = self.skeleton()
-        if not is_finite(skeleton.model.rotary_emb.inv_freq):
+        model = self.skeleton()
+        if not all(is_finite(table) for table in model.buffers()):
             raise FactorLLMError(
                 f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "
                 f"{self.config.rope_parameters}); mend it, or use another copy"
             )
-        shapes = _shapes(skeleton)
+        shapes = shapes_of(model)
+        check_ffn(self.label, self.config, shapes)
         check_names(self.label, self.config, self.names(), shapes, [name for name in shapes if self._lacks(name)])
         check_shapes(self.label, {name: self.shape(name) for name in shapes}, shapes)
 
@@ -158,7 +164,3 @@ class ModelSource(ABC):
     def _checked(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         check_tokenizer(self.label, tokenizer, self.config.vocab_size)
         return tokenizer
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +24,12 @@ from factorllm.runs.progress import quiet_transformers
 _SAFE = {"trust_remote_code": False}
 """Without it transformers asks whether to run a folder's code, and on "y" it does."""
 
-_ATTENTION = {"attn_implementation": "sdpa"}
-"""Else a config can name a kernel on the hub, which is code too."""
+
+def _attention(config: PreTrainedConfig) -> dict[str, str]:
+    """How attention is computed. Without it a config can name a kernel on the hub, which is code too."""
+    # It caps attention's logits, for which sdpa has no way.
+    return {"attn_implementation": "eager" if config.model_type == "gemma2" else "sdpa"}
+
 
 _AGAIN = "it is damaged, or made by code that is not part of transformers, which is never run: use another copy"
 
@@ -54,8 +62,35 @@ def load_pretrained(folder: Path | str, **options) -> PreTrainedModel | tuple[Pr
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
+    config = options.pop("config", None) or load_config(Path(folder))
     with quiet_transformers(), refusing(folder, _AGAIN):
-        return AutoModelForCausalLM.from_pretrained(folder, **_SAFE, **_ATTENTION, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, **_SAFE, **_attention(config), **options)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with every parameter on the meta device: its structure, without memory."""
+    with init_empty_weights(include_buffers=False):
+        # A copy: whoever changes the model changes its config.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **_SAFE, **_attention(config)).eval()
+    model.tie_weights()
+    return model
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module: parameters, without a tied output head, and the buffers that are saved."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in module.state_dict().items() if name not in every}
+    return dict(module.named_parameters()) | buffers
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Shapes of what a checkpoint of a model holds."""
+    return {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+
+
+def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """The same of the model of a config."""
+    return shapes_of(skeleton(config))
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import rms_norm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.dense.ends import Ends
 from factorllm.dense.gguf.file import GGUFSource
 from factorllm.dense.layer import LayerLoader
 from factorllm.dense.model import ModelSource
@@ -90,12 +90,14 @@ def _stream(source: ModelSource, layers: int, length: int, device: torch.device)
     loader = LayerLoader(source, length, torch.float32, device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, source.config.vocab_size, (_SEQUENCES, length), generator=generator)
-    hidden = [loader.embeddings()[tokens].to(device)]
+    ends = Ends(source, device)
+    hidden = [ends.embed(tokens)]
     for index in range(layers):
-        hidden.append(loader.load(index).forward(hidden[-1]))
-    norm = source.tensor("model.norm.weight").to(device).float()
-    last = rms_norm(hidden[-1], norm.shape, norm, source.config.rms_norm_eps)
-    return _Streamed(tokens, hidden, last @ source.output_head().to(device).float().T)
+        layer, stream = loader.load(index), hidden[-1]
+        middle, inputs = layer.attend(stream)
+        hidden.append(layer.after(stream, middle, layer.ffn.hidden(inputs) @ layer.ffn.down.T))
+    logits = ends.logits(hidden[-1].flatten(0, 1)).view(*tokens.shape, -1)
+    return _Streamed(tokens, hidden, logits)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from factorllm.dense.config_checks import check_depth
 from factorllm.dense.model import ModelSource
+from factorllm.dense.names import EMBEDDINGS, HEAD
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 
@@ -169,11 +170,10 @@ def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
 
     transformers decides so too; the engines that believe the config would throw the head away.
     """
-    table, head = "model.embed_tokens.weight", "lm_head.weight"
     names = set(tensors.names())
-    if not config.tie_word_embeddings or head not in names or table not in names:
+    if not config.tie_word_embeddings or HEAD not in names or EMBEDDINGS not in names:
         return bool(config.tie_word_embeddings)
-    return torch.equal(tensors.read(table), tensors.read(head))
+    return torch.equal(tensors.read(EMBEDDINGS), tensors.read(HEAD))
 
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:

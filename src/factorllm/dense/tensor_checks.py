@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from factorllm.dense.families import family_of
+from factorllm.dense.names import HEAD, LAYERS
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.finite import is_finite
 
@@ -28,7 +30,7 @@ def check_names(
     """
     have = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        have.discard("lm_head.weight")
+        have.discard(HEAD)
     if missing:
         raise FactorLLMError(
             f"{label} lacks {len(missing)} tensors, {min(missing)} among them: the checkpoint is incomplete, or "
@@ -38,6 +40,25 @@ def check_names(
         raise FactorLLMError(
             f"{label} holds {len(extra)} tensors that a plain {config.model_type} model does not have, "
             f"{extra[0]} among them; leaving them out would change the model, so it is refused"
+        )
+
+
+def check_ffn(label: str, config: PreTrainedConfig, names: Iterable[str]) -> None:
+    """Refuse an FFN that is more than three matrices.
+
+    Args:
+        names: of all parameters.
+
+    Raises:
+        FactorLLMError: naming what else it has.
+    """
+    layout = family_of(config).ffn
+    whole = {f"{layout.slot}.{matrix}.weight" for matrix in (layout.gate, layout.up, layout.down)}
+    inside = {name.removeprefix(LAYERS).partition(".")[2] for name in names if name.startswith(LAYERS)}
+    if extra := sorted(name for name in inside if layout.holds(name) and name not in whole):
+        raise FactorLLMError(
+            f"{label} has {extra[0]} in its FFN, which belongs to all of its neurons at once; only FFNs of a gate, an "
+            "up and a down matrix, without biases, can be cut exactly"
         )
 
 

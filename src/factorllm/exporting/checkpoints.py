@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import local_path, open_model
-from factorllm.dense.families import FAMILIES
+from factorllm.dense.families import is_dense
 from factorllm.dense.model import check_finite
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
 from factorllm.errors import FactorLLMError, refusing
@@ -83,7 +83,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     folder = local_path(model)
     if (folder / "config.json").is_file():
         config = read_config(folder, model)
-        if config.model_type not in FAMILIES and config.model_type in HOSTS:
+        if not is_dense(config) and config.model_type in HOSTS:
             return _open_student(folder, model, config)
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")

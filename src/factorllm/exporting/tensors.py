@@ -9,6 +9,7 @@ from torch import Tensor
 
 from factorllm.dense.families import head_dim, rope_type
 from factorllm.dense.gguf.rope import llama3_factors
+from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.hosts.base import Stored
 
@@ -30,17 +31,17 @@ _INTERLEAVED = ("llama", "granitemoe")
 def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Name and content, fp32, of each tensor of the file, in its order."""
     config, read = checkpoint.config, checkpoint.read
-    yield "token_embd.weight", read("model.embed_tokens.weight").float()
+    yield "token_embd.weight", read(EMBEDDINGS).float()
     yield "output_norm.weight", read("model.norm.weight").float()
     if not config.tie_word_embeddings:
-        yield "output.weight", read("lm_head.weight").float()
+        yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) == "qwen2moe":  # it alone insists on a head of its own
-        yield "output.weight", read("model.embed_tokens.weight").float()
+        yield "output.weight", read(EMBEDDINGS).float()
     if rope_type(config) == "llama3":
         rope = config.rope_parameters
         yield "rope_freqs.weight", llama3_factors(rope, rope["rope_theta"], head_dim(config)).float()
     for layer in range(config.num_hidden_layers):
-        for name, tensor in _layer_tensors(checkpoint, f"model.layers.{layer}."):
+        for name, tensor in _layer_tensors(checkpoint, layer_prefix(layer)):
             yield f"blk.{layer}.{name}", tensor.float()
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition
 from factorllm.dense import ModelSource, open_model
+from factorllm.dense.families import ffn_width
 from factorllm.dense.pretrained import load_generation_config
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.settings import HealSettings
@@ -110,7 +111,7 @@ def open_heal_job(
     recipe = Recipe(**made["recipe"])
     source = open_model(teacher)
     _check_teacher(student, made, source)
-    shape = recipe.shape(source.config.intermediate_size)
+    shape = recipe.shape(ffn_width(source.config))
     check_shape(student, shape)
     check_learning(settings, recipe)
     partitions = [] if recipe.is_prune else read_partitions(student, shape)

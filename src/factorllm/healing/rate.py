@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
+from factorllm.dense.names import LAYERS
 from factorllm.dense.safetensors import TensorFolder
 from factorllm.healing.job import HealJob
 from factorllm.healing.settings import usual_rate
@@ -122,7 +123,7 @@ def _share(job: HealJob, validating: int) -> float:
 
 def typical_weight(student: TensorFolder) -> float:
     """Root mean square of the matrices in a student's layers, of the median one."""
-    inside = (name for name in student.names() if name.startswith("model.layers.") and len(student.shape(name)) > 1)
+    inside = (name for name in student.names() if name.startswith(LAYERS) and len(student.shape(name)) > 1)
     return median(student.read(name).float().square().mean().sqrt().item() for name in inside)
 
 

@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition
 from factorllm.convert.route import expert_scores, prior_distribution
+from factorllm.dense.families import family_of
 from factorllm.dense.ffn import FFN
+from factorllm.dense.layer import ffn_of
+from factorllm.dense.modules import decoder_layers, head_logits
 from factorllm.healing.losses import matched_streams, top_log_probs
 from factorllm.runs.workspace import write_shard
 
@@ -97,11 +100,13 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
     """The teacher's targets for `tokens` (sequences, length), as in an item of `Targets`."""
     autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=asked.bfloat16)
     with _recorded_priors(teacher, asked) as priors, autocast:
-        output = teacher.model(tokens.to(teacher.device), use_cache=False, output_hidden_states=asked.streams > 0)
+        output = teacher.get_decoder()(
+            tokens.to(teacher.device), use_cache=False, output_hidden_states=asked.streams > 0
+        )
     # In fp32: logits are large, and bf16 rounds them by several percent. A few at a time: memory is fetched anew for
     # all of them at once, which takes longer than their product.
     states = output.last_hidden_state.float().flatten(0, 1).split(_HEAD_ROWS)
-    tops = [top_log_probs(teacher.lm_head(rows), asked.vocabulary, asked.temperature) for rows in states]
+    tops = [top_log_probs(head_logits(teacher, rows), asked.vocabulary, asked.temperature) for rows in states]
     ids, log_probs = (torch.cat(part).view(*tokens.shape, -1) for part in zip(*tops, strict=True))
     found = {"top_ids": ids.int().cpu(), "top_log_probs": log_probs.half().cpu()}
     if priors:
@@ -115,15 +120,16 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
 def _recorded_priors(teacher: PreTrainedModel, asked: Asked) -> Iterator[list[Tensor]]:
     """The prior (tokens, N) of each layer, filled while the teacher runs."""
     priors, hooks = [], []
-    for layer, split in zip(teacher.model.layers[: len(asked.partitions)], asked.partitions, strict=True):
-        mlp = layer.mlp
-        ffn = FFN(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    layout = family_of(teacher.config).ffn
+    layers = decoder_layers(teacher)[: len(asked.partitions)]
+    ffns = [ffn_of(layer, teacher.config) for layer in layers]
+    for layer, ffn, split in zip(layers, ffns, asked.partitions, strict=True):
 
         def record(_, inputs: tuple[Tensor], ffn: FFN = ffn, split: Partition = split) -> None:
             scores = expert_scores(ffn, inputs[0].flatten(0, 1), split, asked.top_k, asked.prior)
             priors.append(prior_distribution(scores, asked.top_k, asked.prior))
 
-        hooks.append(mlp.down_proj.register_forward_pre_hook(record))
+        hooks.append(layer.get_submodule(f"{layout.slot}.{layout.down}").register_forward_pre_hook(record))
     try:
         yield priors
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from factorllm.dense.families import FAMILIES, is_dense
 from factorllm.errors import FactorLLMError
 from factorllm.hosts.base import Host, MoeHost, StudentFFN
 from factorllm.hosts.dense import DenseHost
@@ -14,12 +15,17 @@ from factorllm.hosts.qwen2_moe import Qwen2MoeHost
 from factorllm.hosts.qwen3_moe import Qwen3MoeHost
 from factorllm.recipe import Shape
 
-__all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host"]
+__all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host", "host_of"]
 
 _HOSTS = (MixtralHost(), GraniteMoeSharedHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(), DenseHost())
 
 HOSTS: dict[str, Host] = {host.name: host for host in _HOSTS}
 """Hosts by name, best first: `auto` takes the first that can hold the student exactly."""
+
+
+def host_of(config: PreTrainedConfig) -> Host:
+    """The host that a checkpoint is in, a dense one or a static prune among them."""
+    return HOSTS["dense" if is_dense(config) else config.model_type]
 
 
 def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
@@ -28,6 +34,12 @@ def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
     Raises:
         FactorLLMError: when no host, or not the named one, can hold the student exactly; says why.
     """
+    family = FAMILIES[config.model_type]
+    if family.no_host and shape.experts:
+        raise FactorLLMError(
+            f"no architecture with experts reproduces {config.model_type} ({family.models}) exactly: "
+            f"{family.no_host}; a static prune needs none: factorllm prune"
+        )
     if name == "auto":
         reasons = {host.name: host.reason_against(config, shape) for host in HOSTS.values()}
         for candidate, reason in reasons.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import head_dim, normalises_heads, sliding_window
+from factorllm.dense.families import activation, head_dim, normalises_heads, rotary_share, sliding_window
 from factorllm.dense.ffn import FFN
 from factorllm.dense.gguf.rope import reason_against_rope
 from factorllm.hosts.gates import Gates
@@ -39,7 +39,7 @@ class StudentFFN:
         """The routed experts, `down` scaled so that nearly equal gate weights of a host come to 1."""
         scale = gates.scale(self.shape)
         parts = [self.ffn.part(columns) for columns in self.shape.expert_columns()]
-        return [FFN(part.gate, part.up, part.down * scale) for part in parts]
+        return [replace(part, down=part.down * scale) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class Host(ABC):
             shared = width
         return Shape(shared + experts * width, shared, experts, width, top_k)
 
+    def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """The parts of a decoder layer in transformers that are the FFN."""
+        return ("mlp",)
+
     @abstractmethod
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         """Why this host cannot hold the student exactly, or None when it can."""
@@ -121,8 +125,12 @@ class Host(ABC):
         """The student's config."""
 
     @abstractmethod
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
-        """The FFN's tensors by their names on disk, without the prefix of the layer."""
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
+        """The FFN's tensors by their names on disk, without the prefix of the layer.
+
+        Args:
+            config: of the dense model or of the student.
+        """
 
     def attention_tensors(self, dense: PreTrainedConfig) -> dict[str, Tensor]:
         """Tensors that the host's attention has and the dense model's has not, without the prefix of the layer."""
@@ -149,7 +157,19 @@ class MoeHost(Host):
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         if shape.experts == 0:
             return "a static prune has no experts"
-        return self._reason_against_family(config) or self._reason_against_shape(shape) or _misaligned(config, shape)
+        return (
+            self._reason_against_family(config)
+            or self._reason_against_others(config)
+            or self._reason_against_shape(shape)
+            or _misaligned(config, shape)
+        )
+
+    def _reason_against_others(self, config: PreTrainedConfig) -> str | None:
+        if config.model_type not in self.families:
+            return f"it holds {', '.join(self.families)} only"
+        if activation(config) != "silu":
+            return f"its experts compute SiLU, not {activation(config)}"
+        return None if rotary_share(config) == 1 else "it rotates heads whole"
 
     @abstractmethod
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None: ...

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import FAMILIES
+from factorllm.dense.families import family_of, ffn_width
 from factorllm.hosts.base import Host, Stored, StudentFFN
 from factorllm.recipe import Shape
 
@@ -20,20 +20,22 @@ class DenseHost(Host):
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         config = copy.deepcopy(dense)
-        config.intermediate_size = shape.kept_width
+        setattr(config, family_of(config).width, shape.kept_width)
         return config
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
-        return {
-            "mlp.gate_proj.weight": student.ffn.gate,
-            "mlp.up_proj.weight": student.ffn.up,
-            "mlp.down_proj.weight": student.ffn.down,
-        }
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
+        return family_of(config).ffn.tensors(student.ffn)
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        if family_of(config).gguf is None:
+            return f"GGUF files of {config.model_type} are not supported yet"
+        return super().reason_against_gguf(config)
+
+    def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return (family_of(config).ffn.slot,)
 
     def gguf(self, config: PreTrainedConfig) -> str:
-        return FAMILIES[config.model_type].gguf
+        return family_of(config).gguf or ""
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
-        return {
-            "feed_forward_length": config.intermediate_size,
-        }
+        return {"feed_forward_length": ffn_width(config)}

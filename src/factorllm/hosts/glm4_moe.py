@@ -70,7 +70,7 @@ class Glm4MoeHost(MoeHost):
             architectures=["Glm4MoeForCausalLM"],
         )
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         shared = student.shared()
         return {
             "mlp.gate.weight": student.router,

@@ -52,6 +52,9 @@ class GraniteMoeSharedHost(MoeHost):
             return "its attention has all four biases or none"
         return windowed(config) or normalised_heads(config) or uneven_heads(config)
 
+    def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ("block_sparse_moe", "shared_mlp")
+
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return GraniteMoeSharedConfig(
             **common_config(dense),
@@ -68,7 +71,7 @@ class GraniteMoeSharedHost(MoeHost):
             architectures=["GraniteMoeSharedForCausalLM"],
         )
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         shared = student.shared()
         inputs, outputs = stacked(student.experts(self.gates))
         return {

@@ -45,7 +45,7 @@ class MixtralHost(MoeHost):
             architectures=["MixtralForCausalLM"],
         )
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         tensors = {"block_sparse_moe.gate.weight": student.router}
         for i, expert in enumerate(student.experts(self.gates)):
             prefix = f"block_sparse_moe.experts.{i}"

@@ -69,7 +69,7 @@ class Qwen2MoeHost(MoeHost):
             architectures=["Qwen2MoeForCausalLM"],
         )
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         shared, router = student.shared(), student.router
         if not shared.width:
             filling = (0, 0, 0, _EMPTY_SHARED)

@@ -51,7 +51,7 @@ class Qwen3MoeHost(MoeHost):
             architectures=["Qwen3MoeForCausalLM"],
         )
 
-    def ffn_tensors(self, student: StudentFFN) -> dict[str, Tensor]:
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import biased_projections, head_dim, normalises_heads
+from factorllm.dense.families import ffn_width
+from factorllm.dense.names import EMBEDDINGS, HEAD, part_of_layer
+from factorllm.dense.pretrained import parameter_shapes
+from factorllm.hosts import host_of
 from factorllm.recipe import Shape
 
 
@@ -35,25 +38,22 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
     The dense model itself is the shape with every neuron shared.
 
     Args:
+        config: of the dense model, or of the student.
         head_apart: whether the student's host holds the output head apart from the embeddings, tied or not.
     """
-    d, layers = config.hidden_size, config.num_hidden_layers
-    query = config.num_attention_heads * head_dim(config)
-    key_value = config.num_key_value_heads * head_dim(config)
-    attention = 2 * d * (query + key_value)
-    widths = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "o_proj": d}
-    biases = sum(widths[projection] for projection in biased_projections(config))
-    head_norms = 2 * head_dim(config) if normalises_heads(config) else 0
+    d, layers, parts = config.hidden_size, config.num_hidden_layers, host_of(config).ffn_parts(config)
+    outside = {name: size for name, size in parameter_shapes(config).items() if part_of_layer(name) not in parts}
+    table = outside.pop(EMBEDDINGS).numel()
+    head = outside.pop(HEAD).numel() if HEAD in outside else table
+    matrices = sum(size.numel() for size in outside.values() if len(size) > 1)
+    vectors = sum(size.numel() for size in outside.values() if len(size) == 1)
     router = shape.experts * d
-    head = config.vocab_size * d
 
-    active = layers * (attention + 3 * d * shape.active_width + router) + head
-    held = layers * (attention + 3 * d * shape.kept_width + router) + head
-    vectors = layers * (2 * d + biases + head_norms) + d
-    embedding = 0 if config.tie_word_embeddings and not head_apart else head
+    active = matrices + layers * (3 * d * shape.active_width + router) + head
+    held = matrices + layers * (3 * d * shape.kept_width + router) + head
     return Cost(
         ffn_sparsity=shape.sparsity,
-        total_parameters=held + vectors + embedding,
+        total_parameters=held + vectors + (0 if config.tie_word_embeddings and not head_apart else table),
         active_parameters=active + vectors,
         flops_per_token=2 * active,
     )
@@ -61,5 +61,5 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
 
 def dense_shape(config: PreTrainedConfig) -> Shape:
     """The dense model as a shape: one shared part."""
-    width = config.intermediate_size
+    width = ffn_width(config)
     return Shape(ffn_width=width, shared_width=width, experts=0, expert_width=width, top_k=0)

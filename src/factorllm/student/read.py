@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
-from factorllm.dense.families import FAMILIES
 from factorllm.dense.pretrained import load_pretrained
 from factorllm.dense.safetensors import TensorFolder, read_config
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.hosts import HOSTS
+from factorllm.hosts import host_of
 from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, workspace_folder
 from factorllm.student.provenance import check_provenance
@@ -63,7 +62,7 @@ def check_shape(folder: Path, shape: Shape) -> None:
     """
     config = read_config(folder, str(folder))
     with refusing(f"{folder}/config.json", "make the checkpoint again"):
-        found = HOSTS["dense" if config.model_type in FAMILIES else config.model_type].shape(config)
+        found = host_of(config).shape(config)
     if (found.experts, found.top_k) != (shape.experts, shape.top_k) or (
         shape.experts and found.expert_width != shape.expert_width
     ):

@@ -83,7 +83,7 @@ def family_of(label: str, architecture: object) -> str:
     for family, known in FAMILIES.items():
         if known.gguf == architecture:
             return family
-    known = ", ".join(sorted({known.gguf for known in FAMILIES.values()}))
+    known = ", ".join(sorted({known.gguf for known in FAMILIES.values() if known.gguf}))
     raise FactorLLMError(
         f"{label} is of the architecture {architecture!r}, which is not supported as a GGUF file; supported: {known}"
     )

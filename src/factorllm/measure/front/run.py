@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from factorllm.dense.families import FAMILIES
+from factorllm.dense.families import is_dense
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import FILE_TYPES
 from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
@@ -114,10 +114,10 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
     ]
     models = [_Model(_name(path), kind, open_checkpoint(path), path) for kind, paths in given for path in paths]
     for model in models:
-        is_dense = model.checkpoint.config.model_type in FAMILIES
-        if is_dense == (model.kind == "student"):
+        dense = is_dense(model.checkpoint.config)
+        if dense == (model.kind == "student"):
             raise FactorLLMError(
-                f"{model.path} is {'a dense or pruned model' if is_dense else 'a student'}; give students first, and "
+                f"{model.path} is {'a dense or pruned model' if dense else 'a student'}; give students first, and "
                 "with --against the dense model and static prunes"
             )
     names = [model.name for model in models]

@@ -1,0 +1,48 @@
+"""The parts of a causal language model in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a causal language model."""
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
+def final_norm(decoder: nn.Module) -> nn.Module:
+    """The norm after the last layer: what has weights and is neither the embeddings nor a layer."""
+    (norm,) = (
+        module
+        for name, module in decoder.named_children()
+        if name not in ("embed_tokens", "layers") and any(True for _ in module.parameters())
+    )
+    return norm
+
+
+@contextmanager
+def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let modules compute something else while the block runs."""
+    modules = list(modules)
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What a model's output head makes of the states after the final norm, scaled as its family does: (n, d) -> (n,
+    vocabulary). Nothing else of the model runs."""
+    output = BaseModelOutputWithPast(last_hidden_state=states[None])
+    with forwarding([model.get_decoder()], lambda *_, **__: output):
+        logits: Tensor = model(inputs_embeds=states[None], use_cache=False).logits
+    return logits[0]

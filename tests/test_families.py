@@ -1,0 +1,68 @@
+"""Every dense family: it is streamed as transformers computes it, and a static prune of it is the dense model without
+some neurons."""
+
+import json
+
+import pytest
+import torch
+from conftest import relative_error, save_dense, some_tokens
+from families import TINY
+from transformers import AutoModelForCausalLM
+
+from factorllm import FactorLLMError, Recipe, factorize
+from factorllm.dense.families import FAMILIES, family_of
+from factorllm.dense.modules import decoder_layers
+
+
+def test_there_is_a_tiny_model_of_each_family():
+    assert TINY.keys() == FAMILIES.keys()
+
+
+def pruned_by_hand(model, orders: list[list[int]]) -> None:
+    """Zero the down columns of all neurons but those that a prune kept."""
+    layout = family_of(model.config).ffn
+    for layer, kept in zip(decoder_layers(model), orders, strict=True):
+        down = layer.get_submodule(f"{layout.slot}.{layout.down}").weight.data
+        dropped = torch.ones(down.shape[1], dtype=torch.bool)
+        dropped[kept] = False
+        down[:, dropped] = 0
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_static_prune_is_the_dense_model_without_some_neurons(family, tmp_path, text_file, small):
+    dense = save_dense(TINY[family], tmp_path / "dense")
+    recipe = Recipe(shared=4, active=0, parts=8, restore="none")
+    out = tmp_path / "out"
+    factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=small)
+    pruned, found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
+    assert pruned.config.model_type == family
+    orders = json.loads((out / "factorllm.partition.json").read_text())
+    assert {len(order) for order in orders} == {32}
+    pruned_by_hand(dense, orders)
+    tokens = some_tokens(dense.config)
+    with torch.inference_mode():
+        assert relative_error(pruned(tokens).logits, dense(tokens).logits) < 1e-5
+        assert pruned.generate(tokens[:, :4], max_new_tokens=2, do_sample=False).shape[1] > 4
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_prune_is_restored(family, tmp_path, text_file, small):
+    """Refitting what is left brings it nearer to the dense model, on text that it was not fitted on."""
+    save_dense(TINY[family], tmp_path / "dense")
+    errors = {}
+    for restore in ("none", "stream"):
+        recipe = Recipe(shared=4, active=0, parts=8, restore=restore)
+        out = tmp_path / restore
+        summary = factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=small)
+        errors[restore] = summary.layers[-1]["stream_error"]
+        assert summary.row("student").perplexity > 0
+    assert errors["stream"] < errors["none"]
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.no_host])
+def test_a_family_without_a_host_is_told_why_and_what_to_do(family, tmp_path, text_file, small):
+    save_dense(TINY[family], tmp_path / "dense")
+    with pytest.raises(FactorLLMError, match=r"no architecture with experts .* factorllm prune"):
+        factorize(str(tmp_path / "dense"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
+    assert not (tmp_path / "out").exists()
