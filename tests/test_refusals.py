@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import BASE, CONFIGS, edit_json, save_dense
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, LlamaConfig
+from transformers import LlamaConfig, MixtralConfig, NemotronConfig
 
 from factorllm.cli import main
 
@@ -66,11 +66,15 @@ def test_no_such_hub_model(refused, monkeypatch):
 
 
 def test_unsupported_family_names_the_supported_ones(refused, tmp_path):
-    config = Gemma2Config(**BASE | {"head_dim": 8, "query_pre_attn_scalar": 8})
-    save_dense(config, tmp_path / "gemma")
-    line = refused(tmp_path / "gemma")
-    assert "'gemma2'" in line
-    assert "llama (Llama 1-3, TinyLlama, SmolLM2); mistral (Mistral)" in line
+    config = NemotronConfig(**BASE | {"head_dim": 8})
+    save_dense(config, tmp_path / "nemotron")
+    line = refused(tmp_path / "nemotron")
+    assert "'nemotron', which is not supported, and it cannot be: its FFN has no gate; supported: llama (Llama" in line
+
+
+def test_a_mixture_of_experts_is_told_that_it_is_one(refused, tmp_path):
+    save_dense(MixtralConfig(**BASE), tmp_path / "mixtral")
+    assert "is a Mixture of Experts already (mixtral)" in refused(tmp_path / "mixtral")
 
 
 def write_gguf(path, architecture: str, tensors: int = 4) -> None:
@@ -165,9 +169,9 @@ def test_sequences_of_one_token(refused, own_dense):
 
 def test_ffn_biases_and_other_activations(refused, tmp_path):
     save_dense(LlamaConfig(**BASE | {"mlp_bias": True}), tmp_path / "biased")
-    assert "biases in its FFN" in refused(tmp_path / "biased")
+    assert "mlp.down_proj.bias in its FFN" in refused(tmp_path / "biased")
     save_dense(LlamaConfig(**BASE | {"hidden_act": "gelu"}), tmp_path / "gelu")
-    assert "uses the activation 'gelu'" in refused(tmp_path / "gelu")
+    assert "its experts compute SiLU, not gelu" in refused(tmp_path / "gelu")
 
 
 @pytest.mark.parametrize(

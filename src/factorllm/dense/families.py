@@ -75,6 +75,8 @@ FAMILIES = {
 }
 """Dense families by transformers' `model_type`."""
 
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
 _WITHOUT_GATE = (
     "apertus", "arcee", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron",
     "opt", "phi", "starcoder2",
@@ -102,8 +104,9 @@ def is_dense(config: PreTrainedConfig) -> bool:
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Whether a model is a Mixture of Experts."""
-    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    """Whether a model is a Mixture of Experts. A key that transformers' class does not know says nothing."""
+    known = type(config)()
+    counts = [getattr(config, key) for key in _EXPERT_COUNTS if hasattr(known, key)]
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 
