@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from conftest import relative_error, save_dense, some_tokens
+from conftest import BASE, SLIDING_WINDOW, relative_error, save_dense, some_tokens
 from families import TINY
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.modules import decoder_layers
+from factorllm.hosts import HOSTS, MoeHost
 
 
 def test_there_is_a_tiny_model_of_each_family():
@@ -66,3 +67,50 @@ def test_a_family_without_a_host_is_told_why_and_what_to_do(family, tmp_path, te
     with pytest.raises(FactorLLMError, match=r"no architecture with experts .* factorllm prune"):
         factorize(str(tmp_path / "dense"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
     assert not (tmp_path / "out").exists()
+
+
+MOE_HOSTS = [host for host in HOSTS.values() if isinstance(host, MoeHost)]
+PAIRS = [
+    (family, host.name, shared)
+    for host in MOE_HOSTS
+    for family in host.families
+    for shared in (0, 1)
+    if host.shared != ("always" if shared == 0 else "no")
+]
+"""Each dense family in each of its hosts, without and with a shared part."""
+
+
+_WHOLE_HEADS = Phi3Config(**BASE, pad_token_id=0)
+SPECIAL = {
+    ("phi3", "mixtral"): _WHOLE_HEADS,
+    ("phi3", "granitemoeshared"): _WHOLE_HEADS,
+    ("mistral", "granitemoe_swa"): SLIDING_WINDOW,
+}
+"""Configs that differ from `TINY` where a host holds a part of a family, or is there for a part of it."""
+
+
+def factorized(family, host, recipe, tmp_path, text_file, small):
+    dense = save_dense(SPECIAL.get((family, host), TINY[family]), tmp_path / "dense")
+    settings = small.model_copy(update={"host": host, "baseline": False})
+    factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
+    student, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
+    return dense, student
+
+
+@pytest.mark.parametrize(("family", "host", "shared"), PAIRS)
+def test_with_all_experts_on_each_family_is_the_dense_model(family, host, shared, tmp_path, text_file, small):
+    recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
+    dense, student = factorized(family, host, recipe, tmp_path, text_file, small)
+    assert student.config.model_type == host
+    # Some hosts hold a family within one window, or without scaled positions, only; their configs say so.
+    tokens = some_tokens(dense.config, length=min(48, student.config.max_position_embeddings))
+    with torch.inference_mode():
+        assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-5
+        assert student.generate(tokens[:, :4], max_new_tokens=2, do_sample=False).shape[1] > 4
+    student.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(again(tokens).logits, student(tokens).logits)

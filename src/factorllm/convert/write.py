@@ -58,8 +58,8 @@ def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None
     source, prefix = job.source, layer_prefix(index)
     names = [name.removeprefix(prefix) for name in sorted(source.parameter_names()) if name.startswith(prefix)]
     others = [name for name in names if not family_of(source.config).ffn.holds(name)]
-    tensors = {name: source.tensor(prefix + name) for name in others}
-    tensors |= student.host.attention_tensors(source.config) | student.host.ffn_tensors(ffn, source.config)
+    tensors = student.host.ffn_tensors(ffn, source.config)
+    tensors |= student.host.other_tensors(source.config, {name: source.tensor(prefix + name) for name in others})
     tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
     write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)

@@ -63,9 +63,7 @@ def check_family(label: str, config: PreTrainedConfig) -> None:
         return
     why = f", and it cannot be: {OTHERS[family]}" if family in OTHERS else " yet"
     known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
-    raise FactorLLMError(
-        f"{label} is of the family {family!r}, which is not supported{why}; supported: {known}"
-    )
+    raise FactorLLMError(f"{label} is of the family {family!r}, which is not supported{why}; supported: {known}")
 
 
 def check_depth(label: str, layers: int, tensors: int) -> None:

@@ -75,6 +75,7 @@ FAMILIES = {
 }
 """Dense families by transformers' `model_type`."""
 
+_QKV = ("q_proj", "k_proj", "v_proj")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 _WITHOUT_GATE = (
@@ -134,13 +135,15 @@ def head_dim(config: PreTrainedConfig) -> int:
 def biased_projections(config: PreTrainedConfig) -> tuple[str, ...]:
     """The attention projections that have a bias."""
     if config.model_type == "qwen2":
-        return ("q_proj", "k_proj", "v_proj")
+        return _QKV
+    if config.model_type in ("glm", "glm4") or getattr(config, "attention_out_bias", True) is False:
+        return _QKV if config.attention_bias else ()
     return ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
 
 
 def normalises_heads(config: PreTrainedConfig) -> bool:
     """Whether queries and keys are normalised before the rotation."""
-    return config.model_type == "qwen3"
+    return config.model_type in ("qwen3", "qwen3_5_text", "hunyuan_v1_dense", "olmo2", "olmo3")
 
 
 def rope_type(config: PreTrainedConfig) -> str:

@@ -24,11 +24,13 @@ from factorllm.runs.progress import quiet_transformers
 _SAFE = {"trust_remote_code": False}
 """Without it transformers asks whether to run a folder's code, and on "y" it does."""
 
+_EAGER = ("gemma2", "granitemoe_swa")
+"""Families whose attention sdpa has no way for: logits are capped, or sinks take a share."""
+
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:
     """How attention is computed. Without it a config can name a kernel on the hub, which is code too."""
-    # It caps attention's logits, for which sdpa has no way.
-    return {"attn_implementation": "eager" if config.model_type == "gemma2" else "sdpa"}
+    return {"attn_implementation": "eager" if config.model_type in _EAGER else "sdpa"}
 
 
 _AGAIN = "it is damaged, or made by code that is not part of transformers, which is never run: use another copy"

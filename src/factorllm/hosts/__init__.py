@@ -7,17 +7,31 @@ from transformers import PreTrainedConfig
 from factorllm.dense.families import FAMILIES, is_dense
 from factorllm.errors import FactorLLMError
 from factorllm.hosts.base import Host, MoeHost, StudentFFN
+from factorllm.hosts.cohere2_moe import Cohere2MoeHost
 from factorllm.hosts.dense import DenseHost
+from factorllm.hosts.ernie4_5_moe import Ernie45MoeHost
+from factorllm.hosts.flex_olmo import FlexOlmoHost
+from factorllm.hosts.gemma4 import Gemma4Host
 from factorllm.hosts.glm4_moe import Glm4MoeHost
+from factorllm.hosts.granitemoe import GraniteMoeHost
+from factorllm.hosts.granitemoe_swa import GraniteMoeSWAHost
+from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
+from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
+from factorllm.hosts.lfm2_moe import Lfm2MoeHost
 from factorllm.hosts.mixtral import MixtralHost
 from factorllm.hosts.qwen2_moe import Qwen2MoeHost
+from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
 from factorllm.hosts.qwen3_moe import Qwen3MoeHost
 from factorllm.recipe import Shape
 
 __all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host", "host_of"]
 
-_HOSTS = (MixtralHost(), GraniteMoeSharedHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(), DenseHost())
+_HOSTS = (
+    MixtralHost(), GraniteMoeSharedHost(), GraniteMoeHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(),
+    GraniteMoeSWAHost(), Qwen35MoeHost(), GraniteMoeHybridHost(), Lfm2MoeHost(), Gemma4Host(), FlexOlmoHost(),
+    Cohere2MoeHost(), HunYuanMoeHost(), Ernie45MoeHost(), DenseHost(),
+)  # fmt: skip
 
 HOSTS: dict[str, Host] = {host.name: host for host in _HOSTS}
 """Hosts by name, best first: `auto` takes the first that can hold the student exactly."""
@@ -41,7 +55,8 @@ def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
             f"{family.no_host}; a static prune needs none: factorllm prune"
         )
     if name == "auto":
-        reasons = {host.name: host.reason_against(config, shape) for host in HOSTS.values()}
+        fitting = [host for host in HOSTS.values() if host.holds(config)]
+        reasons = {host.name: host.reason_against(config, shape) for host in fitting}
         for candidate, reason in reasons.items():
             if reason is None:
                 return HOSTS[candidate]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import activation, head_dim, normalises_heads, rotary_share, sliding_window
+from factorllm.dense.families import activation, head_dim, normalises_heads, rope_type, rotary_share, sliding_window
 from factorllm.dense.ffn import FFN
+from factorllm.dense.fused import unfused
 from factorllm.dense.gguf.rope import reason_against_rope
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
@@ -116,6 +117,10 @@ class Host(ABC):
         """The parts of a decoder layer in transformers that are the FFN."""
         return ("mlp",)
 
+    def holds(self, config: PreTrainedConfig) -> bool:
+        """Whether it holds models of a dense family, in some shapes at least."""
+        return True
+
     @abstractmethod
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         """Why this host cannot hold the student exactly, or None when it can."""
@@ -132,9 +137,13 @@ class Host(ABC):
             config: of the dense model or of the student.
         """
 
-    def attention_tensors(self, dense: PreTrainedConfig) -> dict[str, Tensor]:
-        """Tensors that the host's attention has and the dense model's has not, without the prefix of the layer."""
-        return {}
+    def other_tensors(self, dense: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a layer holds beside its FFN, without the prefix of the layer.
+
+        Args:
+            tensors: the same of the dense model, by its names.
+        """
+        return tensors
 
 
 class MoeHost(Host):
@@ -143,16 +152,30 @@ class MoeHost(Host):
     Attributes:
         families: dense families that it holds, by `model_type`.
         shared: whether it has a shared expert: `no`, `always` or `optional`.
+        shares_whole_experts: whether the shared expert must be as wide as some routed ones.
+        activation: of its experts, by the name in transformers.
+        rotates_parts: whether it can rotate a part of each head by its position.
     """
 
     families: tuple[str, ...]
     shared: str
+    shares_whole_experts: bool = False
+    activation: str = "silu"
+    rotates_parts: bool = False
 
     gates: Gates
-    gguf_architecture: str
+    gguf_architecture: str | None
 
     def gguf(self, config: PreTrainedConfig) -> str:
-        return self.gguf_architecture
+        return self.gguf_architecture or ""
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        if self.gguf_architecture is None:
+            return f"GGUF files of {self.name} are not supported yet"
+        return super().reason_against_gguf(config)
+
+    def holds(self, config: PreTrainedConfig) -> bool:
+        return config.model_type in self.families
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
         if shape.experts == 0:
@@ -165,20 +188,28 @@ class MoeHost(Host):
         )
 
     def _reason_against_others(self, config: PreTrainedConfig) -> str | None:
-        if config.model_type not in self.families:
+        if not self.holds(config):
             return f"it holds {', '.join(self.families)} only"
-        if activation(config) != "silu":
-            return f"its experts compute SiLU, not {activation(config)}"
-        return None if rotary_share(config) == 1 else "it rotates heads whole"
+        if activation(config) != self.activation:
+            return f"its experts compute {self.activation}, not {activation(config)}"
+        return None if rotary_share(config) == 1 or self.rotates_parts else "it rotates heads whole"
 
-    @abstractmethod
-    def _reason_against_family(self, config: PreTrainedConfig) -> str | None: ...
+    def other_tensors(self, dense: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return unfused(dense, tensors)
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        """What this host has not, of what the dense model has."""
+        return None
 
     def _reason_against_shape(self, shape: Shape) -> str | None:
         if shape.shared_width and self.shared == "no":
             return "it has no shared expert"
+        if self.shares_whole_experts and shape.shared_width % shape.expert_width:
+            return "its shared part must be a multiple of an expert"
         return "it always has a shared expert" if not shape.shared_width and self.shared == "always" else None
 
+
+_OWN = {"model_type", "architectures", "transformers_version", "dtype"}
 
 _ALIGNED = 8  # rows of 16 bytes in bf16
 
@@ -194,9 +225,20 @@ def common_config(dense: PreTrainedConfig) -> dict:
     return {key: getattr(dense, key) for key in _COMMON_KEYS}
 
 
+def carried(dense: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict:
+    """The part of the dense config that a config of another kind, of the same makers, spells alike."""
+    known = kind().to_dict().keys() - _OWN
+    return {key: value for key, value in dense.to_dict().items() if key in known}
+
+
 def windowed(config: PreTrainedConfig) -> str | None:
     """The reason against hosts whose attention sees everything before."""
     return "it has no sliding window" if sliding_window(config) else None
+
+
+def scaled_rope(config: PreTrainedConfig) -> str | None:
+    """The reason against hosts that read no parameters of Phi's long RoPE."""
+    return "it has no long RoPE" if rope_type(config) == "longrope" else None
 
 
 def uneven_heads(config: PreTrainedConfig) -> str | None:
@@ -223,6 +265,11 @@ def per_expert(experts: list[FFN], prefix: str) -> dict[str, Tensor]:
         for i, expert in enumerate(experts)
         for name in ("gate", "up", "down")
     }
+
+
+def shared_expert(ffn: FFN, prefix: str) -> dict[str, Tensor]:
+    """A shared expert as most hosts name it on disk."""
+    return {f"{prefix}.{name}_proj.weight": getattr(ffn, name) for name in ("gate", "up", "down")}
 
 
 def gguf_experts(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:

@@ -51,6 +51,11 @@ def _softmax_of_all(logits: Tensor, top_k: int) -> Tensor:
     return _of_selected(logits, logits.softmax(dim=1) * logits.shape[1], top_k)
 
 
+def _sigmoid_of_selected(logits: Tensor, top_k: int) -> Tensor:
+    values = logits.topk(top_k, dim=1).values.sigmoid()
+    return _of_selected(logits, values / values.sum(1, keepdim=True) * top_k, top_k)
+
+
 def _sigmoid(logits: Tensor, top_k: int) -> Tensor:
     return _of_selected(logits, 2 * logits.sigmoid(), top_k)
 
@@ -58,3 +63,7 @@ def _sigmoid(logits: Tensor, top_k: int) -> Tensor:
 SOFTMAX_OF_SELECTED = Gates("softmax of selected", _softmax_of_selected, lambda shape: shape.top_k, "k", False)
 SOFTMAX_OF_ALL = Gates("softmax of all", _softmax_of_all, lambda shape: shape.experts, "N", True)
 SIGMOID = Gates("2 x sigmoid", _sigmoid, lambda shape: 1, "1", True)
+SIGMOID_OF_SELECTED = Gates("sigmoid of selected", _sigmoid_of_selected, lambda shape: shape.top_k, "k", False)
+PLAIN_SIGMOID = Gates("sigmoid", _sigmoid, lambda shape: 2, "2", True)
+AVERAGED_SIGMOID = Gates("sigmoid", _sigmoid, lambda shape: 4 if shape.shared_width else 2, "2 or 4", True)
+"""Of a host that takes the mean of shared and routed part where there is a shared one."""

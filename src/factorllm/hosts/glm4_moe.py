@@ -1,4 +1,5 @@
-"""GLM-4-MoE: routed and shared experts, top-k free at serve time, for Qwen3, Qwen2, Llama and Mistral."""
+"""GLM-4-MoE: routed and shared experts, top-k free at serve time, for Qwen3, Qwen2, Llama, Mistral, Phi-3 and
+-4, Seed-OSS and GLM-4-9B."""
 
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, PreTrainedConfig
 
-from factorllm.dense.families import biased_projections, head_dim, normalises_heads
+from factorllm.dense.families import biased_projections, head_dim, normalises_heads, rotary_share
 from factorllm.hosts.base import (
     MoeHost,
     Stored,
@@ -17,6 +18,7 @@ from factorllm.hosts.base import (
     gguf_shared,
     per_expert,
     projections,
+    shared_expert,
     windowed,
 )
 from factorllm.hosts.gates import SIGMOID
@@ -25,11 +27,13 @@ from factorllm.recipe import Shape
 
 class Glm4MoeHost(MoeHost):
     name = "glm4_moe"
-    families = ("qwen3", "qwen2", "llama", "mistral")
+    families = ("qwen3", "qwen2", "llama", "mistral", "phi3", "seed_oss", "glm")
     shared = "always"
+    shares_whole_experts = True
     gguf_architecture = "glm4moe"
     gates = SIGMOID
     ties_embeddings = False
+    rotates_parts = True
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
         "exp_probs_b.bias": Stored("mlp.gate.e_score_correction_bias"),
@@ -43,15 +47,10 @@ class Glm4MoeHost(MoeHost):
             return "its attention output has no bias"
         return windowed(config)
 
-    def _reason_against_shape(self, shape: Shape) -> str | None:
-        if shape.shared_width % shape.expert_width:
-            return "its shared part must be a multiple of an expert"
-        return super()._reason_against_shape(shape)
-
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         common = common_config(dense)
         common["tie_word_embeddings"] = False
-        common["rope_parameters"] = dense.rope_parameters | {"partial_rotary_factor": 1.0}
+        common["rope_parameters"] = dense.rope_parameters | {"partial_rotary_factor": rotary_share(dense)}
         return Glm4MoeConfig(
             **common,
             head_dim=head_dim(dense),
@@ -66,19 +65,16 @@ class Glm4MoeHost(MoeHost):
             num_nextn_predict_layers=0,
             norm_topk_prob=False,
             routed_scaling_factor=2.0,  # gate weights are 2 x sigmoid(logit): 1 for flat routers
-            partial_rotary_factor=1.0,
+            partial_rotary_factor=rotary_share(dense),
             architectures=["Glm4MoeForCausalLM"],
         )
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
-        shared = student.shared()
         return {
             "mlp.gate.weight": student.router,
             "mlp.gate.e_score_correction_bias": torch.zeros_like(student.router[:, 0]),
             **per_expert(student.experts(self.gates), "mlp.experts"),
-            "mlp.shared_experts.gate_proj.weight": shared.gate,
-            "mlp.shared_experts.up_proj.weight": shared.up,
-            "mlp.shared_experts.down_proj.weight": shared.down,
+            **shared_expert(student.shared(), "mlp.shared_experts"),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:

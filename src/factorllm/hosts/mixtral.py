@@ -1,4 +1,4 @@
-"""Mixtral: routed experts only, for Llama and Mistral."""
+"""Mixtral: routed experts only, for Llama, Mistral, Ministral 3 and Phi-3."""
 
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from factorllm.hosts.base import (
     common_config,
     gguf_experts,
     normalised_heads,
+    scaled_rope,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
@@ -20,7 +21,7 @@ from factorllm.recipe import Shape
 
 class MixtralHost(MoeHost):
     name = "mixtral"
-    families = ("llama", "mistral")
+    families = ("llama", "mistral", "phi3", "ministral3")
     shared = "no"
     gguf_architecture = "llama"
     gates = SOFTMAX_OF_SELECTED
@@ -32,11 +33,14 @@ class MixtralHost(MoeHost):
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if biased_projections(config):
             return "its attention has no biases"
-        return normalised_heads(config)
+        return normalised_heads(config) or scaled_rope(config)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        common = common_config(dense)
+        if dense.model_type == "ministral3":  # beyond, it scales queries by their position, which Mixtral does not
+            common["max_position_embeddings"] = dense.rope_parameters["original_max_position_embeddings"]
         return MixtralConfig(
-            **common_config(dense),
+            **common,
             intermediate_size=shape.expert_width,
             head_dim=head_dim(dense),
             sliding_window=sliding_window(dense),

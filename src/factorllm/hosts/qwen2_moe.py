@@ -1,5 +1,6 @@
 """Qwen2-MoE: routed experts and one gated shared expert, for Qwen2, and for Llama with zero biases."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -19,16 +20,17 @@ from factorllm.hosts.base import (
     normalised_heads,
     per_expert,
     projections,
+    shared_expert,
     uneven_heads,
 )
-from factorllm.hosts.gates import SOFTMAX_OF_ALL
+from factorllm.hosts.gates import SOFTMAX_OF_ALL, Gates
 from factorllm.recipe import Shape
 
 SHARED_GATE = 2.0**-24
 """Every weight of the shared expert's gate, sigmoid(w x) = 1/2. Not zero: llama.cpp computes silu(g) / g. The smallest
 number that fp16 holds."""
 
-_EMPTY_SHARED = 32
+EMPTY_SHARED = 32
 """Neurons, all zero, of the shared expert of a recipe without one: engines need one, and llama.cpp quantises in blocks
 of 32."""
 
@@ -60,7 +62,7 @@ class Qwen2MoeHost(MoeHost):
             **common_config(dense),
             intermediate_size=shape.ffn_width,
             moe_intermediate_size=shape.expert_width,
-            shared_expert_intermediate_size=shape.shared_width or _EMPTY_SHARED,
+            shared_expert_intermediate_size=shape.shared_width or EMPTY_SHARED,
             num_experts=shape.experts,
             num_experts_per_tok=shape.top_k,
             norm_topk_prob=False,
@@ -70,24 +72,13 @@ class Qwen2MoeHost(MoeHost):
         )
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
-        shared, router = student.shared(), student.router
-        if not shared.width:
-            filling = (0, 0, 0, _EMPTY_SHARED)
-            shared = FFN(pad(shared.gate, filling), pad(shared.up, filling), pad(shared.down, (0, _EMPTY_SHARED)))
-        return {
-            "mlp.gate.weight": router,
-            **per_expert(student.experts(self.gates), "mlp.experts"),
-            "mlp.shared_expert.gate_proj.weight": shared.gate,
-            "mlp.shared_expert.up_proj.weight": shared.up,
-            "mlp.shared_expert.down_proj.weight": shared.down * 2,
-            "mlp.shared_expert_gate.weight": torch.full_like(router[:1], SHARED_GATE),
-        }
+        return gated_experts(student, self.gates)
 
-    def attention_tensors(self, dense: PreTrainedConfig) -> dict[str, Tensor]:
+    def other_tensors(self, dense: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if biased_projections(dense):
-            return {}
+            return tensors
         heads = (dense.num_attention_heads, dense.num_key_value_heads, dense.num_key_value_heads)
-        return {
+        return tensors | {
             f"self_attn.{name}.bias": torch.zeros(count * head_dim(dense))
             for name, count in zip(_BIASED, heads, strict=True)
         }
@@ -100,3 +91,17 @@ class Qwen2MoeHost(MoeHost):
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
         }
+
+
+def gated_experts(student: StudentFFN, gates: Gates) -> dict[str, Tensor]:
+    """Routed experts, and a shared one whose gate gives half, as Qwen's hosts name them."""
+    shared, router = student.shared(), student.router
+    if not shared.width:
+        filling = (0, 0, 0, EMPTY_SHARED)
+        shared = FFN(pad(shared.gate, filling), pad(shared.up, filling), pad(shared.down, (0, EMPTY_SHARED)))
+    return {
+        "mlp.gate.weight": router,
+        **per_expert(student.experts(gates), "mlp.experts"),
+        **shared_expert(replace(shared, down=shared.down * 2), "mlp.shared_expert"),
+        "mlp.shared_expert_gate.weight": torch.full_like(router[:1], SHARED_GATE),
+    }

@@ -1,0 +1,62 @@
+"""Cohere2-MoE: routed and shared experts beside attention on the same input, for Command-R, Command R7B and Aya."""
+
+from torch import Tensor
+from transformers import Cohere2MoeConfig, PreTrainedConfig
+
+from factorllm.dense.families import head_dim
+from factorllm.dense.ffn import FFN
+from factorllm.hosts.base import MoeHost, StudentFFN, carried, per_expert, shared_expert
+from factorllm.hosts.gates import AVERAGED_SIGMOID
+from factorllm.recipe import Shape
+
+
+class Cohere2MoeHost(MoeHost):
+    name = "cohere2_moe"
+    families = ("cohere2", "cohere")
+    shared = "optional"
+    shares_whole_experts = True
+    all_engines = ("transformers", "vllm")
+    gates = AVERAGED_SIGMOID
+    gguf_architecture = None
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if getattr(config, "use_qk_norm", False):
+            return "it does not normalise queries and keys"
+        return "its attention has no biases" if getattr(config, "attention_bias", False) else None
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        layers = dense.num_hidden_layers
+        positions = {"head_dim": head_dim(dense)}
+        if dense.model_type == "cohere":  # a layer without a window has no positions there: one as long as any text
+            windowed = ["sliding_attention"] * layers
+            positions |= {"layer_types": windowed, "sliding_window": dense.max_position_embeddings}
+        changed = {
+            "intermediate_size": shape.expert_width,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.top_k,
+            "num_shared_experts": shape.shared_width // shape.expert_width,
+            "shared_expert_combination_strategy": "average",
+            # With softmax, engines do not agree on what is normalised.
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "mlp_layer_types": ["sparse"] * layers,
+            "architectures": ["Cohere2MoeForCausalLM"],
+        }
+        return Cohere2MoeConfig(**carried(dense, Cohere2MoeConfig) | positions | changed)
+
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
+        shared = student.shared()
+        doubled = FFN(shared.gate, shared.up, shared.down * 2)
+        return {
+            "mlp.gate.weight": student.router,
+            **per_expert(student.experts(self.gates), "mlp.experts"),
+            **(shared_expert(doubled, "mlp.shared_experts") if shared.width else {}),
+        }
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_shared_count": config.num_shared_experts,
+        }

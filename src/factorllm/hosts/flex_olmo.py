@@ -1,0 +1,53 @@
+"""FlexOlmo: routed experts only, with norms after attention and FFN, for OLMo 2 and 3."""
+
+from torch import Tensor
+from transformers import FlexOlmoConfig, PreTrainedConfig
+
+from factorllm.dense.families import sliding_window
+from factorllm.hosts.base import MoeHost, StudentFFN, common_config, per_expert
+from factorllm.hosts.gates import SOFTMAX_OF_ALL
+from factorllm.recipe import Shape
+
+
+class FlexOlmoHost(MoeHost):
+    name = "flex_olmo"
+    families = ("olmo2", "olmo3")
+    shared = "no"
+    all_engines = ("transformers", "vllm")
+    gates = SOFTMAX_OF_ALL
+    gguf_architecture = None
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if getattr(config, "attention_bias", False):
+            return "its attention has no biases"
+        ropes = _ropes(config)
+        return "it rotates all layers alike" if any(rope != ropes[0] for rope in ropes) else None
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        # It has no window: within one there is no difference.
+        longest = min(dense.max_position_embeddings, sliding_window(dense) or dense.max_position_embeddings)
+        changed = {"rope_parameters": _ropes(dense)[0], "max_position_embeddings": longest}
+        return FlexOlmoConfig(
+            **common_config(dense) | changed,
+            intermediate_size=shape.expert_width,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            norm_topk_prob=False,
+            architectures=["FlexOlmoForCausalLM"],
+        )
+
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
+        return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return {
+            "feed_forward_length": config.intermediate_size,
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict]:
+    """How positions are rotated in each kind of layer."""
+    rope = config.rope_parameters
+    return list(rope.values()) if all(isinstance(value, dict) for value in rope.values()) else [rope]

@@ -1,0 +1,76 @@
+"""GraniteMoeSWA: routed experts and an optional shared one, windows and layers without positions, for SmolLM3 and
+Mistral."""
+
+import torch
+from torch import Tensor
+from transformers import GraniteMoeSWAConfig, PreTrainedConfig
+
+from factorllm.dense.families import sliding_window
+from factorllm.hosts.base import StudentFFN, normalised_heads, stacked, uneven_heads
+from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
+from factorllm.hosts.granitemoeshared import shared_mlp
+from factorllm.recipe import Shape
+
+_NO_SINK = -1e4
+"""Logit of a sink that takes no share of attention."""
+
+
+class GraniteMoeSWAHost(GraniteMoeHost):
+    name = "granitemoe_swa"
+    families = ("smollm3", "mistral")
+    shared = "optional"
+    gguf_architecture = None
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        if getattr(config, "attention_bias", False):
+            return "its attention has no biases in all engines"
+        return normalised_heads(config) or uneven_heads(config)
+
+    def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ("block_sparse_moe", "shared_mlp")
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+        return super().gguf_keys(config) | {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+
+    def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+        return GraniteMoeSWAConfig(
+            **granite_config(dense, shape),
+            **_positions(dense),
+            shared_intermediate_size=shape.shared_width,
+            architectures=["GraniteMoeSWAForCausalLM"],
+        )
+
+    def other_tensors(self, dense: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"self_attn.sinks": torch.full((dense.num_attention_heads,), _NO_SINK)}
+
+    def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
+        inputs, outputs = stacked(student.experts(self.gates))
+        return {
+            "block_sparse_moe.router.weight": student.router,
+            "block_sparse_moe.experts.gate_up_proj": inputs,
+            "block_sparse_moe.experts.down_proj": outputs,
+            **(shared_mlp(student) if student.shape.shared_width else {}),
+        }
+
+
+def _positions(dense: PreTrainedConfig) -> dict:
+    """Which layers see a window only, and which have no positions.
+
+    llama.cpp wants a layer with a window: layers without positions are given one as long as the longest text.
+    """
+    layers = dense.num_hidden_layers
+    rotated = [
+        bool(value) for value in getattr(dense, "no_rope_layers", None) or [1] * layers
+    ]  # 1 means with positions
+    if window := sliding_window(dense):
+        kinds = getattr(dense, "layer_types", None) or ["sliding_attention"] * layers
+    else:
+        window = dense.max_position_embeddings
+        kinds = ["full_attention" if one else "sliding_attention" for one in rotated]
+    theta = dense.rope_parameters["rope_theta"]
+    return {
+        "sliding_window": window,
+        "layer_types": kinds,
+        "no_rope_layers": [int(one) for one in rotated],
+        "layer_rope_theta": [theta * one for one in rotated],
+    }
