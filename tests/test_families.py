@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.dense.families import FAMILIES, family_of
+from factorllm.dense.layer import ffn_of
 from factorllm.dense.modules import decoder_layers
 from factorllm.hosts import HOSTS, MoeHost
+from factorllm.student.read import read_partitions
+from factorllm.student.routers import Routers, router_weight
 
 
 def test_there_is_a_tiny_model_of_each_family():
@@ -114,3 +117,37 @@ def test_with_all_experts_on_each_family_is_the_dense_model(family, host, shared
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     with torch.inference_mode():
         assert torch.equal(again(tokens).logits, student(tokens).logits)
+
+
+@pytest.mark.parametrize(("family", "host", "shared"), PAIRS)
+def test_the_picked_experts_of_each_host_count_once(family, host, shared, tmp_path, text_file, small):
+    """Two of many experts on: the layer gives the sum of their dense neurons, whatever the host makes of logits."""
+    recipe = Recipe(shared=shared, active=2, parts=8, restore="none")
+    dense, student = factorized(family, host, recipe, tmp_path, text_file, small)
+    splits = read_partitions(tmp_path / "out", recipe.shape(64))
+    routers = [router_weight(module) for module in Routers(student).modules]
+    assert {tuple(weight.shape) for weight in routers} == {(8 - shared, 32)}
+    for layer, split, weight in zip(decoder_layers(dense), splits, routers, strict=True):
+        ffn, slot = ffn_of(layer, dense.config), family_of(dense.config).ffn.slot
+        setattr(layer, slot, PickedExperts(ffn, split, weight))
+    tokens = some_tokens(dense.config, length=min(48, student.config.max_position_embeddings))
+    with torch.inference_mode():
+        got, wanted = student(tokens).logits, dense(tokens).logits
+    # Of most tokens: gate weights are only nearly 1, so that two scores that nearly tie may change places later on.
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 1e-2
+
+
+class PickedExperts(torch.nn.Module):
+    """The dense neurons of the shared part and of the experts that a router picks."""
+
+    def __init__(self, ffn, split, router):
+        super().__init__()
+        self.ffn, self.split, self.router = ffn, split, router
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        picks = torch.zeros(len(tokens), len(self.router))
+        picks.scatter_(1, (tokens @ self.router.T).topk(2).indices, 1.0)
+        parts = [(self.ffn.part(self.split.shared), torch.ones(len(tokens)))]
+        parts += [(self.ffn.part(neurons), pick) for neurons, pick in zip(self.split.experts, picks.T, strict=True)]
+        return sum(part.hidden(tokens) @ part.down.T * pick[:, None] for part, pick in parts).view_as(x)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from factorllm.convert.partition.energy import expert_picks
 from factorllm.convert.route.router import FLATTEN
 
+_ROUTERS = ("Router", "MoEV1Gate")
+"""What the names of transformers' classes of routers end with."""
+
 
 class Routers:
     """The routers of a student, layer by layer, and the logits of their last forward pass.
@@ -18,14 +21,15 @@ class Routers:
     """
 
     def __init__(self, model: nn.Module):
-        self.modules = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+        self.modules = [module for module in model.modules() if type(module).__name__.endswith(_ROUTERS)]
         self._logits: list[Tensor] = []
         for module in self.modules:
             _in_fp32(module)
             module.register_forward_hook(self._record)
 
-    def _record(self, _module: nn.Module, _inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        self._logits.append(output[0])
+    def _record(self, module: nn.Module, _inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        # Gemma's give probabilities, whose logarithms are logits too.
+        self._logits.append(output[0].log() if type(module).__name__.startswith("Gemma4") else output[0])
 
     def start(self) -> None:
         """Forget the logits; to be called before a forward pass."""
@@ -54,7 +58,7 @@ class Routers:
     def unflatten(self) -> None:
         """Make the gate weights the ordinary soft ones."""
         for module in self.modules:
-            module.weight.div_(FLATTEN)
+            router_weight(module).div_(FLATTEN)
 
 
 def _in_fp32(router: nn.Module) -> None:
@@ -67,9 +71,15 @@ def _in_fp32(router: nn.Module) -> None:
     router.forward = full_precision
 
 
-_ROUTER = re.compile(r"\.(router|gate)\.weight$")
+_ROUTER = re.compile(r"\.(router|gate)(\.wg|\.proj)?\.weight$")
 
 
 def is_router(name: str) -> bool:
     """Whether a parameter of a student is a router's weight."""
     return bool(_ROUTER.search(name)) and ".shared" not in name
+
+
+def router_weight(router: nn.Module) -> nn.Parameter:
+    """The matrix of a router: (N, d)."""
+    (weight,) = (parameter for parameter in router.parameters() if parameter.dim() == 2 and len(parameter) > 1)
+    return weight
