@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from factorllm import factorize
 from factorllm.cli import app
+from factorllm.dense.families import FAMILIES
 from factorllm.hosts import HOSTS, MoeHost
-from factorllm.hosts.table import NARROWEST, host_table
+from factorllm.hosts.table import NARROWEST, family_table, host_table
 from factorllm.student.read import read_provenance
 
 REPOSITORY = Path(__file__).parent.parent
@@ -137,14 +138,25 @@ def test_a_conversion_prints_nothing_of_transformers(dense_folder, text_file, tm
 def test_all_of_the_table_of_hosts_can_be_read():
     wide = printed("hosts", env=os.environ | {"COLUMNS": "40"})
     for host in (host for host in HOSTS.values() if isinstance(host, MoeHost)):
-        for cell in (host.name, ", ".join(host.families), ", ".join(host.all_engines), host.gates.rule):
+        for cell in (host.name, ", ".join(host.all_engines), host.gates.rule):
             assert cell in wide
+    for name, family in FAMILIES.items():
+        assert re.search(rf"{name} +{re.escape(family.models)}", wide)
     console = Console(width=NARROWEST, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(family_table(NARROWEST))
     console.print(host_table(NARROWEST))
     narrow = console.export_text()
     assert "…" not in narrow
     for word in re.findall(r"\w\S*", wide):
         assert word in narrow
+
+
+def test_prune_keeps_a_share_of_each_ffn(dense_folder, text_file, tmp_path):
+    said = printed(
+        "prune", dense_folder, "-o", tmp_path / "out", "--keep", "0.75", "--text", text_file, "--tokens", 2048
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size in (32, 64)
+    assert "dense" in said
 
 
 def test_version():

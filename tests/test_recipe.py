@@ -1,7 +1,7 @@
 import pytest
 
 from factorllm import FactorLLMError, Recipe, parse_recipe
-from factorllm.recipe import LITERATURE
+from factorllm.recipe import LITERATURE, prune_recipe
 
 
 def test_cmoe_and_paper_notation():
@@ -92,3 +92,17 @@ def test_published_methods_by_name():
     assert parse_recipe("cmoe:S3A3E8") == cmoe.model_copy(update={"shared": 3, "active": 3})
     for name in LITERATURE:
         assert parse_recipe(name).shape(1536).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("keep", "width", "kept"),
+    [(0.5, 4864, 2432), (0.6, 4864, 2912), (0.75, 1536, 1152), (0.01, 1536, 32), (0.999, 1536, 1504), (0.5, 24, 16)],
+)
+def test_a_prune_keeps_the_nearest_width_that_engines_quantise(keep, width, kept):
+    assert prune_recipe(keep, width).shape(width).kept_width == kept
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_a_prune_of_no_share_is_refused(keep):
+    with pytest.raises(FactorLLMError, match="is no share of the neurons"):
+        prune_recipe(keep, 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +86,9 @@ class Shape:
     def sparsity(self) -> float:
         """FFN sparsity: the share of FFN neurons that do not run for a token."""
         return 1 - self.active_width / self.ffn_width
+
+
+_BLOCKS = (32, 16, 8)  # what llama.cpp quantises in; else, what is aligned in memory
 
 
 class Recipe(BaseModel):
@@ -222,6 +226,24 @@ def parse_recipe(text: str) -> Recipe:
         f"3 overlapping experts of 4 of 8 parts), 1R4E2K (1 router, 4 experts, "
         f"top-2), the path of a .yaml file, or {', '.join(LITERATURE)}"
     )
+
+
+def prune_recipe(keep: float, ffn_width: int) -> Recipe:
+    """The static prune that keeps a share of the neurons, as nearly as widths that every file type takes allow.
+
+    Raises:
+        FactorLLMError: for a share that is not between 0 and 1.
+
+    Example:
+        >>> prune_recipe(0.6, 4864).name
+        'S91A0E152'
+    """
+    if not 0 < keep < 1:
+        raise FactorLLMError(f"--keep {keep} is no share of the neurons; give one between 0 and 1, such as 0.5")
+    width = next((block for block in _BLOCKS if ffn_width % block == 0), 1)
+    blocks = ffn_width // width
+    kept = Fraction(min(max(round(keep * blocks), 1), blocks - 1), blocks)
+    return Recipe(shared=kept.numerator, active=0, parts=kept.denominator)
 
 
 def _read_yaml(path: Path) -> Recipe:

@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
+from factorllm.dense.modules import decoder_layers
 from factorllm.measure.cost import Cost, cost_of, dense_shape
 
 
@@ -30,7 +31,7 @@ def block_influence(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         return add
 
     # Hooks rather than `output_hidden_states`, whose last entry is already normalised.
-    hooks = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(model.model.layers)]
+    hooks = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(decoder_layers(model))]
     run_watched(model, tokens, hooks)
     return total / tokens.numel()
 
@@ -43,9 +44,9 @@ def depth_prune(model: PreTrainedModel, influence: Tensor, count: int) -> None:
     """
     dropped = set(influence.topk(count, largest=False).indices.tolist())
     kept = [index for index in range(len(influence)) if index not in dropped]
-    layers = model.model.layers
-    model.model.layers = nn.ModuleList([layers[index] for index in kept])
-    for place, layer in enumerate(model.model.layers):
+    layers = decoder_layers(model)
+    model.get_decoder().layers = nn.ModuleList([layers[index] for index in kept])
+    for place, layer in enumerate(decoder_layers(model)):
         layer.self_attn.layer_idx = place  # its place in the cache
     if kinds := getattr(model.config, "layer_types", None):
         model.config.layer_types = [kinds[index] for index in kept]

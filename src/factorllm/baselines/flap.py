@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
-from factorllm.dense.ffn import FFN
+from factorllm.dense.layer import ffn_of
+from factorllm.dense.modules import decoder_layers
 from factorllm.errors import FactorLLMError
 
 
@@ -28,9 +29,10 @@ def flap_prune(model: PreTrainedModel, tokens: Tensor, width: int) -> None:
     """
     if not hasattr(model.config, "mlp_bias"):
         raise FactorLLMError(f"FLAP leaves a bias in each FFN, which {model.config.model_type} has no place for")
-    modules = [layer.mlp for layer in model.model.layers]
-    for module, (mean, variance) in zip(modules, _moments(model, modules, tokens), strict=True):
-        ffn = FFN(module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
+    layers = decoder_layers(model)
+    modules = [layer.mlp for layer in layers]
+    for layer, module, (mean, variance) in zip(layers, modules, _moments(model, modules, tokens), strict=True):
+        ffn = ffn_of(layer, model.config)
         neurons = (variance * ffn.neuron_gain()).topk(width).indices.sort().values
         kept = ffn.part(neurons)
         bias = (ffn.down.float() @ mean.index_fill(0, neurons, 0)).to(ffn.down.dtype)

@@ -21,6 +21,7 @@ from factorllm.cli.front import front
 from factorllm.cli.heal import heal
 from factorllm.cli.hosts import hosts
 from factorllm.cli.inspect import inspect
+from factorllm.cli.prune import prune
 from factorllm.cli.report import report
 from factorllm.cli.sample import sample
 from factorllm.cli.serve import serve
@@ -30,6 +31,7 @@ from factorllm.errors import FactorLLMError, one_line
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for _name, _command in {
     "factorize": factorize,
+    "prune": prune,
     "heal": heal,
     "sample": sample,
     "eval": evaluate,
@@ -46,7 +48,7 @@ for _name, _command in {
     app.command(_name)(_command)
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
-_RESUMED = ("factorize", "heal", "sample", "demo", "front")
+_RESUMED = ("factorize", "prune", "heal", "sample", "demo", "front")
 _OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 

@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import Model, Out, Resume, Text, settings_from
+from factorllm.cli.options import MemoryLimit, Model, Out, Resume, Text, in_bytes, settings_from
 from factorllm.runs.settings import Settings
-
-_MOST_GIB = 2.0**31  # more than the settings take, which refuse it
 
 
 @settings_from(Settings, "tokens", "host", "seed", "device", "dtype", "tune", "baseline")
@@ -19,9 +17,7 @@ def factorize(
     out: Out,
     recipe: Annotated[str, typer.Option(help="S2A2E8, S0A4E8N3, 1R4E2K, cmoe, or a .yaml file.")] = "S2A2E8",
     text: Text = None,
-    memory_limit: Annotated[
-        float, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
-    ] = 0.5,
+    memory_limit: MemoryLimit = 0.5,
     resume: Resume = True,
     **chosen,
 ) -> None:
@@ -29,7 +25,7 @@ def factorize(
     from factorllm.convert.factorize import factorize as run
     from factorllm.report.terminal import show_summary
 
-    settings = Settings(**chosen, memory_limit=min(memory_limit, _MOST_GIB) * 2**30 // 1)
+    settings = Settings(**chosen, memory_limit=in_bytes(memory_limit))
     summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=terminal.console)
     if summary:
         show_summary(terminal.console, summary)

@@ -41,6 +41,9 @@ FileType = Annotated[
         help="f32, f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs or q3_k.",
     ),
 ]
+MemoryLimit = Annotated[
+    float, typer.Option(help="GiB that one kind of a layer's activations may take before it spills to disk.")
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -48,6 +51,14 @@ Resume = Annotated[
         help="Go on with an unfinished run and refuse an output that exists, or replace what factorllm made there.",
     ),
 ]
+
+
+_MOST_GIB = 2.0**31  # more than the settings take, which refuse it
+
+
+def in_bytes(gib: float) -> float:
+    """A memory limit, as the settings have it."""
+    return min(gib, _MOST_GIB) * 2**30 // 1
 
 
 def names_in(text: str) -> tuple[str, ...]:

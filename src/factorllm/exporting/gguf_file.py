@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, sliding_window
+from factorllm.dense.families import head_dim, rotary_share, sliding_window
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
@@ -292,7 +292,7 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_dimension_count(int(head_dim(config) * rotary_share(config)))
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from factorllm.dense.modules import decoder_layers
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.tensors import ATTENTION
 from factorllm.hosts import Host
@@ -56,9 +57,9 @@ def run_watched(
         layers: those that are watched; None for all.
         tick: called with the number of sequences after each batch.
     """
-    with _watching(model, checkpoint, watcher, range(len(model.model.layers)) if layers is None else layers):
+    with _watching(model, checkpoint, watcher, range(len(decoder_layers(model))) if layers is None else layers):
         for rows in tokens.split(max(_AT_ONCE // tokens.shape[1], 1)):
-            model.model(rows.to(model.device), use_cache=False)  # without the head, which is not asked
+            model.get_decoder()(rows.to(model.device), use_cache=False)  # without the head, which is not asked
             tick(len(rows))
 
 
@@ -67,7 +68,7 @@ def _watching(
     model: PreTrainedModel, checkpoint: Checkpoint, watcher: Watcher, layers: Iterable[int]
 ) -> Iterator[None]:
     hooks, prefixes = [], {}
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             if type(module).__name__.endswith("Experts"):
                 prefixes[id(module)] = f"blk.{index}." if index in layers else None

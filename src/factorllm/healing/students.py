@@ -7,15 +7,16 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
+from factorllm.dense.names import part_of_layer
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
+from factorllm.hosts import host_of
 from factorllm.recipe import Recipe
 from factorllm.student.routers import is_router
 
 _LEARNS = {
     "router": is_router,
     "experts": lambda name: is_router(name) or ".experts." in name,
-    "ffn": lambda name: ".layers." in name and "self_attn" not in name and "norm" not in name,
     "all": lambda name: True,
 }
 
@@ -42,7 +43,8 @@ def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     """
     if settings.train == "lora":
         return _with_adapters(model, settings.lora_rank)
-    learns = _LEARNS[settings.train]
+    parts = host_of(model.config).ffn_parts(model.config)
+    learns = _LEARNS.get(settings.train, lambda name: part_of_layer(name) in parts)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns(name))
     return model

@@ -26,7 +26,7 @@ class GraniteMoeHost(MoeHost):
     name = "granitemoe"
     families: tuple[str, ...] = ("granite",)
     shared = "no"
-    all_engines = ("transformers", "vllm", "llama.cpp")  # SGLang does not know the architecture
+    all_engines: tuple[str, ...] = ("transformers", "vllm", "llama.cpp")  # SGLang does not know the architecture
     gguf_architecture: str | None = "granitemoe"
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {

@@ -19,6 +19,7 @@ class GraniteMoeSWAHost(GraniteMoeHost):
     name = "granitemoe_swa"
     families = ("smollm3", "mistral")
     shared = "optional"
+    all_engines = ("transformers", "vllm")
     gguf_architecture = None
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:

@@ -10,6 +10,7 @@ from factorllm.recipe import Shape
 class GraniteMoeHybridHost(GraniteMoeSharedHost):
     name = "granitemoehybrid"
     families = ("granitemoehybrid",)
+    all_engines = ("transformers", "vllm")
     gguf_architecture = None
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:

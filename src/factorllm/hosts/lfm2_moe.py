@@ -14,6 +14,7 @@ class Lfm2MoeHost(MoeHost):
     families = ("lfm2",)
     shared = "no"
     gates = SIGMOID_OF_SELECTED
+    all_engines = ("transformers", "vllm")
     gguf_architecture = None
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:

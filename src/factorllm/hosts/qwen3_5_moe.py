@@ -15,6 +15,7 @@ class Qwen35MoeHost(MoeHost):
     shared = "optional"
     rotates_parts = True
     gates = SOFTMAX_OF_SELECTED
+    all_engines = ("transformers", "vllm")
     gguf_architecture = None
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
