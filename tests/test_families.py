@@ -9,10 +9,11 @@ from conftest import BASE, SLIDING_WINDOW, relative_error, save_dense, some_toke
 from families import TINY
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from factorllm import FactorLLMError, Recipe, factorize
+from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.layer import ffn_of
 from factorllm.dense.modules import decoder_layers
+from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.student.read import read_partitions
 from factorllm.student.routers import Routers, router_weight
@@ -151,3 +152,29 @@ class PickedExperts(torch.nn.Module):
         parts = [(self.ffn.part(self.split.shared), torch.ones(len(tokens)))]
         parts += [(self.ffn.part(neurons), pick) for neurons, pick in zip(self.split.experts, picks.T, strict=True)]
         return sum(part.hidden(tokens) @ part.down.T * pick[:, None] for part, pick in parts).view_as(x)
+
+
+@pytest.mark.parametrize(("family", "host", "shared"), {host: (f, host, s) for f, host, s in PAIRS}.values())
+def test_each_host_heals(family, host, shared, tmp_path, text_file, small):
+    recipe = Recipe(shared=shared, active=2, parts=8)
+    dense, _ = factorized(family, host, recipe, tmp_path, text_file, small)
+    targets = ask(dense, some_tokens(dense.config), ASKED)
+    with torch.inference_mode():
+        wanted = dense(some_tokens(dense.config)).logits.log_softmax(-1).max(-1).values
+    assert torch.allclose(targets["top_log_probs"][..., 0].float(), wanted, atol=1e-2)
+    settings = HealSettings(
+        tokens=1024, validation_tokens=256, evaluations=1, learning_rate=1e-4, train="router", precision="float32"
+    )
+    healed = heal(
+        tmp_path / "out", str(tmp_path / "dense"), tmp_path / "healed", text=str(text_file), settings=settings
+    )
+    assert healed.results["healed"]["perplexity"] > 0
+    before, after = (
+        [router_weight(module) for module in Routers(AutoModelForCausalLM.from_pretrained(tmp_path / name)).modules]
+        for name in ("out", "healed")
+    )
+    moved = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+    assert all(moved) or "nothing was gained" in healed.outcome
+
+
+ASKED = Asked(vocabulary=4, temperature=1.0, partitions=[], top_k=2, prior="energy", bfloat16=False, streams=0, batch=2)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -27,7 +27,7 @@ def final_norm(decoder: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let modules compute something else while the block runs."""
     modules = list(modules)
     for module in modules:
@@ -39,10 +39,20 @@ def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Tensor]) -> 
             del module.forward
 
 
+class _Output:
+    """What a decoder gives: its last states, and nothing of what it could give as well."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """What a model's output head makes of the states after the final norm, scaled as its family does: (n, d) -> (n,
     vocabulary). Nothing else of the model runs."""
-    output = BaseModelOutputWithPast(last_hidden_state=states[None])
+    output = _Output(states[None])
     with forwarding([model.get_decoder()], lambda *_, **__: output):
         logits: Tensor = model(inputs_embeds=states[None], use_cache=False).logits
     return logits[0]

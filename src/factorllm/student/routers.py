@@ -6,9 +6,11 @@ import re
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from factorllm.convert.partition.energy import expert_picks
 from factorllm.convert.route.router import FLATTEN
+from factorllm.hosts import host_of
 
 _ROUTERS = ("Router", "MoEV1Gate")
 """What the names of transformers' classes of routers end with."""
@@ -20,8 +22,9 @@ class Routers:
     They compute in fp32 also where autocast is on, so that training routes as the finished checkpoint does.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.modules = [module for module in model.modules() if type(module).__name__.endswith(_ROUTERS)]
+        self.top_k = host_of(model.config).shape(model.config).top_k
         self._logits: list[Tensor] = []
         for module in self.modules:
             _in_fp32(module)
@@ -49,10 +52,6 @@ class Routers:
         """Which experts ran in the last forward pass: (tokens, layers, N), bool."""
         logits = self.logits(soft=True)
         return expert_picks(logits.flatten(0, 1), self.top_k).view_as(logits).bool()
-
-    @property
-    def top_k(self) -> int:
-        return self.modules[0].top_k
 
     @torch.no_grad()
     def unflatten(self) -> None:
