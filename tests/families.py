@@ -27,7 +27,10 @@ _SPECIAL: dict[str, dict] = {
     },
     "phi3": {**_PARTIAL, "pad_token_id": 0},
     "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "pad_token_id": 0},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"], "intermediate_size": 96, "block_auto_adjust_ff_dim": True,
+        "block_multiple_of": 32, "pad_token_id": 0,
+    },
     "gemma4_text": {
         **_WINDOW, "head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 2,
         "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "pad_token_id": 0,

@@ -117,8 +117,19 @@ def activation(config: PreTrainedConfig) -> str:
 
 
 def ffn_width(config: PreTrainedConfig) -> int:
+    """Neurons of an FFN."""
     width: int = getattr(config, family_of(config).width)
+    if getattr(config, "block_auto_adjust_ff_dim", False):  # LFM2 says a width of which two thirds count, rounded up
+        width = int((config.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3))
+        width = -(-width // config.block_multiple_of) * config.block_multiple_of
     return width
+
+
+def set_ffn_width(config: PreTrainedConfig, width: int) -> None:
+    """Change the neurons of an FFN."""
+    setattr(config, family_of(config).width, width)
+    if hasattr(config, "block_auto_adjust_ff_dim"):
+        config.block_auto_adjust_ff_dim = False
 
 
 def residual_factor(config: PreTrainedConfig) -> float:

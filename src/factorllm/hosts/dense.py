@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import family_of, ffn_width
+from factorllm.dense.families import family_of, ffn_width, set_ffn_width
 from factorllm.hosts.base import Host, Stored, StudentFFN
 from factorllm.recipe import Shape
 
@@ -20,7 +20,7 @@ class DenseHost(Host):
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         config = copy.deepcopy(dense)
-        setattr(config, family_of(config).width, shape.kept_width)
+        set_ffn_width(config, shape.kept_width)
         return config
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
