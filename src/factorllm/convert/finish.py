@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 
 from transformers import PreTrainedModel
 
-from factorllm.convert.job import Job
+from factorllm.convert.job import Job, Student
 from factorllm.convert.write import student_config
 from factorllm.dense.pretrained import load_pretrained
+from factorllm.dense.wrappers import wrap
 from factorllm.measure.cost import cost_of, dense_shape
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import RUN_FILE, ModelRow, Spent, Summary, model_card
@@ -53,10 +54,20 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
     write_json(student.folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
+    if job.source.wrapper:
+        wrap(student.folder, job.source.wrapper, job.source.tensors)
     # config.json comes last: without it, no engine takes the folder for a checkpoint.
-    write_json(student.folder / "config.json", student_config(job, student).to_diff_dict())
+    write_json(student.folder / "config.json", _written_config(job, student))
     job.work.publish(student.folder)
     return replace(summary, spent=spent)
+
+
+def _written_config(job: Job, student: Student) -> dict:
+    """What config.json says: of the whole model, where the student is the text model of one."""
+    config, wrapper = student_config(job, student), job.source.wrapper
+    if wrapper is None:
+        return config.to_diff_dict()
+    return wrapper.config_with(config, has_experts=student.shape.experts > 0).to_dict()
 
 
 def _spent(job: Job) -> Spent:
@@ -85,6 +96,7 @@ def measure_students(
             give_back_freed_memory()
             model = load_pretrained(
                 student.folder,
+                job.source.wrapper,
                 config=student_config(job, student),
                 generation_config=job.source.generation_config(),
                 dtype=settings.compute_dtype,

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from factorllm.dense.families import FAMILIES, OTHERS, activation, family_of, has_experts, sliding_window
+from factorllm.dense.wrappers import WRAPPERS
 from factorllm.errors import FactorLLMError
 
 _OF_OTHERS: dict[str, tuple] = {
@@ -63,6 +64,7 @@ def check_family(label: str, config: PreTrainedConfig) -> None:
         return
     why = f", and it cannot be: {OTHERS[family]}" if family in OTHERS else " yet"
     known = "; ".join(f"{key} ({known.models})" for key, known in FAMILIES.items())
+    known += f"; round one of them: {', '.join(WRAPPERS)}"
     raise FactorLLMError(f"{label} is of the family {family!r}, which is not supported{why}; supported: {known}")
 
 

@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from factorllm.dense.config_checks import check_config, check_family
+from factorllm.dense.config_checks import check_config
 from factorllm.dense.names import EMBEDDINGS, HEAD
 from factorllm.dense.pretrained import shapes_of, skeleton, stored_tensors
 from factorllm.dense.tensor_checks import check_ffn, check_finite, check_names, check_shapes, check_tokenizer
+from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.digest import digest_of
 from factorllm.runs.finite import is_finite
@@ -35,10 +36,12 @@ class ModelSource(ABC):
     Attributes:
         label: the model as the user named it, for messages and the model card.
         config: the transformers config.
+        wrapper: what is round it, where it is the text model of a vision-language model.
         note: what the user is told of how it is read; empty when there is nothing to tell.
     """
 
     note: str = ""
+    wrapper: Wrapper | None = None
     label: str
     config: PreTrainedConfig
 
@@ -145,7 +148,6 @@ class ModelSource(ABC):
 
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
-        check_family(self.label, self.config)
         check_config(self.label, self.config)
         model = self.skeleton()
         if not all(is_finite(table) for table in model.buffers()):

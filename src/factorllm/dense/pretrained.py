@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import refusing
 from factorllm.runs.progress import quiet_transformers
 
@@ -58,13 +59,20 @@ def load_tokenizer(folder: Path, label: str | None = None, **options) -> PreTrai
     return tokenizer
 
 
-def load_pretrained(folder: Path | str, **options) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
-    """The model in a transformers folder; `options` are those of `from_pretrained`.
+def load_pretrained(
+    folder: Path | str, wrapper: Wrapper | None = None, **options
+) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
+    """The language model in a transformers folder; `options` are those of `from_pretrained`.
+
+    Args:
+        wrapper: what is round it in the folder.
 
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
     config = options.pop("config", None) or load_config(Path(folder))
+    if wrapper:
+        options["key_mapping"] = wrapper.key_mapping
     with quiet_transformers(), refusing(folder, _AGAIN):
         return AutoModelForCausalLM.from_pretrained(folder, config=config, **_SAFE, **_attention(config), **options)
 

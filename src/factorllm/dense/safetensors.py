@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.dense.config_checks import check_depth
+from factorllm.dense.config_checks import check_depth, check_family
 from factorllm.dense.model import ModelSource
 from factorllm.dense.names import EMBEDDINGS, HEAD
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
+from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,13 +50,35 @@ class TensorFolder:
                 f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
             )
         self._open: tuple[Path, safe_open] | None = None
+        self._stored = {name: name for name in self._where}
+        self.others: list[str] = []
+
+    def show_text_part(self, wrapper: Wrapper) -> None:
+        """Show the tensors of the text model only, by their names there; the names in the files of what is not of it
+        are in `others`."""
+        text = {name: wrapper.text_name(name) for name in self._where}
+        self._stored = {shown: name for name, shown in text.items() if shown}
+        self.others = [name for name, shown in text.items() if shown is None]
+
+    def hide(self, prefix: str) -> list[str]:
+        """Leave out tensors, and say which."""
+        hidden = [name for name in self._where if name.startswith(prefix)]
+        self._stored = {shown: name for shown, name in self._stored.items() if name not in hidden}
+        self.others = [name for name in self.others if name not in hidden]
+        return hidden
 
     @property
     def files(self) -> list[Path]:
         return sorted(set(self._where.values()))
 
     def names(self) -> Collection[str]:
-        return self._where
+        return self._stored
+
+    def read_other(self, stored: str) -> torch.Tensor:
+        """A tensor of `others`."""
+        file, path = self._file_at(stored)
+        with refusing(path, _AGAIN):
+            return file.get_tensor(stored)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor.
@@ -65,7 +88,7 @@ class TensorFolder:
         """
         file, path = self._file_of(name)
         with refusing(path, _AGAIN):
-            return file.get_tensor(name)
+            return file.get_tensor(self._stored[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header.
@@ -75,7 +98,7 @@ class TensorFolder:
         """
         file, path = self._file_of(name)
         with refusing(path, _AGAIN):
-            tensor = file.get_slice(name)
+            tensor = file.get_slice(self._stored[name])
             shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
         if kind not in _FLOATS:
             raise FactorLLMError(
@@ -85,9 +108,12 @@ class TensorFolder:
         return shape
 
     def _file_of(self, name: str) -> tuple[safe_open, Path]:
-        if name not in self._where:
+        if name not in self._stored:
             raise FactorLLMError(f"{self.label} has no tensor {name}: it is incomplete; fetch it again")
-        path = self._where[name]
+        return self._file_at(self._stored[name])
+
+    def _file_at(self, stored: str) -> tuple[safe_open, Path]:
+        path = self._where[stored]
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_safetensors(path))
         return self._open[1], path
@@ -124,26 +150,29 @@ class SafetensorsSource(ModelSource):
     def __init__(self, folder: Path, label: str | None = None):
         self.folder = folder
         self.label = label or str(folder)
-        self.config = read_config(folder, self.label)
-        self._tensors = TensorFolder(folder, self.label)
-        check_depth(self.label, self.config.num_hidden_layers, len(self._tensors.names()))
+        config, self.wrapper, self.tensors = open_folder(folder, self.label)
+        self.config = config
+        check_family(self.label, config)
+        check_depth(self.label, config.num_hidden_layers, len(self.tensors.names()))
+        if ahead := self.tensors.hide("mtp."):
+            self.note = f"{len(ahead)} tensors of {self.label} that predict more than one token (mtp.) are left out"
         if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
             self.note = (
                 f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
                 f"as transformers' own {self.config.model_type}"
             )
-        self.config.tie_word_embeddings = ties_embeddings(self.config, self._tensors)
+        self.config.tie_word_embeddings = ties_embeddings(self.config, self.tensors)
         self._check()
 
     @property
     def files(self) -> list[Path]:
-        return self._tensors.files
+        return self.tensors.files
 
     def names(self) -> Iterable[str]:
-        return self._tensors.names()
+        return self.tensors.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(name)
+        return self.tensors.shape(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._checked(read_tokenizer(self.folder, self.label))
@@ -155,14 +184,39 @@ class SafetensorsSource(ModelSource):
 
     def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
         # From the files, not from the tensors that are read here: that is what is to be compared.
-        return load_pretrained(self.folder, config=config, dtype=torch.float32)
+        return load_pretrained(self.folder, config=config, wrapper=self.wrapper, dtype=torch.float32)
 
     @property
     def licence(self) -> str | None:
         return licence_of_card(self.folder / "README.md")
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._tensors.read(name)
+        return self.tensors.read(name)
+
+
+def open_folder(folder: Path, label: str) -> tuple[PreTrainedConfig, Wrapper | None, TensorFolder]:
+    """A transformers folder: the config of its text model, what is round it, and the text model's tensors.
+
+    Raises:
+        FactorLLMError: when it is none, or damaged.
+    """
+    whole, tensors = read_config(folder, label), TensorFolder(folder, label)
+    with refusing(f"{label}/config.json", "it is damaged: use another copy"):
+        config, wrapper = unwrapped(whole, tensors.names())
+    if wrapper:
+        tensors.show_text_part(wrapper)
+    return config, wrapper, tensors
+
+
+def load_language_model(folder: Path | str, **options) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
+    """The language model in a transformers folder, without what is round it; `options` are those of
+    `from_pretrained`.
+
+    Raises:
+        FactorLLMError: when the folder is damaged.
+    """
+    config, wrapper, _ = open_folder(Path(folder), str(folder))
+    return load_pretrained(folder, wrapper, config=config, **options)
 
 
 def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:

@@ -8,7 +8,7 @@ import time
 import torch
 from transformers import Cache, DynamicCache
 
-from factorllm.dense.pretrained import load_pretrained
+from factorllm.dense.safetensors import load_language_model
 from factorllm.engines.base import Engine, Options, random_tokens
 from factorllm.measure.generate import next_logits
 
@@ -19,7 +19,7 @@ class Transformers(Engine):
             torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         more = {"experts_implementation": options.experts} if options.experts else {}
-        loaded = load_pretrained(model, dtype=options.dtype or "auto", **more)
+        loaded = load_language_model(model, dtype=options.dtype or "auto", **more)
         self._model = loaded.to(device).eval()
         self._decode_threads, self._prefill_threads = options.decode_threads, options.prefill_threads
         self._seeds = itertools.count()

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from factorllm.dense import local_path, open_model
 from factorllm.dense.families import is_dense
 from factorllm.dense.model import check_finite
-from factorllm.dense.safetensors import TensorFolder, licence_of_card, read_config, read_tokenizer, ties_embeddings
+from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host
 from factorllm.runs.output import PROVENANCE
@@ -82,9 +82,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     folder = local_path(model)
     if (folder / "config.json").is_file():
-        config = read_config(folder, model)
+        config, _, tensors = open_folder(folder, model)
         if not is_dense(config) and config.model_type in HOSTS:
-            return _open_student(folder, model, config)
+            return _open_student(folder, model, config, tensors)
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
@@ -102,8 +102,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     )
 
 
-def _open_student(folder: Path, label: str, config: PreTrainedConfig) -> Checkpoint:
-    tensors, host = TensorFolder(folder, label), HOSTS[config.model_type]
+def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: TensorFolder) -> Checkpoint:
+    host = HOSTS[config.model_type]
     with refusing(f"{label}/config.json", "make or fetch the checkpoint again"):
         config.tie_word_embeddings = ties_embeddings(config, tensors)
         check_layout(tensors, config, host)

@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from factorllm.dense.names import LAYERS
-from factorllm.dense.safetensors import TensorFolder
+from factorllm.dense.safetensors import TensorFolder, open_folder
 from factorllm.healing.job import HealJob
 from factorllm.healing.settings import usual_rate
 from factorllm.healing.targets import Targets
@@ -88,7 +88,7 @@ def settle_rate(job: HealJob, targets: dict[str, Targets]) -> Rate:
 
 def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     """A rate that is found where that is worth its work, else the usual one; says which, and why."""
-    weight = typical_weight(TensorFolder(job.student, str(job.student)))
+    weight = typical_weight(open_folder(job.student, str(job.student))[2])
     usual = usual_rate(job.shape, weight)
     validation = targets["validation"]
     length = validation.tokens.shape[1]

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
+from factorllm.dense.safetensors import open_folder
+from factorllm.dense.wrappers import wrap
 from factorllm.healing.job import HealJob, open_heal_job
 from factorllm.healing.outcome import Outcome, read_outcome
 from factorllm.healing.rate import settle_rate
@@ -149,6 +151,10 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     stored = as_stored(state, job.made_with.stored_dtype, f"the training has diverged; {_STEADIER}")
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=stored)
+    _, wrapper, whole = open_folder(job.student, str(job.student))
+    if wrapper:
+        wrap(folder, wrapper, whole)
+        shutil.copy(job.student / "config.json", folder)
     for path in job.companions.iterdir():
         shutil.copy(path, folder)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import open_model
-from factorllm.dense.safetensors import read_config, read_tokenizer
+from factorllm.dense.safetensors import open_folder, read_tokenizer
 from factorllm.errors import FactorLLMError
 from factorllm.measure.agreement import Agreement, agreement
 from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
@@ -166,7 +166,7 @@ class _Subject:
 
     @classmethod
     def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
-        tokenizer, config = read_tokenizer(folder, str(folder)), read_config(folder, str(folder))
+        tokenizer, (config, _, _) = read_tokenizer(folder, str(folder)), open_folder(folder, str(folder))
         generation = folder / "generation_config.json"
         weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
         said = digest_of([generation] if generation.exists() else [])

@@ -31,7 +31,7 @@ _FILES = (
     "factorllm.partition.json", "model.safetensors", "model.safetensors.index.json",
     "model-[0-9]*-of-[0-9]*.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 _FOLDERS = {
     "report": ("index.html", "*.png"),

@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
-from factorllm.dense.pretrained import load_pretrained
-from factorllm.dense.safetensors import TensorFolder, read_config
+from factorllm.dense.safetensors import load_language_model, open_folder
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
@@ -47,8 +46,7 @@ def load_student(
     Raises:
         FactorLLMError: when one of its files is missing or damaged.
     """
-    TensorFolder(folder)  # says which file it is
-    model, found = load_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, found = load_language_model(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
     return model.to(device).eval()
@@ -60,7 +58,7 @@ def check_shape(folder: Path, shape: Shape) -> None:
     Raises:
         FactorLLMError: when its config says others.
     """
-    config = read_config(folder, str(folder))
+    config, _, _ = open_folder(folder, str(folder))
     with refusing(f"{folder}/config.json", "make the checkpoint again"):
         found = host_of(config).shape(config)
     if (found.experts, found.top_k) != (shape.experts, shape.top_k) or (

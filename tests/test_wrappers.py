@@ -1,0 +1,191 @@
+"""Vision-language models: the text model becomes sparse, what is round it stays, and stock transformers loads both."""
+
+import copy
+import json
+
+import gguf
+import pytest
+import torch
+import transformers
+from conftest import byte_tokenizer, relative_error, some_tokens
+from families import TINY
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
+from factorllm.dense import open_model
+from factorllm.exporting import export_gguf
+
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32,
+}  # fmt: skip
+SIGLIP = {key: value for key, value in CLIP.items() if key not in ("model_type", "projection_dim")}
+PIXTRAL = SIGLIP | {"model_type": "pixtral", "head_dim": 16}
+QWEN = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+IMAGE = 250
+WRAPPED = {
+    "llava": ("Llava", {"vision_config": CLIP, "image_token_index": IMAGE, "image_seq_length": 4}),
+    "internvl": (
+        "InternVL",
+        {
+            "vision_config": SIGLIP | {"image_size": [16, 16], "patch_size": [8, 8]},
+            "image_token_id": IMAGE,
+            "image_seq_length": 1,
+        },
+    ),
+    "mistral3": ("Mistral3", {"vision_config": PIXTRAL, "image_token_index": IMAGE, "spatial_merge_size": 1}),
+    "smolvlm": ("SmolVLM", {"vision_config": SIGLIP, "image_token_id": IMAGE, "scale_factor": 1}),
+    "idefics3": ("Idefics3", {"vision_config": SIGLIP, "image_token_id": IMAGE, "scale_factor": 1}),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "vision_config": QWEN,
+            "image_token_id": IMAGE,
+            "video_token_id": 251,
+            "vision_start_token_id": 252,
+            "vision_end_token_id": 253,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "vision_config": SIGLIP,
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": 251,
+            "eoi_token_index": 252,
+        },
+    ),
+}
+EXPERTS, PRUNE = Recipe(shared=1, active=7, parts=8, restore="none"), Recipe(shared=8, active=0, parts=8)
+NO_SHARED = Recipe(shared=0, active=8, parts=8, restore="none")
+PAIRS = [
+    ("llava", "llama", EXPERTS, "granitemoeshared"),
+    ("llava", "qwen2", EXPERTS, "qwen2_moe"),
+    ("internvl", "qwen3", NO_SHARED, "qwen3_moe"),
+    ("mistral3", "mistral", NO_SHARED, "mixtral"),
+    ("smolvlm", "llama", EXPERTS, "granitemoeshared"),
+    ("idefics3", "llama", NO_SHARED, "mixtral"),
+    ("qwen3_5", "qwen3_5_text", EXPERTS, "qwen3_5_moe_text"),
+    ("gemma3", "gemma3_text", PRUNE, "gemma3_text"),
+]
+
+
+def save_wrapped(kind, text, folder):
+    name, options = WRAPPED[kind]
+    text_config = copy.deepcopy(TINY[text]).to_dict()
+    config = getattr(transformers, f"{name}Config")(text_config=text_config, tie_word_embeddings=False, **options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return model
+
+
+def with_image(kind, model):
+    """Logits of a prompt with an image in it."""
+    tokens = some_tokens(model.config.get_text_config(), rows=1, length=24) % 200
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    count, more = 1 if kind == "internvl" else 4, {}
+    if kind in ("smolvlm", "idefics3"):
+        pixels = pixels[:, None]
+    if kind == "mistral3":
+        more["image_sizes"] = torch.tensor([[16, 16]])
+    if kind == "qwen3_5":
+        pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
+        more["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+    tokens[0, 4 : 4 + count] = IMAGE
+    if kind == "qwen3_5":
+        tokens[0, 3], tokens[0, 8] = 252, 253
+        more["mm_token_type_ids"] = (tokens == IMAGE).long()
+    with torch.inference_mode():
+        return model(input_ids=tokens, pixel_values=pixels, **more).logits
+
+
+@pytest.mark.parametrize(("kind", "text", "recipe", "host"), PAIRS)
+def test_the_text_model_becomes_sparse_and_the_rest_stays(kind, text, recipe, host, tmp_path, text_file, small):
+    dense = save_wrapped(kind, text, tmp_path / "dense")
+    settings = small.model_copy(update={"baseline": False})
+    out = tmp_path / "out"
+    factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=settings)
+    student, found = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
+    assert student.config.get_text_config().model_type == host
+    assert json.loads((out / "config.json").read_text())["text_config"]["architectures"]
+    tokens = some_tokens(dense.config.get_text_config())
+    with torch.inference_mode():
+        assert relative_error(student(input_ids=tokens).logits, dense(input_ids=tokens).logits) < 1e-4
+    assert relative_error(with_image(kind, student), with_image(kind, dense)) < 1e-4
+    assert (out / "preprocessor_config.json").exists()
+    assert untouched(tmp_path / "dense") == untouched(out)
+
+
+def untouched(folder) -> dict[str, bytes]:
+    """The tensors of vision towers and projectors."""
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    parts = ("vision", "visual", "projector", "connector")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items() if any(part in name for part in parts)}
+
+
+def test_a_wrapped_student_heals(tmp_path, text_file, small):
+    save_wrapped("llava", "llama", tmp_path / "dense")
+    out, healed = tmp_path / "out", tmp_path / "healed"
+    factorize(str(tmp_path / "dense"), out, "S2A2E8", text=str(text_file), settings=small)
+    settings = HealSettings(tokens=8192, validation_tokens=512, evaluations=2, learning_rate=1e-3, batch=8)
+    result = heal(out, str(tmp_path / "dense"), healed, text=str(text_file), settings=settings)
+    assert result.results["healed"]["perplexity"] < result.results["student"]["perplexity"]
+    student, found = AutoModelForImageTextToText.from_pretrained(healed, output_loading_info=True)
+    assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
+    assert with_image("llava", student).isfinite().all()
+    assert untouched(tmp_path / "dense") == untouched(healed)
+
+
+def test_predictors_of_more_tokens_are_left_out_and_said(tmp_path, text_file, small, capsys):
+    save_wrapped("qwen3_5", "qwen3_5_text", tmp_path / "dense")
+    weights = load_file(tmp_path / "dense/model.safetensors")
+    save_file(weights | {"mtp.fc.weight": torch.zeros(4)}, tmp_path / "dense/model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    factorize(str(tmp_path / "dense"), out, EXPERTS, text=str(text_file), settings=small)
+    assert "mtp.fc.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_older_names_are_read(tmp_path, text_file, small):
+    """Checkpoints of before transformers 4.52 name the text model first."""
+    dense = save_wrapped("llava", "llama", tmp_path / "dense")
+    path = tmp_path / "dense/model.safetensors"
+    renamed = {
+        name.replace("model.language_model.", "language_model.model.").replace("lm_head", "language_model.lm_head"): t
+        for name, t in load_file(path).items()
+    }
+    save_file(renamed, path, {"format": "pt"})
+    factorize(str(tmp_path / "dense"), tmp_path / "out", EXPERTS, text=str(text_file), settings=small)
+    student = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = some_tokens(dense.config.get_text_config())
+    with torch.inference_mode():
+        assert relative_error(student(input_ids=tokens).logits, dense(input_ids=tokens).logits) < 1e-4
+
+
+def test_the_text_model_is_exported(tmp_path, text_file, small):
+    """As one GGUF file, beside which the dense model's own file of its vision tower goes on serving."""
+    save_wrapped("llava", "llama", tmp_path / "dense")
+    factorize(str(tmp_path / "dense"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
+    written = export_gguf(str(tmp_path / "out"), tmp_path / "out.gguf", "f32", tokenizer=None)
+    names = {tensor.name for tensor in gguf.GGUFReader(written.path).tensors}
+    assert {"token_embd.weight", "blk.0.ffn_gate_exps.weight", "output_norm.weight"} <= names
+    assert not any("v." in name or "mm." in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["PaliGemma", "Qwen2_5_VL"])
+def test_a_wrapper_that_is_not_known_is_refused(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FactorLLMError, match="which is not supported yet; supported: llama"):
+        open_model(str(tmp_path))
