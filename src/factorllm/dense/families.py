@@ -23,7 +23,8 @@ class Family:
 
     Attributes:
         models: its well-known models, for messages.
-        gguf: its architecture in GGUF files, where they are read and written.
+        gguf: its architecture in GGUF files, where they are read.
+        writes_gguf: whether they are written too.
         ffn: where a layer keeps its FFN.
         width: the config's key of the FFN's width.
         norm_follows: whether a norm comes between the FFN and the residual stream.
@@ -33,6 +34,7 @@ class Family:
 
     models: str
     gguf: str | None = None
+    writes_gguf: bool = True
     ffn: FFNLayout = _LLAMA
     width: str = "intermediate_size"
     norm_follows: bool = False
@@ -68,7 +70,7 @@ FAMILIES = {
     "glm": Family("GLM-4-9B", ffn=_FUSED),
     "glm4": Family("GLM-4-0414", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
     "gemma2": Family("Gemma 2", norm_follows=True, no_host=_SANDWICHED),
-    "gemma3_text": Family("Gemma 3", norm_follows=True, no_host=_SANDWICHED),
+    "gemma3_text": Family("Gemma 3", "gemma3", writes_gguf=False, norm_follows=True, no_host=_SANDWICHED),
     "exaone4": Family("EXAONE 4", norm_follows=True, no_host=_SANDWICHED),
     "stablelm": Family("StableLM", no_host="its norms have biases, and those of hosts have none"),
     "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),

@@ -27,7 +27,8 @@ class DenseHost(Host):
         return family_of(config).ffn.tensors(student.ffn)
 
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
-        if family_of(config).gguf is None:
+        family = family_of(config)
+        if family.gguf is None or not family.writes_gguf:
             return f"GGUF files of {config.model_type} are not supported yet"
         return super().reason_against_gguf(config)
 

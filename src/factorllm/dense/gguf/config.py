@@ -13,6 +13,8 @@ from factorllm.dense.gguf.keys import Keys
 from factorllm.dense.gguf.rope import read_rope
 from factorllm.errors import FactorLLMError, refusing
 
+_GEMMA3_PATTERN, _GEMMA3_27B = 6, 62  # layers
+
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -52,16 +54,37 @@ def read_config(
         "tie_word_embeddings": "output.weight" not in names,
         **{name: tokens.get(key) for name, key in _SPECIAL.items()},
     }
+    if family == "gemma3_text":
+        fields |= _gemma3(keys, fields)
     if family == "llama":
         fields["attention_bias"] = any(".attn_" in name and name.endswith(".bias") for name in names)
     if family == "qwen2" and head_dim * heads == hidden:
         del fields["head_dim"]  # Qwen2 has it by itself, and hosts and engines do not expect to be told
-    _refuse_others(keys, head_dim, context)
+    _refuse_others(keys, head_dim, fields.get("sliding_window") or context, context)
     with refusing(keys.label, keys.instead):
         return AutoConfig.for_model(family, **fields)
 
 
-def _refuse_others(keys: Keys, head_dim: int, context: int) -> None:
+def _gemma3(keys: Keys, fields: dict) -> dict:
+    """What Gemma 3 says beside: windows in five of six layers, which rotate in their own way, and the scale of queries.
+
+    llama.cpp knows the two latter by the architecture.
+    """
+    keys.refuse_unless("attention.sliding_window_pattern", _GEMMA3_PATTERN)
+    layers, kinds = fields["num_hidden_layers"], {False: "sliding_attention", True: "full_attention"}
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
+    largest = layers == _GEMMA3_27B
+    return {
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": [kinds[(index + 1) % _GEMMA3_PATTERN == 0] for index in range(layers)],
+        "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local},
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
+        if largest
+        else fields["head_dim"],
+    }
+
+
+def _refuse_others(keys: Keys, head_dim: int, window: int, context: int) -> None:
     """Refuse every other key, unless it says what is so in any case."""
     keys.refuse_unless("rope.dimension_count", head_dim)
     keys.refuse_unless("attention.value_length", head_dim)
@@ -69,7 +92,7 @@ def _refuse_others(keys: Keys, head_dim: int, context: int) -> None:
     keys.refuse_unless("expert_count", 0)
     keys.refuse_unless("expert_used_count", 0)
     keys.refuse_unless("tensor_data_layout", "Meta AI original pth")
-    if keys.integer("attention.sliding_window", context) < context:
+    if keys.integer("attention.sliding_window", context) < min(window, context):
         raise keys.refusal("attention.sliding_window", keys.integer("attention.sliding_window"))
     keys.refuse_unread()
 

@@ -124,6 +124,8 @@ class GGUFSource(ModelSource):
         if name in self._absent_biases:
             return torch.zeros(self._absent_biases[name])
         weight = self._dequantised(self._tensors[self._where[name]])
+        if self.config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+            return weight - 1  # transformers multiplies with 1 + the weight
         if FAMILIES[self.config.model_type].gguf != "llama":
             return weight
         if ".q_proj." in name:
