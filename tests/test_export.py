@@ -9,7 +9,8 @@ from urllib.request import Request, urlopen
 import gguf
 import pytest
 import torch
-from conftest import ATTENTION_BIAS, BASE, CONFIGS, WIDE_HEADS, save_dense, some_tokens, words
+from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, save_dense, some_tokens, words
+from families import TINY
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -110,6 +111,35 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
     dense, out = median_differences(tmp_path, ("dense", "out"))
     assert out <= 1.5 * dense
     assert dense < 0.02
+
+
+OF_OTHER_FAMILIES = [
+    ("granite", "granitemoe", "S0A2E8"),
+    ("granite", "granitemoeshared", "S2A2E8"),
+    ("phi3", "glm4_moe", "S2A2E8"),
+    ("seed_oss", "glm4_moe", "S2A2E8"),
+    ("glm", "glm4_moe", "S2A2E8"),
+    ("ministral3", "mixtral", "S0A2E8"),
+    ("lfm2", "lfm2_moe", "S0A2E8"),
+    ("smollm3", "granitemoe_swa", "S0A2E8"),
+    ("smollm3", "granitemoe_swa", "S2A2E8"),
+    ("windowed", "granitemoe_swa", "S2A2E8"),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe", "S1A2E8"),
+    ("ernie4_5", "ernie4_5_moe", "S0A2E8"),
+    ("ernie4_5", "ernie4_5_moe", "S2A2E8"),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("family", "host", "recipe"), OF_OTHER_FAMILIES)
+def test_llamacpp_agrees_on_students_of_families_whose_own_files_are_not_written(
+    family, host, recipe, tmp_path, text_file, small
+):
+    save_model(SLIDING_WINDOW if family == "windowed" else TINY[family], tmp_path / "dense")
+    settings = small.model_copy(update={"host": host, "baseline": False})
+    factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
+    (out,) = median_differences(tmp_path, ("out",))
+    assert out < 0.02  # llama.cpp keeps keys and values in fp16
 
 
 def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:

@@ -284,20 +284,22 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
-    # llama.cpp has no sliding window here; within one window there is no difference.
-    writer.add_context_length(min(config.max_position_embeddings, sliding_window(config) or 1 << 30))
+    # Most architectures of llama.cpp have no sliding window; within one window there is no difference.
+    window = None if checkpoint.host.gguf_has_windows else sliding_window(config)
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_rope_dimension_count(int(head_dim(config) * rotary_share(config)))
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,
         str: writer.add_string,
+        list: writer.add_array,
     }
-    for key, value in (checkpoint.host.gguf_keys(config) | rope_keys(config.rope_parameters)).items():
+    keys = {"attention.head_count_kv": config.num_key_value_heads} | checkpoint.host.gguf_keys(config)
+    for key, value in (keys | rope_keys(config.rope_parameters)).items():
         add[type(value)](f"{architecture}.{key}", value)

@@ -46,7 +46,8 @@ _INSTEAD = {
 Q4_0 there, which is as large as IQ4_NL and has the larger error (tests/test_kquants.py)."""
 
 _OUTER = ("token_embd.weight", "output.weight")
-_EXACT = ("ffn_gate_inp.weight",)  # routers: small, and they decide which experts run
+_EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight")
+"""Routers, which are small and decide which experts run; and convolutions, which llama.cpp takes in fp32 only."""
 
 
 @dataclass(frozen=True)

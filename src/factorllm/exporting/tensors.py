@@ -24,7 +24,7 @@ ATTENTION = {
 }
 """Names of a layer's tensors in GGUF files, without `.weight`, by their names in transformers."""
 
-_INTERLEAVED = ("llama", "granitemoe")
+_INTERLEAVED = ("llama", "granitemoe", "granite_swa")
 """Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
 
 
@@ -32,7 +32,8 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Name and content, fp32, of each tensor of the file, in its order."""
     config, read = checkpoint.config, checkpoint.read
     yield "token_embd.weight", read(EMBEDDINGS).float()
-    yield "output_norm.weight", read("model.norm.weight").float()
+    norm, target = checkpoint.host.gguf_final_norm
+    yield target, read(f"model.{norm}.weight").float()
     if not config.tie_word_embeddings:
         yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) == "qwen2moe":  # it alone insists on a head of its own
@@ -47,13 +48,15 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
     host, names = checkpoint.host, checkpoint.names
-    attention = ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm}
-    for source, target in attention.items():
+    others = ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm} | host.gguf_names
+    for source, target in others.items():
+        if f"{prefix}{source}" in names:
+            yield f"{target}.weight", checkpoint.read(f"{prefix}{source}")
         for kind in ("weight", "bias"):
             if f"{prefix}{source}.{kind}" in names:
                 tensor = checkpoint.read(f"{prefix}{source}.{kind}")
-                yield f"{target}.{kind}", _interleaved(tensor, source, checkpoint)
-    for target, stored in host.gguf_ffn.items():
+                yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
+    for target, stored in host.gguf_ffn_of(checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)
 
@@ -66,9 +69,12 @@ def _stored(checkpoint: Checkpoint, prefix: str, stored: Stored) -> Tensor:
     return tensor if stored.half is None else tensor.chunk(2, dim=-2)[stored.half]
 
 
-def _interleaved(tensor: Tensor, source: str, checkpoint: Checkpoint) -> Tensor:
-    """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it."""
+def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Checkpoint) -> Tensor:
+    """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it; and a convolution of each
+    channel as a matrix."""
     config = checkpoint.config
+    if tensor.dim() == 3:
+        return tensor.squeeze(1)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     if source not in heads or checkpoint.host.gguf(config) not in _INTERLEAVED:
         return tensor

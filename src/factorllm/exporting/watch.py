@@ -73,7 +73,7 @@ def _watching(
             if type(module).__name__.endswith("Experts"):
                 prefixes[id(module)] = f"blk.{index}." if index in layers else None
             elif type(module).__name__.endswith("Router"):
-                module.top_k = checkpoint.config.num_experts_per_tok  # of `with_top_k`
+                module.top_k = checkpoint.host.shape(checkpoint.config).top_k  # of `with_top_k`
         if index in layers:
             for name, module in _linears(layer, checkpoint.host).items():
                 hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}")))
@@ -139,7 +139,7 @@ def _inner(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
 
 def _linears(layer: nn.Module, host: Host) -> dict[str, nn.Linear]:
     """The linear maps of a layer by their names in GGUF files. The routed experts are none: they are one tensor."""
-    sources = {f"{target}.weight": source for source, target in ATTENTION.items()}
+    sources = {f"{target}.weight": source for source, target in (ATTENTION | host.gguf_names).items()}
     sources |= {target: stored.name.removesuffix(".weight") for target, stored in host.gguf_ffn.items()}
     modules = dict(layer.named_modules())
     found = {target: modules.get(source) for target, source in sources.items()}

@@ -66,6 +66,10 @@ class Host(ABC):
         ties_embeddings: whether its engines let the output head be the embedding table.
         gguf_ffn: the FFN's tensors by their names in GGUF files.
         gguf_ffn_norm: the name there of the norm before the FFN.
+        gguf_names: the names there of what a layer holds beside, by those in the checkpoint, where they differ from
+            Llama's; both without `.weight`.
+        gguf_has_windows: whether llama.cpp reads the windows of its layers.
+        gguf_final_norm: the norm after the last layer, by its names in the checkpoint and there.
     """
 
     name: str
@@ -74,6 +78,9 @@ class Host(ABC):
     ties_embeddings: bool = True
     gguf_ffn: ClassVar[dict[str, Stored]]
     gguf_ffn_norm: str = "ffn_norm"
+    gguf_names: ClassVar[dict[str, str]] = {}
+    gguf_has_windows: bool = False
+    gguf_final_norm: tuple[str, str] = ("norm", "output_norm.weight")
 
     def engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Engines that load the student without custom code.
@@ -95,8 +102,14 @@ class Host(ABC):
     def gguf(self, config: PreTrainedConfig) -> str:
         """The architecture in GGUF files."""
 
+    def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
+        """Those of `gguf_ffn` that a student has: some hosts have a shared expert or none."""
+        if self.shape(config).shared_width:
+            return self.gguf_ffn
+        return {name: stored for name, stored in self.gguf_ffn.items() if "shexp" not in name}
+
     @abstractmethod
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         """What a GGUF file must say of the FFN, without the prefix of the architecture.
 
         Args:

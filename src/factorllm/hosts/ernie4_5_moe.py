@@ -1,11 +1,23 @@
 """ERNIE 4.5-MoE: routed experts and optional shared ones, for ERNIE 4.5."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers import Ernie4_5_MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
-from factorllm.hosts.base import MoeHost, StudentFFN, carried, per_expert, shared_expert
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    carried,
+    gguf_experts,
+    gguf_shared,
+    per_expert,
+    projections,
+    shared_expert,
+)
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -15,9 +27,15 @@ class Ernie45MoeHost(MoeHost):
     families = ("ernie4_5",)
     shared = "optional"
     shares_whole_experts = True
-    all_engines = ("transformers", "vllm")
+    all_engines = ("transformers", "vllm", "llama.cpp")
     gates = SOFTMAX_OF_SELECTED
-    gguf_architecture = None
+    gguf_architecture = "ernie4_5-moe"
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
+        "exp_probs_b.bias": Stored("mlp.moe_statics.e_score_correction_bias"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+        **gguf_shared(*projections("mlp.shared_experts")),
+    }
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return Ernie4_5_MoeConfig(
@@ -44,8 +62,11 @@ class Ernie45MoeHost(MoeHost):
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
         return {
-            "feed_forward_length": config.moe_intermediate_size,
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "interleave_moe_layer_step": 1,
+            "leading_dense_block_count": 0,
             "expert_count": config.moe_num_experts,
             "expert_used_count": config.moe_k,
-            "expert_shared_count": config.moe_num_shared_experts,
+            "expert_shared_feed_forward_length": config.moe_num_shared_experts * config.moe_intermediate_size,
         }

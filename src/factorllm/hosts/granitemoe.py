@@ -60,7 +60,7 @@ class GraniteMoeHost(MoeHost):
             "block_sparse_moe.output_linear.weight": outputs,
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_local_experts,

@@ -1,12 +1,14 @@
 """GraniteMoeSWA: routed experts and an optional shared one, windows and layers without positions, for SmolLM3 and
 Mistral."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers import GraniteMoeSWAConfig, PreTrainedConfig
 
 from factorllm.dense.families import sliding_window
-from factorllm.hosts.base import StudentFFN, normalised_heads, stacked, uneven_heads
+from factorllm.hosts.base import Stored, StudentFFN, gguf_experts, normalised_heads, stacked, uneven_heads
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.hosts.granitemoeshared import shared_mlp
 from factorllm.recipe import Shape
@@ -15,12 +17,27 @@ _NO_SINK = -1e4
 """Logit of a sink that takes no share of attention."""
 
 
+_THETA = 10_000.0
+
+
 class GraniteMoeSWAHost(GraniteMoeHost):
     name = "granitemoe_swa"
     families = ("smollm3", "mistral")
     shared = "optional"
-    all_engines = ("transformers", "vllm")
-    gguf_architecture = None
+    all_engines = ("transformers", "vllm", "llama.cpp")
+    gguf_architecture = "granite_swa"
+    gguf_has_windows = True
+    gguf_names: ClassVar = {"self_attn.sinks": "attn_sinks"}
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("block_sparse_moe.router.weight"),
+        **gguf_experts(
+            Stored("block_sparse_moe.experts.gate_up_proj", 0),
+            Stored("block_sparse_moe.experts.gate_up_proj", 1),
+            Stored("block_sparse_moe.experts.down_proj"),
+        ),
+        "ffn_up_shexp.weight": Stored("shared_mlp.input_linear.weight"),  # with the gate in it
+        "ffn_down_shexp.weight": Stored("shared_mlp.output_linear.weight"),
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if getattr(config, "attention_bias", False):
@@ -30,8 +47,21 @@ class GraniteMoeSWAHost(GraniteMoeHost):
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return ("block_sparse_moe", "shared_mlp")
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
-        return super().gguf_keys(config) | {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        positions = _positions(config)
+        layers = zip(positions["layer_types"], positions["no_rope_layers"], strict=True)
+        within = any(kind == "sliding_attention" and rotated for kind, rotated in layers)
+        if within and config.rope_parameters["rope_theta"] != _THETA:
+            return f"llama.cpp rotates layers with a window by {_THETA:,.0f}, not as this model does"
+        return super().reason_against_gguf(config)
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+        return super().gguf_keys(config) | {
+            "expert_shared_feed_forward_length": config.shared_intermediate_size,
+            "attention.sliding_window": config.sliding_window,
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+            "attention.rope_pattern": [bool(rotated) for rotated in config.no_rope_layers],
+        }
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return GraniteMoeSWAConfig(
@@ -54,21 +84,24 @@ class GraniteMoeSWAHost(GraniteMoeHost):
         }
 
 
-def _positions(dense: PreTrainedConfig) -> dict:
+def _positions(config: PreTrainedConfig) -> dict:
     """Which layers see a window only, and which have no positions.
 
     llama.cpp wants a layer with a window: layers without positions are given one as long as the longest text.
+
+    Args:
+        config: of the dense model or of the student.
     """
-    layers = dense.num_hidden_layers
+    layers = config.num_hidden_layers
     rotated = [
-        bool(value) for value in getattr(dense, "no_rope_layers", None) or [1] * layers
+        bool(value) for value in getattr(config, "no_rope_layers", None) or [1] * layers
     ]  # 1 means with positions
-    if window := sliding_window(dense):
-        kinds = getattr(dense, "layer_types", None) or ["sliding_attention"] * layers
+    if window := sliding_window(config):
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     else:
-        window = dense.max_position_embeddings
+        window = config.max_position_embeddings
         kinds = ["full_attention" if one else "sliding_attention" for one in rotated]
-    theta = dense.rope_parameters["rope_theta"]
+    theta = config.rope_parameters["rope_theta"]
     return {
         "sliding_window": window,
         "layer_types": kinds,

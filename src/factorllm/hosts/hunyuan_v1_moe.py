@@ -1,9 +1,21 @@
 """Hunyuan-MoE: routed experts and one shared expert of their width, for Hunyuan."""
 
+from typing import ClassVar
+
 from torch import Tensor
 from transformers import HunYuanMoEV1Config, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, StudentFFN, carried, per_expert, shared_expert
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    carried,
+    gguf_experts,
+    gguf_shared,
+    per_expert,
+    projections,
+    shared_expert,
+)
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -12,9 +24,15 @@ class HunYuanMoeHost(MoeHost):
     name = "hunyuan_v1_moe"
     families = ("hunyuan_v1_dense",)
     shared = "always"
-    all_engines = ("transformers", "vllm")
+    all_engines = ("transformers", "vllm", "llama.cpp")
     gates = SOFTMAX_OF_SELECTED
-    gguf_architecture = None
+    gguf_architecture = "hunyuan-moe"
+    gguf_names: ClassVar = {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.wg.weight"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+        **gguf_shared(*projections("mlp.shared_mlp")),
+    }
 
     def _reason_against_shape(self, shape: Shape) -> str | None:
         if shape.shared_width not in (0, shape.expert_width):
@@ -46,5 +64,6 @@ class HunYuanMoeHost(MoeHost):
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.moe_topk[0],
-            "expert_shared_count": 1,
+            "expert_feed_forward_length": config.intermediate_size,
+            "expert_shared_feed_forward_length": config.intermediate_size,
         }

@@ -1,10 +1,13 @@
 """LFM2-MoE: routed experts only, beside short convolutions, for LFM2."""
 
+from typing import ClassVar
+
+import gguf
 import torch
 from torch import Tensor
 from transformers import Lfm2MoeConfig, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, StudentFFN, carried
+from factorllm.hosts.base import MoeHost, Stored, StudentFFN, carried, gguf_experts
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -14,8 +17,24 @@ class Lfm2MoeHost(MoeHost):
     families = ("lfm2",)
     shared = "no"
     gates = SIGMOID_OF_SELECTED
-    all_engines = ("transformers", "vllm")
-    gguf_architecture = None
+    all_engines = ("transformers", "vllm", "llama.cpp")
+    gguf_architecture = "lfm2moe"
+    gguf_final_norm = ("embedding_norm", "token_embd_norm.weight")
+    gguf_names: ClassVar = {
+        "operator_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "self_attn.out_proj": "attn_output",
+        "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm",
+        "conv.conv": "shortconv.conv",
+        "conv.in_proj": "shortconv.in_proj",
+        "conv.out_proj": "shortconv.out_proj",
+    }
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("feed_forward.gate.weight"),
+        "exp_probs_b.bias": Stored("feed_forward.expert_bias"),
+        **gguf_experts(*(Stored(f"feed_forward.experts.{{}}.{name}.weight") for name in ("w1", "w3", "w2"))),
+    }
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return ("feed_forward",)
@@ -46,9 +65,17 @@ class Lfm2MoeHost(MoeHost):
             tensors[f"{prefix}.w2.weight"] = expert.down
         return tensors
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         return {
-            "feed_forward_length": config.moe_intermediate_size,
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
+            "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+            "leading_dense_block_count": 0,
+            "shortconv.l_cache": config.conv_L_cache,
+            # A layer without heads is a convolution.
+            "attention.head_count_kv": [
+                0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types
+            ],
         }

@@ -83,6 +83,9 @@ class Qwen2MoeHost(MoeHost):
             for name, count in zip(_BIASED, heads, strict=True)
         }
 
+    def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
+        return self.gguf_ffn  # an empty shared expert is one
+
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
         return {
             "feed_forward_length": config.intermediate_size,
