@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import BASE, SLIDING_WINDOW, relative_error, save_dense, some_tokens
+from conftest import BASE, CONFIGS, SLIDING_WINDOW, relative_error, save_dense, some_tokens
 from families import TINY
+from test_hosts import HOSTS_OF
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
@@ -51,17 +52,15 @@ def test_a_static_prune_is_the_dense_model_without_some_neurons(family, tmp_path
         assert pruned.generate(tokens[:, :4], max_new_tokens=2, do_sample=False).shape[1] > 4
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_a_prune_is_restored(family, tmp_path, text_file, small):
-    """Refitting what is left brings it nearer to the dense model, on text that it was not fitted on."""
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.norm_follows] + ["granite"])
+def test_a_prune_is_restored_where_the_stream_is_not_simply_the_sum(family, tmp_path, text_file, small):
+    """Refitting what is left brings it nearer to the dense model: with a norm after the FFN, or a factor."""
     save_dense(TINY[family], tmp_path / "dense")
     errors = {}
     for restore in ("none", "stream"):
         recipe = Recipe(shared=4, active=0, parts=8, restore=restore)
-        out = tmp_path / restore
-        summary = factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=small)
+        summary = factorize(str(tmp_path / "dense"), tmp_path / restore, recipe, text=str(text_file), settings=small)
         errors[restore] = summary.layers[-1]["stream_error"]
-        assert summary.row("student").perplexity > 0
     assert errors["stream"] < errors["none"]
 
 
@@ -84,6 +83,9 @@ PAIRS = [
 """Each dense family in each of its hosts, without and with a shared part."""
 
 
+TESTED_THERE = {(CONFIGS[name].model_type, host) for name, hosts in HOSTS_OF.items() for host in hosts}
+"""Families with their hosts that `test_hosts` builds in all shapes."""
+
 _WHOLE_HEADS = Phi3Config(**BASE, pad_token_id=0)
 SPECIAL = {
     ("phi3", "mixtral"): _WHOLE_HEADS,
@@ -104,7 +106,7 @@ def factorized(family, host, recipe, tmp_path, text_file, small):
     return dense, student
 
 
-@pytest.mark.parametrize(("family", "host", "shared"), PAIRS)
+@pytest.mark.parametrize(("family", "host", "shared"), [pair for pair in PAIRS if pair[:2] not in TESTED_THERE])
 def test_with_all_experts_on_each_family_is_the_dense_model(family, host, shared, tmp_path, text_file, small):
     recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
     dense, student = factorized(family, host, recipe, tmp_path, text_file, small)
