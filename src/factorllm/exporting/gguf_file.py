@@ -291,7 +291,8 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -
     writer.add_head_count(config.num_attention_heads)
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
+    if eps := getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None):
+        writer.add_layer_norm_rms_eps(eps)
     writer.add_rope_dimension_count(int(head_dim(config) * rotary_share(config)))
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,

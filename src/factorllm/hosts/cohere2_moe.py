@@ -1,11 +1,24 @@
 """Cohere2-MoE: routed and shared experts beside attention on the same input, for Command-R, Command R7B and Aya."""
 
+from typing import ClassVar
+
+import gguf
 from torch import Tensor
 from transformers import Cohere2MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
 from factorllm.dense.ffn import FFN
-from factorllm.hosts.base import MoeHost, StudentFFN, carried, per_expert, shared_expert
+from factorllm.hosts.base import (
+    MoeHost,
+    Stored,
+    StudentFFN,
+    carried,
+    gguf_experts,
+    gguf_shared,
+    per_expert,
+    projections,
+    shared_expert,
+)
 from factorllm.hosts.gates import AVERAGED_SIGMOID
 from factorllm.recipe import Shape
 
@@ -15,9 +28,15 @@ class Cohere2MoeHost(MoeHost):
     families = ("cohere2", "cohere")
     shared = "optional"
     shares_whole_experts = True
-    all_engines = ("transformers", "vllm")
+    all_engines = ("transformers", "vllm", "llama.cpp")
     gates = AVERAGED_SIGMOID
-    gguf_architecture = None
+    gguf_architecture = "cohere2moe"
+    gguf_has_windows = True
+    gguf_ffn: ClassVar = {
+        "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
+        **gguf_experts(*projections("mlp.experts.{}")),
+        **gguf_shared(*projections("mlp.shared_experts")),
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if getattr(config, "use_qk_norm", False):
@@ -53,10 +72,18 @@ class Cohere2MoeHost(MoeHost):
             **(shared_expert(doubled, "mlp.shared_experts") if shared.width else {}),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.intermediate_size,
             "expert_shared_count": config.num_shared_experts,
+            "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+            "expert_weights_norm": False,
+            "leading_dense_block_count": 0,
+            "attention.layer_norm_epsilon": config.layer_norm_eps,
+            "logit_scale": float(config.logit_scale),
+            "attention.sliding_window": config.sliding_window,
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
         }
