@@ -17,6 +17,10 @@ _SPECIAL: dict[str, dict] = {
     "qwen3_5_text": {
         "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_interleaved": True, "mrope_section": [1, 1, 0],
+            "partial_rotary_factor": 0.25,
+        },
     },
     "granite": {**_GRANITE, "attention_multiplier": 0.11},
     "granitemoehybrid": {

@@ -121,6 +121,8 @@ OF_OTHER_FAMILIES = [
     ("glm", "glm4_moe", "S2A2E8"),
     ("ministral3", "mixtral", "S0A2E8"),
     ("lfm2", "lfm2_moe", "S0A2E8"),
+    ("qwen3_5_text", "qwen3_5_moe_text", "S0A2E8"),
+    ("qwen3_5_text", "qwen3_5_moe_text", "S2A2E8"),
     ("cohere", "cohere2_moe", "S0A2E8"),
     ("cohere2", "cohere2_moe", "S1A2E8"),
     ("smollm3", "granitemoe_swa", "S0A2E8"),

@@ -10,6 +10,7 @@ from factorllm.convert.task import TOO_LARGE
 from factorllm.convert.temperature import fit_logit_scale, sample_logits
 from factorllm.dense.ends import Ends
 from factorllm.dense.families import family_of
+from factorllm.dense.modules import final_norm_names
 from factorllm.dense.names import HEAD, LAYERS, layer_prefix
 from factorllm.errors import refusing
 from factorllm.hosts import StudentFFN
@@ -43,7 +44,9 @@ def check_dtype(job: Job) -> None:
 
 def write_outer_shards(job: Job) -> None:
     """The first shard of each student: embeddings and output head, as in the dense model."""
-    last = set(Ends(job.source, job.settings.torch_device).scaled_norm(1.0))
+    last = final_norm_names(job.source.skeleton())
+    for name in last:
+        job.source.tensor(name)  # needed at the end only, but a damaged one must be refused before the work
     names = [name for name in job.source.parameter_names() if not name.startswith(LAYERS) and name not in last]
     for student in job.students:
         path = student.folder / shard_name(1, _shards(job))

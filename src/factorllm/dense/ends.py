@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from factorllm.dense.model import ModelSource
-from factorllm.dense.modules import final_norm, forwarding
+from factorllm.dense.modules import final_norm, final_norm_names, forwarding
 
 _ROWS = 256  # tokens of which logits are made at once
 
@@ -56,9 +56,9 @@ class Ends:
 
     def scaled_norm(self, scale: float) -> dict[str, Tensor]:
         """The final norm's weights, fp32, by their names in the model, with its output `scale` times what it was."""
-        mine = {parameter: name for name, parameter in self._model.named_parameters()}
         centre = 1.0 if _is_zero_centred(self._norm) else 0.0
-        return {mine[weight]: (weight + centre) * scale - centre for weight in self._norm.parameters()}
+        weights = zip(final_norm_names(self._model), self._norm.parameters(), strict=True)
+        return {name: (weight + centre) * scale - centre for name, weight in weights}
 
     def _run(self, tokens: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         with forwarding(self._layers, layer):

@@ -26,6 +26,12 @@ def final_norm(decoder: nn.Module) -> nn.Module:
     return norm
 
 
+def final_norm_names(model: PreTrainedModel) -> list[str]:
+    """The names of its weights in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for parameter in final_norm(model.get_decoder()).parameters()]
+
+
 @contextmanager
 def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let modules compute something else while the block runs."""

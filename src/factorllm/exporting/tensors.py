@@ -33,7 +33,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     config, read = checkpoint.config, checkpoint.read
     yield "token_embd.weight", read(EMBEDDINGS).float()
     norm, target = checkpoint.host.gguf_final_norm
-    yield target, read(f"model.{norm}.weight").float()
+    yield target, checkpoint.host.gguf_content(norm, read(f"model.{norm}.weight").float(), config)
     if not config.tie_word_embeddings:
         yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) == "qwen2moe":  # it alone insists on a head of its own
@@ -51,7 +51,7 @@ def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, T
     others = ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm} | host.gguf_names
     for source, target in others.items():
         if f"{prefix}{source}" in names:
-            yield f"{target}.weight", checkpoint.read(f"{prefix}{source}")
+            yield target, host.gguf_content(source, checkpoint.read(f"{prefix}{source}"), checkpoint.config)
         for kind in ("weight", "bias"):
             if f"{prefix}{source}.{kind}" in names:
                 tensor = checkpoint.read(f"{prefix}{source}.{kind}")
@@ -73,6 +73,7 @@ def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Checkpoint) -> 
     """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it; and a convolution of each
     channel as a matrix."""
     config = checkpoint.config
+    tensor = checkpoint.host.gguf_content(source, tensor, config)
     if tensor.dim() == 3:
         return tensor.squeeze(1)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}

@@ -67,7 +67,7 @@ class Host(ABC):
         gguf_ffn: the FFN's tensors by their names in GGUF files.
         gguf_ffn_norm: the name there of the norm before the FFN.
         gguf_names: the names there of what a layer holds beside, by those in the checkpoint, where they differ from
-            Llama's; both without `.weight`.
+            Llama's; both without `.weight`, but for tensors whose names in the checkpoint have none.
         gguf_has_windows: whether llama.cpp reads the windows of its layers.
         gguf_final_norm: the norm after the last layer, by its names in the checkpoint and there.
     """
@@ -102,6 +102,14 @@ class Host(ABC):
     def gguf(self, config: PreTrainedConfig) -> str:
         """The architecture in GGUF files."""
 
+    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """What a GGUF file holds of a tensor outside the FFN.
+
+        Args:
+            name: in the checkpoint, without `.weight` and without the prefix of the layer.
+        """
+        return tensor
+
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """Those of `gguf_ffn` that a student has: some hosts have a shared expert or none."""
         if self.shape(config).shared_width:
@@ -119,7 +127,7 @@ class Host(ABC):
     def shape(self, config: PreTrainedConfig) -> Shape:
         """The widths of a checkpoint, from its config."""
         keys = self.gguf_keys(config)
-        width = keys.get("expert_feed_forward_length", keys["feed_forward_length"])
+        width = keys.get("expert_feed_forward_length") or keys["feed_forward_length"]
         experts, top_k = keys.get("expert_count", 0), keys.get("expert_used_count", 0)
         shared = keys.get("expert_shared_feed_forward_length", keys.get("expert_shared_count", 0) * width)
         if not experts:

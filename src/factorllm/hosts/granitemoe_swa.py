@@ -27,7 +27,7 @@ class GraniteMoeSWAHost(GraniteMoeHost):
     all_engines = ("transformers", "vllm", "llama.cpp")
     gguf_architecture = "granite_swa"
     gguf_has_windows = True
-    gguf_names: ClassVar = {"self_attn.sinks": "attn_sinks"}
+    gguf_names: ClassVar = {"self_attn.sinks": "attn_sinks.weight"}
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("block_sparse_moe.router.weight"),
         **gguf_experts(
