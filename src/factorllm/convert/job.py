@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -77,6 +78,11 @@ class Job:
     @property
     def layers(self) -> int:
         return self.source.config.num_hidden_layers
+
+    @cached_property
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors of the dense model."""
+        return sorted(self.source.parameter_names())
 
     def stream(self, name: str, layer: int) -> Rows:
         """Hidden states of `name` before `layer`, on disk."""

@@ -47,7 +47,7 @@ def write_outer_shards(job: Job) -> None:
     last = final_norm_names(job.source.skeleton())
     for name in last:
         job.source.tensor(name)  # needed at the end only, but a damaged one must be refused before the work
-    names = [name for name in job.source.parameter_names() if not name.startswith(LAYERS) and name not in last]
+    names = [name for name in job.tensor_names if not name.startswith(LAYERS) and name not in last]
     for student in job.students:
         path = student.folder / shard_name(1, _shards(job))
         if not path.exists():
@@ -59,7 +59,7 @@ def write_outer_shards(job: Job) -> None:
 
 def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
     source, prefix = job.source, layer_prefix(index)
-    names = [name.removeprefix(prefix) for name in sorted(source.parameter_names()) if name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in job.tensor_names if name.startswith(prefix)]
     others = [name for name in names if not family_of(source.config).ffn.holds(name)]
     tensors = student.host.ffn_tensors(ffn, source.config)
     tensors |= student.host.other_tensors(source.config, {name: source.tensor(prefix + name) for name in others})
@@ -73,9 +73,11 @@ def temper(job: Job) -> dict[str, float]:
     ends, words = Ends(job.source, job.settings.torch_device), job.source.config.vocab_size
     teacher = sample_logits(job.stream("teacher", job.layers), ends, words)
     scales = {}
+    # A factor before a cap is none after it.
+    is_capped = bool(getattr(job.source.config, "final_logit_softcapping", None))
     for student in job.students:
         scale = 1.0
-        if student.recipe.restore != "none":
+        if student.recipe.restore != "none" and not is_capped:
             scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), ends, words))
         tensors = as_stored(ends.scaled_norm(scale), job.settings.stored_dtype, TOO_LARGE)
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
