@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import BASE, CONFIGS, SLIDING_WINDOW, relative_error, save_dense, some_tokens
+from conftest import BASE, CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
 from families import TINY
 from test_hosts import HOSTS_OF
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
+from factorllm.dense import open_model
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.layer import ffn_of
 from factorllm.dense.modules import decoder_layers
@@ -180,3 +181,13 @@ def test_each_host_heals(family, host, shared, tmp_path, text_file, small):
 
 
 ASKED = Asked(vocabulary=4, temperature=1.0, partitions=[], top_k=2, prior="energy", bfloat16=False, streams=0, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size_per_layer_input", 8), ("num_kv_shared_layers", 1), ("use_double_wide_mlp", True)]
+)
+def test_layers_that_read_more_than_the_stream_are_refused_by_name(key, value, tmp_path):
+    save_dense(TINY["gemma4_text"], tmp_path)
+    edit_json(tmp_path / "config.json", **{key: value})
+    with pytest.raises(FactorLLMError, match=f"says {key} = {value}, which"):
+        open_model(str(tmp_path))

@@ -49,6 +49,14 @@ _OUTPUTS = (
 """What a config can ask a model to give back that it cannot give here, and why."""
 
 
+_NOT_BY_LAYER = {
+    "hidden_size_per_layer_input": "gives each layer embeddings of the tokens",
+    "num_kv_shared_layers": "lets layers read keys and values of others",
+    "use_double_wide_mlp": "has FFNs of two widths",
+}
+"""Keys that make a layer more than a function of the stream before it."""
+
+
 def check_family(label: str, config: PreTrainedConfig) -> None:
     """Refuse a family that is not read, and say why; a Mixture of Experts too.
 
@@ -106,6 +114,12 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
     for key, value, why in _OUTPUTS:
         if getattr(config, key, None) is value:
             raise FactorLLMError(f"the config of {label} says {key} = {value}, {why}; remove it")
+    for key, what in _NOT_BY_LAYER.items():
+        if getattr(config, key, None):
+            raise FactorLLMError(
+                f"the config of {label} says {key} = {getattr(config, key)}, which {what}; that is not supported yet: "
+                "use a model without it"
+            )
     _check_layer_types(label, config)
     _check_others(label, config)
     _check_rope(label, config)

@@ -154,13 +154,15 @@ class SafetensorsSource(ModelSource):
         self.config = config
         check_family(self.label, config)
         check_depth(self.label, config.num_hidden_layers, len(self.tensors.names()))
+        notes = []
         if ahead := self.tensors.hide("mtp."):
-            self.note = f"{len(ahead)} tensors of {self.label} that predict more than one token (mtp.) are left out"
+            notes.append(f"{len(ahead)} tensors of {self.label} that predict more than one token (mtp.) are left out")
         if code := self.config.__dict__.pop("auto_map", None):  # a student must not ask its users to run it
-            self.note = (
+            notes.append(
                 f"{self.label} names Python of its own ({', '.join(map(str, code))}), which is never run: it is read "
                 f"as transformers' own {self.config.model_type}"
             )
+        self.note = "; ".join(notes)
         self.config.tie_word_embeddings = ties_embeddings(self.config, self.tensors)
         self._check()
 

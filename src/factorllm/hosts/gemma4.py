@@ -25,9 +25,6 @@ class Gemma4Host(MoeHost):
     gates = SOFTMAX_OF_SELECTED
     gguf_architecture = None
 
-    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
-        return "its layers are all of one width" if config.use_double_wide_mlp else None
-
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return ("mlp", "router", "experts")
 
