@@ -123,6 +123,7 @@ OF_OTHER_FAMILIES = [
     ("lfm2", "lfm2_moe", "S0A2E8"),
     ("qwen3_5_text", "qwen3_5_moe_text", "S0A2E8"),
     ("qwen3_5_text", "qwen3_5_moe_text", "S2A2E8"),
+    ("granitemoehybrid", "granitemoehybrid", "S2A2E8"),
     ("cohere", "cohere2_moe", "S0A2E8"),
     ("cohere2", "cohere2_moe", "S1A2E8"),
     ("smollm3", "granitemoe_swa", "S0A2E8"),

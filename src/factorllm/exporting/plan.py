@@ -46,8 +46,10 @@ _INSTEAD = {
 Q4_0 there, which is as large as IQ4_NL and has the larger error (tests/test_kquants.py)."""
 
 _OUTER = ("token_embd.weight", "output.weight")
-_EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight")
-"""Routers, which are small and decide which experts run; and convolutions, which llama.cpp takes in fp32 only."""
+_EXACT = (
+    "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_norm.weight", "ssm_a", "ssm_d",
+)  # fmt: skip
+"""Routers, which are small and decide which experts run; and what llama.cpp takes in fp32 only."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ ATTENTION = {
 }
 """Names of a layer's tensors in GGUF files, without `.weight`, by their names in transformers."""
 
-_INTERLEAVED = ("llama", "granitemoe", "granite_swa")
+_INTERLEAVED = ("llama", "granitemoe", "granite_swa", "granitehybrid")
 """Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
 
 

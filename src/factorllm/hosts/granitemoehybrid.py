@@ -1,17 +1,31 @@
 """GraniteMoeHybrid: routed experts and one shared expert beside Mamba and attention, for Granite 4 without experts."""
 
+from typing import ClassVar
+
+from torch import Tensor
 from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 
 from factorllm.hosts.base import carried
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
 from factorllm.recipe import Shape
 
+_MAMBA = ("mamba", "linear_attention")
+"""As the makers say it, and as transformers saves it."""
+
 
 class GraniteMoeHybridHost(GraniteMoeSharedHost):
     name = "granitemoehybrid"
     families = ("granitemoehybrid",)
-    all_engines = ("transformers", "vllm")
-    gguf_architecture = None
+    gguf_architecture = "granitehybrid"
+    gguf_names: ClassVar = {
+        "mamba.in_proj": "ssm_in",
+        "mamba.conv1d": "ssm_conv1d",
+        "mamba.norm": "ssm_norm",
+        "mamba.out_proj": "ssm_out",
+        "mamba.dt_bias": "ssm_dt.bias",
+        "mamba.A_log": "ssm_a",
+        "mamba.D": "ssm_d",
+    }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         return None
@@ -26,3 +40,27 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
         return GraniteMoeHybridConfig(
             **carried(dense, GraniteMoeHybridConfig) | changed, architectures=["GraniteMoeHybridForCausalLM"]
         )
+
+    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+        heads = config.num_key_value_heads
+        return super().gguf_keys(config) | {
+            # A layer without heads is one of Mamba.
+            "attention.head_count_kv": [0 if kind in _MAMBA else heads for kind in config.layer_types],
+            "rope.scaling.finetuned": config.position_embedding_type == "rope",  # so it is said whether it rotates
+            "ssm.conv_kernel": config.mamba_d_conv,
+            "ssm.state_size": config.mamba_d_state,
+            "ssm.group_count": config.mamba_n_groups,
+            "ssm.time_step_rank": config.mamba_n_heads,
+            "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
+        }
+
+    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        match name:
+            case "mamba.A_log":
+                return -tensor.float().exp()[:, None]
+            case "mamba.D":
+                return tensor[:, None]
+            case "mamba.norm":
+                return tensor.view(config.mamba_n_groups, -1)
+            case _:
+                return tensor
