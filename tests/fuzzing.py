@@ -249,7 +249,7 @@ def as_transformers_reads(folder: Path, **options) -> PreTrainedModel:
     """The truth of a folder. What plain transformers cannot load should have been refused: its error is a failure."""
     # How attention is computed is not what it computes, and a config may name what this machine has not.
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options)
 
 
