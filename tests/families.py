@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conftest import BASE, CONFIGS
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, Phi3Config, PreTrainedConfig
 
 _GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
@@ -65,3 +65,6 @@ TINY: dict[str, PreTrainedConfig] = {
     **{name: AutoConfig.for_model(name, **BASE | special) for name, special in _SPECIAL.items()},
 }
 """By `model_type`."""
+
+WHOLE_HEADS = Phi3Config(**BASE, pad_token_id=0)
+"""Phi-3 and Phi-4: all of each head is rotated, in Phi-4-mini (`TINY`) a part."""

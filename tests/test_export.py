@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, save_dense, some_tokens, words
-from families import TINY
+from families import TINY, WHOLE_HEADS
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -117,6 +117,8 @@ OF_OTHER_FAMILIES = [
     ("granite", "granitemoe", "S0A2E8"),
     ("granite", "granitemoeshared", "S2A2E8"),
     ("phi3", "glm4_moe", "S2A2E8"),
+    ("phi3-whole", "mixtral", "S0A2E8"),
+    ("phi3-whole", "granitemoeshared", "S2A2E8"),
     ("seed_oss", "glm4_moe", "S2A2E8"),
     ("glm", "glm4_moe", "S2A2E8"),
     ("ministral3", "mixtral", "S0A2E8"),
@@ -140,7 +142,8 @@ OF_OTHER_FAMILIES = [
 def test_llamacpp_agrees_on_students_of_families_whose_own_files_are_not_written(
     family, host, recipe, tmp_path, text_file, small
 ):
-    save_model(SLIDING_WINDOW if family == "windowed" else TINY[family], tmp_path / "dense")
+    config = {"windowed": SLIDING_WINDOW, "phi3-whole": WHOLE_HEADS, **TINY}[family]
+    save_model(config, tmp_path / "dense")
     settings = small.model_copy(update={"host": host, "baseline": False})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
     (out,) = median_differences(tmp_path, ("out",))

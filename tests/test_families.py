@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import BASE, CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
-from families import TINY
+from conftest import CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
+from families import TINY, WHOLE_HEADS
 from test_hosts import HOSTS_OF
-from transformers import AutoModelForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
 from factorllm.dense import open_model
@@ -87,10 +87,9 @@ PAIRS = [
 TESTED_THERE = {(CONFIGS[name].model_type, host) for name, hosts in HOSTS_OF.items() for host in hosts}
 """Families with their hosts that `test_hosts` builds in all shapes."""
 
-_WHOLE_HEADS = Phi3Config(**BASE, pad_token_id=0)
 SPECIAL = {
-    ("phi3", "mixtral"): _WHOLE_HEADS,
-    ("phi3", "granitemoeshared"): _WHOLE_HEADS,
+    ("phi3", "mixtral"): WHOLE_HEADS,
+    ("phi3", "granitemoeshared"): WHOLE_HEADS,
     ("mistral", "granitemoe_swa"): SLIDING_WINDOW,
 }
 """Configs that differ from `TINY` where a host holds a part of a family, or is there for a part of it."""
