@@ -7,7 +7,7 @@ import math
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from factorllm.dense.families import FAMILIES, OTHERS, activation, family_of, has_experts, sliding_window
+from factorllm.dense.families import FAMILIES, OTHERS, activation, family_of, has_experts, ropes, sliding_window
 from factorllm.dense.wrappers import WRAPPERS
 from factorllm.errors import FactorLLMError
 
@@ -152,8 +152,7 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
 
 def _check_rope(label: str, config: PreTrainedConfig) -> None:
     rope = config.rope_parameters
-    of_kinds = isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values())
-    for one in rope.values() if of_kinds else [rope]:  # some families rotate each kind of layer in its own way
+    for one in ropes(config):
         theta = one.get("rope_theta") if isinstance(one, dict) else None
         if not isinstance(theta, int | float) or not 0 < theta < math.inf:
             raise FactorLLMError(

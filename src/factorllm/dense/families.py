@@ -159,6 +159,13 @@ def normalises_heads(config: PreTrainedConfig) -> bool:
     return config.model_type in ("qwen3", "qwen3_5_text", "hunyuan_v1_dense", "olmo2", "olmo3")
 
 
+def ropes(config: PreTrainedConfig) -> list:
+    """How positions are rotated: as `rope_parameters` says for all layers, or for each kind of them."""
+    rope = config.rope_parameters
+    of_kinds = isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values())
+    return list(rope.values()) if of_kinds else [rope]
+
+
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE scaling: `default`, `linear`, `llama3`, `yarn` ..."""
     return config.rope_parameters.get("rope_type", "default")

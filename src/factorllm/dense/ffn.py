@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,13 +72,12 @@ class FFNLayout:
     def of_layer(self, layer: nn.Module, activation: str) -> FFN:
         """The FFN of a layer in transformers."""
         weights = dict(layer.get_submodule(self.slot).named_parameters())
-        return self._read(lambda name: weights[f"{name}.weight"], activation)
+        gate, up, down = (weights[f"{name}.weight"] for name in (self.gate, self.up, self.down))
+        if self.is_fused:
+            gate, up = gate.chunk(2)
+        return FFN(gate, up, down, activation)
 
     def tensors(self, ffn: FFN) -> dict[str, Tensor]:
         """An FFN's tensors by their names in a layer."""
         inputs = {self.gate: torch.cat([ffn.gate, ffn.up])} if self.is_fused else {self.gate: ffn.gate, self.up: ffn.up}
         return {f"{self.slot}.{name}.weight": tensor for name, tensor in (inputs | {self.down: ffn.down}).items()}
-
-    def _read(self, weight: Callable[[str], Tensor], activation: str) -> FFN:
-        gate, up = weight(self.gate).chunk(2) if self.is_fused else (weight(self.gate), weight(self.up))
-        return FFN(gate, up, weight(self.down), activation)

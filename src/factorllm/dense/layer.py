@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from factorllm.dense.families import activation, family_of, residual_factor
 from factorllm.dense.ffn import FFN
 from factorllm.dense.model import ModelSource
-from factorllm.dense.modules import decoder_layers, final_norm, forwarding
+from factorllm.dense.modules import decoder_layers, final_norm, forwarding, has_weights
 from factorllm.dense.names import layer_prefix
 
 
@@ -123,7 +123,7 @@ def _record_calls(model: PreTrainedModel, length: int, dtype: torch.dtype, devic
         return stream
 
     for module in decoder.children():
-        if not any(True for _ in module.parameters()):
+        if not has_weights(module):
             module.to(device)  # the tables of positions
     stream = torch.zeros(1, length, model.config.hidden_size, dtype=dtype, device=device)
     with forwarding(decoder.layers, record), forwarding([final_norm(decoder)], lambda stream: stream):

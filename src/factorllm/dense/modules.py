@@ -16,12 +16,16 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm after the last layer: what has weights and is neither the embeddings nor a layer."""
     (norm,) = (
         module
         for name, module in decoder.named_children()
-        if name not in ("embed_tokens", "layers") and any(True for _ in module.parameters())
+        if name not in ("embed_tokens", "layers") and has_weights(module)
     )
     return norm
 

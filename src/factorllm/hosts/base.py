@@ -279,18 +279,20 @@ def stacked(experts: list[FFN]) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.cat([e.gate, e.up]) for e in experts]), torch.stack([e.down for e in experts])
 
 
-def per_expert(experts: list[FFN], prefix: str) -> dict[str, Tensor]:
-    """One expert after the other, as most hosts name them on disk."""
-    return {
-        f"{prefix}.{i}.{name}_proj.weight": getattr(expert, name)
-        for i, expert in enumerate(experts)
-        for name in ("gate", "up", "down")
-    }
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def shared_expert(ffn: FFN, prefix: str) -> dict[str, Tensor]:
-    """A shared expert as most hosts name it on disk."""
-    return {f"{prefix}.{name}_proj.weight": getattr(ffn, name) for name in ("gate", "up", "down")}
+def one_expert(ffn: FFN, prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
+    """An expert on disk, as most hosts name its matrices, or by other names of gate, up and down."""
+    return {f"{prefix}.{name}.weight": matrix for name, matrix in zip(names, (ffn.gate, ffn.up, ffn.down), strict=True)}
+
+
+def per_expert(experts: list[FFN], prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
+    """One expert after the other, as most hosts have them on disk."""
+    found: dict[str, Tensor] = {}
+    for i, expert in enumerate(experts):
+        found |= one_expert(expert, f"{prefix}.{i}", names)
+    return found
 
 
 def gguf_experts(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:

@@ -1,5 +1,6 @@
 """Cohere2-MoE: routed and shared experts beside attention on the same input, for Command-R, Command R7B and Aya."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import gguf
@@ -7,7 +8,6 @@ from torch import Tensor
 from transformers import Cohere2MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
-from factorllm.dense.ffn import FFN
 from factorllm.hosts.base import (
     MoeHost,
     Stored,
@@ -15,9 +15,9 @@ from factorllm.hosts.base import (
     carried,
     gguf_experts,
     gguf_shared,
+    one_expert,
     per_expert,
     projections,
-    shared_expert,
 )
 from factorllm.hosts.gates import AVERAGED_SIGMOID
 from factorllm.recipe import Shape
@@ -65,11 +65,11 @@ class Cohere2MoeHost(MoeHost):
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         shared = student.shared()
-        doubled = FFN(shared.gate, shared.up, shared.down * 2)
+        doubled = replace(shared, down=shared.down * 2)
         return {
             "mlp.gate.weight": student.router,
             **per_expert(student.experts(self.gates), "mlp.experts"),
-            **(shared_expert(doubled, "mlp.shared_experts") if shared.width else {}),
+            **(one_expert(doubled, "mlp.shared_experts") if shared.width else {}),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
@@ -84,6 +84,4 @@ class Cohere2MoeHost(MoeHost):
             "leading_dense_block_count": 0,
             "attention.layer_norm_epsilon": config.layer_norm_eps,
             "logit_scale": float(config.logit_scale),
-            "attention.sliding_window": config.sliding_window,
-            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
         }

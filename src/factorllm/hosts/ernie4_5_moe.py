@@ -14,9 +14,9 @@ from factorllm.hosts.base import (
     carried,
     gguf_experts,
     gguf_shared,
+    one_expert,
     per_expert,
     projections,
-    shared_expert,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
@@ -57,7 +57,7 @@ class Ernie45MoeHost(MoeHost):
             "mlp.gate.weight": student.router,
             "mlp.moe_statics.e_score_correction_bias": torch.zeros_like(student.router[:, :1].T),
             **per_expert(student.experts(self.gates), "mlp.experts"),
-            **(shared_expert(shared, "mlp.shared_experts") if shared.width else {}),
+            **(one_expert(shared, "mlp.shared_experts") if shared.width else {}),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import FlexOlmoConfig, PreTrainedConfig
 
-from factorllm.dense.families import sliding_window
+from factorllm.dense.families import ropes, sliding_window
 from factorllm.hosts.base import MoeHost, StudentFFN, common_config, per_expert
 from factorllm.hosts.gates import SOFTMAX_OF_ALL
 from factorllm.recipe import Shape
@@ -20,13 +20,13 @@ class FlexOlmoHost(MoeHost):
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         if getattr(config, "attention_bias", False):
             return "its attention has no biases"
-        ropes = _ropes(config)
-        return "it rotates all layers alike" if any(rope != ropes[0] for rope in ropes) else None
+        first, *others = ropes(config)
+        return "it rotates all layers alike" if any(rope != first for rope in others) else None
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         # It has no window: within one there is no difference.
         longest = min(dense.max_position_embeddings, sliding_window(dense) or dense.max_position_embeddings)
-        changed = {"rope_parameters": _ropes(dense)[0], "max_position_embeddings": longest}
+        changed = {"rope_parameters": ropes(dense)[0], "max_position_embeddings": longest}
         return FlexOlmoConfig(
             **common_config(dense) | changed,
             intermediate_size=shape.expert_width,
@@ -45,9 +45,3 @@ class FlexOlmoHost(MoeHost):
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
         }
-
-
-def _ropes(config: PreTrainedConfig) -> list[dict]:
-    """How positions are rotated in each kind of layer."""
-    rope = config.rope_parameters
-    return list(rope.values()) if all(isinstance(value, dict) for value in rope.values()) else [rope]

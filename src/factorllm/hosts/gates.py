@@ -64,6 +64,5 @@ SOFTMAX_OF_SELECTED = Gates("softmax of selected", _softmax_of_selected, lambda 
 SOFTMAX_OF_ALL = Gates("softmax of all", _softmax_of_all, lambda shape: shape.experts, "N", True)
 SIGMOID = Gates("2 x sigmoid", _sigmoid, lambda shape: 1, "1", True)
 SIGMOID_OF_SELECTED = Gates("sigmoid of selected", _sigmoid_of_selected, lambda shape: shape.top_k, "k", False)
-PLAIN_SIGMOID = Gates("sigmoid", _sigmoid, lambda shape: 2, "2", True)
 AVERAGED_SIGMOID = Gates("sigmoid", _sigmoid, lambda shape: 4 if shape.shared_width else 2, "2 or 4", True)
 """Of a host that takes the mean of shared and routed part where there is a shared one."""

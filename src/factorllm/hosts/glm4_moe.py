@@ -16,9 +16,9 @@ from factorllm.hosts.base import (
     common_config,
     gguf_experts,
     gguf_shared,
+    one_expert,
     per_expert,
     projections,
-    shared_expert,
     windowed,
 )
 from factorllm.hosts.gates import SIGMOID
@@ -74,7 +74,7 @@ class Glm4MoeHost(MoeHost):
             "mlp.gate.weight": student.router,
             "mlp.gate.e_score_correction_bias": torch.zeros_like(student.router[:, 0]),
             **per_expert(student.experts(self.gates), "mlp.experts"),
-            **shared_expert(student.shared(), "mlp.shared_experts"),
+            **one_expert(student.shared(), "mlp.shared_experts"),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:

@@ -16,8 +16,8 @@ from factorllm.recipe import Shape
 _NO_SINK = -1e4
 """Logit of a sink that takes no share of attention."""
 
-
 _THETA = 10_000.0
+"""What llama.cpp rotates layers with a window by."""
 
 
 class GraniteMoeSWAHost(GraniteMoeHost):
@@ -58,8 +58,6 @@ class GraniteMoeSWAHost(GraniteMoeHost):
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         return super().gguf_keys(config) | {
             "expert_shared_feed_forward_length": config.shared_intermediate_size,
-            "attention.sliding_window": config.sliding_window,
-            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
             "attention.rope_pattern": [bool(rotated) for rotated in config.no_rope_layers],
         }
 
@@ -93,9 +91,8 @@ def _positions(config: PreTrainedConfig) -> dict:
         config: of the dense model or of the student.
     """
     layers = config.num_hidden_layers
-    rotated = [
-        bool(value) for value in getattr(config, "no_rope_layers", None) or [1] * layers
-    ]  # 1 means with positions
+    # Despite the key's name, 1 means a layer with positions.
+    rotated = [bool(value) for value in getattr(config, "no_rope_layers", None) or [1] * layers]
     if window := sliding_window(config):
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     else:

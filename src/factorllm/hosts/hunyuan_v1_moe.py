@@ -12,9 +12,9 @@ from factorllm.hosts.base import (
     carried,
     gguf_experts,
     gguf_shared,
+    one_expert,
     per_expert,
     projections,
-    shared_expert,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
@@ -56,7 +56,7 @@ class HunYuanMoeHost(MoeHost):
         return {
             "mlp.gate.wg.weight": student.router,
             **per_expert(student.experts(self.gates), "mlp.experts"),
-            **shared_expert(student.shared(), "mlp.shared_mlp"),
+            **one_expert(student.shared(), "mlp.shared_mlp"),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:

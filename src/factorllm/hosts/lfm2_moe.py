@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Lfm2MoeConfig, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, Stored, StudentFFN, carried, gguf_experts
+from factorllm.hosts.base import MoeHost, Stored, StudentFFN, carried, gguf_experts, per_expert
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
 from factorllm.recipe import Shape
+
+_MATRICES = ("w1", "w3", "w2")  # gate, up and down
 
 
 class Lfm2MoeHost(MoeHost):
@@ -33,7 +35,7 @@ class Lfm2MoeHost(MoeHost):
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("feed_forward.gate.weight"),
         "exp_probs_b.bias": Stored("feed_forward.expert_bias"),
-        **gguf_experts(*(Stored(f"feed_forward.experts.{{}}.{name}.weight") for name in ("w1", "w3", "w2"))),
+        **gguf_experts(*(Stored(f"feed_forward.experts.{{}}.{name}.weight") for name in _MATRICES)),
     }
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
@@ -54,16 +56,11 @@ class Lfm2MoeHost(MoeHost):
         )
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
-        tensors = {
+        return {
             "feed_forward.gate.weight": student.router,
             "feed_forward.expert_bias": torch.zeros_like(student.router[:, 0]),
+            **per_expert(student.experts(self.gates), "feed_forward.experts", _MATRICES),
         }
-        for i, expert in enumerate(student.experts(self.gates)):
-            prefix = f"feed_forward.experts.{i}"
-            tensors[f"{prefix}.w1.weight"] = expert.gate
-            tensors[f"{prefix}.w3.weight"] = expert.up
-            tensors[f"{prefix}.w2.weight"] = expert.down
-        return tensors
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
         return {

@@ -13,10 +13,13 @@ from factorllm.hosts.base import (
     common_config,
     gguf_experts,
     normalised_heads,
+    per_expert,
     scaled_rope,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
+
+_MATRICES = ("w1", "w3", "w2")  # gate, up and down
 
 
 class MixtralHost(MoeHost):
@@ -27,7 +30,7 @@ class MixtralHost(MoeHost):
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("block_sparse_moe.gate.weight"),
-        **gguf_experts(*(Stored(f"block_sparse_moe.experts.{{}}.{name}.weight") for name in ("w1", "w3", "w2"))),
+        **gguf_experts(*(Stored(f"block_sparse_moe.experts.{{}}.{name}.weight") for name in _MATRICES)),
     }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
@@ -50,13 +53,10 @@ class MixtralHost(MoeHost):
         )
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
-        tensors = {"block_sparse_moe.gate.weight": student.router}
-        for i, expert in enumerate(student.experts(self.gates)):
-            prefix = f"block_sparse_moe.experts.{i}"
-            tensors[f"{prefix}.w1.weight"] = expert.gate
-            tensors[f"{prefix}.w3.weight"] = expert.up
-            tensors[f"{prefix}.w2.weight"] = expert.down
-        return tensors
+        return {
+            "block_sparse_moe.gate.weight": student.router,
+            **per_expert(student.experts(self.gates), "block_sparse_moe.experts", _MATRICES),
+        }
 
     def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
         return {

@@ -18,9 +18,9 @@ from factorllm.hosts.base import (
     gguf_experts,
     gguf_shared,
     normalised_heads,
+    one_expert,
     per_expert,
     projections,
-    shared_expert,
     uneven_heads,
 )
 from factorllm.hosts.gates import SOFTMAX_OF_ALL, Gates
@@ -105,6 +105,6 @@ def gated_experts(student: StudentFFN, gates: Gates) -> dict[str, Tensor]:
     return {
         "mlp.gate.weight": router,
         **per_expert(student.experts(gates), "mlp.experts"),
-        **shared_expert(replace(shared, down=shared.down * 2), "mlp.shared_expert"),
+        **one_expert(replace(shared, down=shared.down * 2), "mlp.shared_expert"),
         "mlp.shared_expert_gate.weight": torch.full_like(router[:1], SHARED_GATE),
     }
