@@ -18,7 +18,7 @@ import factorllm
 from factorllm import Settings, factorize
 
 COMMANDS = [name for name in factorllm.__all__ if inspect.isfunction(getattr(factorllm, name))]
-NEEDS_LLAMACPP = {"bench", "front", "serve"}
+NEEDS_LLAMACPP = {"bench", "front", "make", "plan", "serve"}
 
 
 @pytest.fixture(scope="module")

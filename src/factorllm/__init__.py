@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from factorllm.exporting.gguf_file import export_gguf as export
     from factorllm.healing.run import heal
     from factorllm.healing.settings import HealSettings
+    from factorllm.making.plan_file import MakePlan
+    from factorllm.making.run import make, make_planned
     from factorllm.measure.front.plan import FrontPlan
     from factorllm.measure.front.run import run_front as front
     from factorllm.measure.scores import evaluate
     from factorllm.measure.settings import EvalSettings
     from factorllm.measure.speed.plan import Plan
     from factorllm.measure.speed.run import run_bench as bench
+    from factorllm.planning.outlook import plan
+    from factorllm.planning.wish import Wish
     from factorllm.recipe import Recipe, Shape, parse_recipe
     from factorllm.runs.settings import Settings
     from factorllm.text.sample import sample
@@ -28,18 +32,23 @@ _PUBLIC = {
     "EvalSettings": ("measure.settings", "EvalSettings"),
     "FrontPlan": ("measure.front.plan", "FrontPlan"),
     "HealSettings": ("healing.settings", "HealSettings"),
+    "MakePlan": ("making.plan_file", "MakePlan"),
     "Plan": ("measure.speed.plan", "Plan"),
     "Recipe": ("recipe", "Recipe"),
     "ServeSettings": ("engines.settings", "ServeSettings"),
     "Settings": ("runs.settings", "Settings"),
     "Shape": ("recipe", "Shape"),
+    "Wish": ("planning.wish", "Wish"),
     "bench": ("measure.speed.run", "run_bench"),
     "evaluate": ("measure.scores", "evaluate"),
     "export": ("exporting.gguf_file", "export_gguf"),
     "factorize": ("convert.factorize", "factorize"),
     "front": ("measure.front.run", "run_front"),
     "heal": ("healing.run", "heal"),
+    "make": ("making.run", "make"),
+    "make_planned": ("making.run", "make_planned"),
     "parse_recipe": ("recipe", "parse_recipe"),
+    "plan": ("planning.outlook", "plan"),
     "sample": ("text.sample", "sample"),
     "serve": ("engines.serve", "serve"),
 }
@@ -51,18 +60,23 @@ __all__ = [
     "FactorLLMError",
     "FrontPlan",
     "HealSettings",
+    "MakePlan",
     "Plan",
     "Recipe",
     "ServeSettings",
     "Settings",
     "Shape",
+    "Wish",
     "bench",
     "evaluate",
     "export",
     "factorize",
     "front",
     "heal",
+    "make",
+    "make_planned",
     "parse_recipe",
+    "plan",
     "sample",
     "serve",
 ]

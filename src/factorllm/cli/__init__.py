@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from factorllm.cli import terminal
 from factorllm.cli.bench import bench
+from factorllm.cli.chat import chat
 from factorllm.cli.demo import demo
 from factorllm.cli.doctor import doctor
 from factorllm.cli.evaluate import evaluate
@@ -21,6 +22,8 @@ from factorllm.cli.front import front
 from factorllm.cli.heal import heal
 from factorllm.cli.hosts import hosts
 from factorllm.cli.inspect import inspect
+from factorllm.cli.make import make
+from factorllm.cli.plan import plan
 from factorllm.cli.prune import prune
 from factorllm.cli.report import report
 from factorllm.cli.sample import sample
@@ -30,6 +33,8 @@ from factorllm.errors import FactorLLMError, one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for _name, _command in {
+    "plan": plan,
+    "make": make,
     "factorize": factorize,
     "prune": prune,
     "heal": heal,
@@ -41,6 +46,7 @@ for _name, _command in {
     "export": export,
     "bench": bench,
     "front": front,
+    "chat": chat,
     "serve": serve,
     "demo": demo,
     "doctor": doctor,
@@ -48,7 +54,7 @@ for _name, _command in {
     app.command(_name)(_command)
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
-_RESUMED = ("factorize", "prune", "heal", "sample", "demo", "front")
+_RESUMED = ("make", "factorize", "prune", "heal", "sample", "demo", "front")
 _OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 

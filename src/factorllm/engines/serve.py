@@ -18,8 +18,7 @@ from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
-from factorllm.exporting import export_gguf
-from factorllm.runs.disk import IN_TMPDIR
+from factorllm.exporting.ready import as_gguf
 
 
 def choose_engine() -> str:
@@ -107,12 +106,7 @@ def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Ca
     from factorllm.engines.llamacpp import server_params
 
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
-        path = Path(model)
-        if path.suffix != ".gguf":
-            path = Path(folder) / f"{path.resolve().name}-{file_type}.gguf"
-            say(f"writing {model} as {file_type} into {folder}")
-            export_gguf(model, path, file_type, say=say, when_full=IN_TMPDIR)
-            say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
+        path = as_gguf(model, file_type, Path(folder), say)
         params = server_params(str(path), settings.options)
         params.hostnames, params.port = [settings.host], settings.port
         params.model_alias = {Path(model).resolve().name}

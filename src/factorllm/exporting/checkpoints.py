@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,23 @@ from factorllm.runs.output import PROVENANCE
 from factorllm.runs.settings import Settings
 from factorllm.student.layout import check_layout
 from factorllm.student.read import load_student, read_provenance
+
+
+class Layout(Protocol):
+    """What a GGUF file is laid out by: its tensors may be without data."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def licence(self) -> str | None: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def host(self) -> Host: ...
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def read(self) -> Callable[[str], torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

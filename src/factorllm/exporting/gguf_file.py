@@ -18,7 +18,7 @@ from factorllm.dense.families import head_dim, rotary_share, sliding_window
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
-from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
+from factorllm.exporting.checkpoints import Checkpoint, Layout, open_checkpoint
 from factorllm.exporting.files import GGUF_FILE, add_job, publishing, unfinished
 from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, check_ggml, quantize
 from factorllm.exporting.gptq import LEVELS, quantize_compensated
@@ -237,7 +237,7 @@ def _writer(
 ) -> gguf.GGUFWriter:
     """All of the file but the tensors' data; nothing is on disk yet."""
     writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
-    _add_keys(writer, checkpoint, file_type)
+    add_keys(writer, checkpoint, file_type)
     add_job(writer, job)
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
@@ -274,7 +274,8 @@ def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | N
     return gguf.quants.quantize(data, kind)
 
 
-def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -> None:
+def add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> None:
+    """Say in a file what the model is, but for its tokenizer."""
     config, architecture = checkpoint.config, checkpoint.host.gguf(checkpoint.config)
     writer.add_type("model")
     writer.add_name(checkpoint.name)

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from factorllm.dense.families import head_dim
-from factorllm.exporting.checkpoints import Checkpoint
+from factorllm.exporting.checkpoints import Checkpoint, Layout
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.runs.disk import require_space
 
@@ -75,13 +75,19 @@ def plan_tensors(checkpoint: Checkpoint, out: Path, file_type: str, when_full: s
     Raises:
         FactorLLMError: when the disk is too small for them.
     """
+    plan = plan_layout(replace(checkpoint, read=_without_data(checkpoint)), file_type)
+    require_space(out, sum(planned.size for planned in plan.values()), when_full)
+    return plan
+
+
+def plan_layout(model: Layout, file_type: str) -> dict[str, Planned]:
+    """The tensors of a file in their order, of a model whose tensors may be without data."""
     plan = {}
-    for name, tensor in gguf_tensors(replace(checkpoint, read=_without_data(checkpoint))):
+    for name, tensor in gguf_tensors(model):
         shape = tuple(tensor.shape)
         wanted = _wanted(name, shape, file_type)
         kind = _fitting(wanted, shape[-1])
         plan[name] = Planned(shape, wanted, kind, _size(shape, kind))
-    require_space(out, sum(planned.size for planned in plan.values()), when_full)
     return plan
 
 

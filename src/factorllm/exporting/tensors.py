@@ -10,7 +10,7 @@ from torch import Tensor
 from factorllm.dense.families import head_dim, rope_type
 from factorllm.dense.gguf.rope import llama3_factors
 from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
-from factorllm.exporting.checkpoints import Checkpoint
+from factorllm.exporting.checkpoints import Layout
 from factorllm.hosts.base import Stored
 
 ATTENTION = {
@@ -28,7 +28,7 @@ _INTERLEAVED = ("llama", "granitemoe", "granite_swa", "granitehybrid")
 """Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
 
 
-def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     """Name and content, fp32, of each tensor of the file, in its order."""
     config, read = checkpoint.config, checkpoint.read
     yield "token_embd.weight", read(EMBEDDINGS).float()
@@ -46,7 +46,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
             yield f"blk.{layer}.{name}", tensor.float()
 
 
-def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _layer_tensors(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
     host, names = checkpoint.host, checkpoint.names
     others = ATTENTION | {"post_attention_layernorm": host.gguf_ffn_norm} | host.gguf_names
     for source, target in others.items():
@@ -61,7 +61,7 @@ def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, T
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)
 
 
-def _stored(checkpoint: Checkpoint, prefix: str, stored: Stored) -> Tensor:
+def _stored(checkpoint: Layout, prefix: str, stored: Stored) -> Tensor:
     if "{}" in stored.name:
         count = checkpoint.host.shape(checkpoint.config).experts
         return torch.stack([checkpoint.read(prefix + stored.name.format(expert)) for expert in range(count)])
@@ -69,7 +69,7 @@ def _stored(checkpoint: Checkpoint, prefix: str, stored: Stored) -> Tensor:
     return tensor if stored.half is None else tensor.chunk(2, dim=-2)[stored.half]
 
 
-def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Checkpoint) -> Tensor:
+def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Layout) -> Tensor:
     """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it; and a convolution of each
     channel as a matrix."""
     config = checkpoint.config

@@ -41,6 +41,12 @@ class Plan(BaseModel):
         cores = len(os.sched_getaffinity(0))
         return self.threads or tuple(sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores}))
 
+    def within(self, context: int) -> Plan:
+        """The same of a model that reads no more than `context` tokens."""
+        prompts = tuple(min(prompt, context // 2) for prompt in self.prompts)
+        before, steps = min(self.context, context // 4), min(self.steps, max(context // 8, 2))
+        return self.model_copy(update={"prompts": prompts, "context": before, "steps": steps})
+
     def names(self) -> list[str]:
         """What is timed: `prefill N` for prompts of N tokens, `decode xB` for B sequences at once."""
         return [f"prefill {length}" for length in self.prompts] + [f"decode x{batch}" for batch in self.batches]

@@ -1,0 +1,44 @@
+"""`factorllm make`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from factorllm.cli import terminal
+from factorllm.cli.options import IS_PATH, FileType, Keep, Memory, Speed, Text, Time
+from factorllm.errors import FactorLLMError
+from factorllm.planning.wish import Wish
+
+
+def make(
+    model: Annotated[str, typer.Argument(help="Hub id, folder of safetensors, .gguf file, or a plan.yaml.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for all that is made.", **IS_PATH)] = None,
+    speed: Speed = None,
+    keep: Keep = None,
+    time: Time = None,
+    memory: Memory = None,
+    text: Text = None,
+    effort: Annotated[str, typer.Option(help="How much text and healing.", metavar="quick|standard|best")] = "standard",
+    file_type: FileType = "q8_0",
+) -> None:
+    """Make a model that can be used, from a wish or from a plan.yaml: every step from the text to the report."""
+    from factorllm.making.choose import EFFORTS
+    from factorllm.making.run import make as run
+    from factorllm.making.run import make_planned
+
+    wish, console = Wish(speed=speed, keep=keep, time=time, memory=memory), terminal.console
+    if Path(model).suffix in {".yaml", ".yml"}:
+        if wish != Wish() or text:
+            raise FactorLLMError(f"{model} says it all: edit it there, and give no wish beside it but -o")
+        made = make_planned(model, out, console)
+    elif out is None:
+        raise FactorLLMError("say where to write with -o")
+    elif effort not in EFFORTS:
+        raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
+    else:
+        made = run(model, out, wish=wish, text=text, effort=effort, file_type=file_type, console=console)
+    for line in (*made.numbers.lines(), "", *made.commands):
+        terminal.say(line)

@@ -1,0 +1,43 @@
+"""What is known of a dense model before its weights are there: its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from factorllm.dense import local_path, open_model
+from factorllm.dense.config_checks import check_config, check_family
+from factorllm.dense.names import HEAD
+from factorllm.dense.safetensors import read_config
+from factorllm.dense.wrappers import unwrapped
+from factorllm.errors import refusing
+
+
+def read_dense_config(model: str) -> PreTrainedConfig:
+    """The config of a dense model. Where its weights are there, their names and shapes are checked against it.
+
+    Args:
+        model: a folder, which may hold nothing but `config.json`; a `.gguf` file; or a hub id, of which only
+            `config.json` is fetched.
+
+    Raises:
+        FactorLLMError: when there is no such model, or its family is not supported.
+    """
+    path = local_path(model)
+    is_hub_id = not path.exists() and path.suffix != ".gguf" and model.count("/") == 1
+    if not is_hub_id and (not path.is_dir() or any(path.glob("*.safetensors"))):
+        return open_model(model).config
+    whole = read_config(_fetch_config(model) if is_hub_id else path, model)
+    config, _ = unwrapped(whole, () if whole.tie_word_embeddings else (HEAD,))
+    check_family(model, config)
+    check_config(model, config)
+    return config
+
+
+def _fetch_config(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    instead = "check the name and the network, or give a local folder or .gguf file"
+    with refusing(f"no such model: {hub_id} is no local path, and the hub did not give it: it", instead):
+        return Path(hf_hub_download(hub_id, "config.json")).parent

@@ -1,0 +1,75 @@
+"""Conversations with a model in llama.cpp's own server, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from factorllm.engines import installed
+from factorllm.engines.process import how_to_install
+from factorllm.engines.settings import ServeSettings
+from factorllm.errors import FactorLLMError
+
+
+class Chat:
+    """One conversation with one model, in its own chat template.
+
+    Args:
+        gguf_file: what llama.cpp loads.
+
+    Raises:
+        FactorLLMError: when llama.cpp is not installed, or cannot load the file.
+    """
+
+    def __init__(self, gguf_file: Path, settings: ServeSettings):
+        if not installed("llamacpp"):
+            raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
+        import xllamacpp
+
+        from factorllm.engines.llamacpp import server_params
+
+        params = server_params(str(gguf_file), settings.options)
+        params.ui = False
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {error}") from None
+        self._messages: list[dict[str, str]] = []
+
+    def ask(self, question: str, most: int = 512) -> Iterator[str]:
+        """The answer, piece by piece; it is part of the conversation once all of it has come.
+
+        Args:
+            most: tokens of the answer.
+
+        Raises:
+            FactorLLMError: when the server refuses, as for a conversation that has grown too long.
+        """
+        asked = [*self._messages, {"role": "user", "content": question}]
+        body = {"messages": asked, "stream": True, "max_tokens": most}
+        request = Request(
+            f"{self._server.listening_address}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = ""
+        try:
+            with urlopen(request) as reply:
+                for piece in _pieces(reply):
+                    answer += piece
+                    yield piece
+        except HTTPError as error:
+            raise FactorLLMError(f"llama.cpp refused: {json.load(error)['error']['message']}; begin anew") from None
+        self._messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _pieces(lines: Iterator[bytes]) -> Iterator[str]:
+    """The text of an answer that is sent as server-sent events."""
+    for line in lines:
+        data = line.decode().strip().removeprefix("data: ")
+        if data.startswith("{"):
+            delta = json.loads(data)["choices"][0]["delta"]
+            yield delta.get("content") or ""

@@ -1,0 +1,33 @@
+"""A model as a GGUF file that llama.cpp can be given: the file itself, or one that is written for the occasion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from factorllm.exporting.gguf_file import export_gguf
+from factorllm.runs.disk import IN_TMPDIR
+
+
+def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> Path:
+    """The GGUF file of a model.
+
+    Args:
+        model: a `.gguf` file, a folder of `factorllm make`, or a checkpoint or dense model, which is exported.
+        file_type: of an exported one.
+        work: folder for it.
+        say: is told of the export.
+
+    Raises:
+        FactorLLMError: when it cannot be exported.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path
+    if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
+        return found[0]
+    path = work / f"{path.resolve().name}-{file_type}.gguf"
+    say(f"writing {model} as {file_type} into {work}")
+    export_gguf(model, path, file_type, say=say, when_full=IN_TMPDIR)
+    say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
+    return path

@@ -1,0 +1,97 @@
+"""`plan.yaml`: every number that was chosen, written before anything is made, and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.healing.settings import HealSettings
+from factorllm.measure.settings import EvalSettings
+from factorllm.measure.speed.plan import Plan
+from factorllm.runs.settings import Settings, Tokens
+from factorllm.runs.workspace import write_text
+
+NAME = "plan.yaml"
+_HEAD = "# What factorllm makes here. Edit it, and `factorllm make {name}` makes that instead.\n"
+
+
+class SampleStep(BaseModel):
+    """Text that the dense model says by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: Tokens
+    chat: bool = False
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class ExportStep(BaseModel):
+    """The GGUF file, and whether it is weighed by the text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str = "q8_0"
+    weighed: bool = False
+    gptq: bool = False
+
+
+class MakePlan(BaseModel):
+    """All steps from a dense model to one that is used. Unknown keys are refused.
+
+    Attributes:
+        model: the dense model, as `factorize` takes it.
+        recipe: of the student, as `factorize` takes it.
+        text: text as for `factorize`; null to sample it first.
+        sample: how, where there is no text.
+        factorize: settings of the conversion.
+        heal: settings of healing; null to leave it out.
+        export: the GGUF file.
+        evaluate: tasks; perplexity and agreement on the held-out text are measured always.
+        bench: what is timed; null to leave it out.
+
+    Example:
+        >>> MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt").export.type
+        'q8_0'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    recipe: str
+    text: str | None = None
+    sample: SampleStep | None = None
+    factorize: Settings = Settings()
+    heal: HealSettings | None = None
+    export: ExportStep = ExportStep()
+    evaluate: EvalSettings = EvalSettings(tasks=())
+    bench: Plan | None = None
+    engine: Literal["llamacpp"] = "llamacpp"
+
+    def write(self, path: Path) -> None:
+        """Write it, with every number that was chosen."""
+        content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(path, _HEAD.format(name=path) + content)
+
+
+def read_plan(path: Path) -> MakePlan:
+    """Read a plan.
+
+    Raises:
+        FactorLLMError: for a file that is none, naming the key.
+    """
+    with refusing(path, "write it by factorllm make MODEL -o OUT, and edit that"):
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise FactorLLMError(
+            f"{path} holds no keys such as `model:` and `recipe:`; factorllm make MODEL -o OUT writes one"
+        )
+    try:
+        return MakePlan(**content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise FactorLLMError(f"{path}: {where}: {problem['msg']}; mend it there") from None

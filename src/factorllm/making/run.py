@@ -1,0 +1,138 @@
+"""`make()`: from a wish, or a plan that was written before, to a model that can be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from factorllm.errors import FactorLLMError
+from factorllm.making.card import Numbers, commands, read_numbers
+from factorllm.making.choose import Effort, choose_plan
+from factorllm.making.plan_file import NAME, MakePlan, read_plan
+from factorllm.making.steps import Place, Progress, steps_of
+from factorllm.planning.wish import Wish
+from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.output import located, read_json
+from factorllm.runs.progress import Clock, minutes
+from factorllm.runs.settings import Settings
+from factorllm.runs.workspace import write_json
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make` made.
+
+    Attributes:
+        numbers: what was gained and kept.
+        commands: how to use it.
+    """
+
+    out: Path
+    plan: MakePlan
+    numbers: Numbers
+    commands: list[str]
+
+
+def make(
+    model: str,
+    out: str | Path,
+    *,
+    wish: Wish | None = None,
+    text: str | None = None,
+    effort: Effort = "standard",
+    file_type: str = "q8_0",
+    console: Console | None = None,
+) -> Made:
+    """Sample text if there is none, factorize, heal, export, evaluate, time and report: all that a model takes.
+
+    What is chosen is written to `OUT/plan.yaml` first. A killed run goes on when it is called again with the same
+    arguments, and ends with the same bytes; a finished one is not repeated.
+
+    Args:
+        model: a hub id, a folder of safetensors, or a `.gguf` file.
+        out: a folder of its own.
+        wish: how fast, how good, in how much time and memory.
+        text: as for `factorize`; None to sample from the model.
+        effort: how much text and healing: `quick`, `standard` or `best`.
+        file_type: of the GGUF file.
+        console: where progress is shown.
+
+    Raises:
+        FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+
+    Example:
+        >>> made = make("dense", "made", text="my-text.txt", effort="quick", file_type="q8_0")
+        >>> (made.out / "Modelfile").exists()
+        True
+    """
+    out, console, wish = located(out), console or Console(quiet=True), wish or Wish()
+    asked = {"model": model, "text": text, "effort": effort, "type": file_type, "wish": wish.model_dump(mode="json")}
+    path, before = out / NAME, read_json(out / "steps" / "asked.json")
+    if path.is_file() and before not in (None, asked):
+        raise FactorLLMError(
+            f"{path} was written for another wish; edit it and run `factorllm make {path}`, or choose another -o"
+        )
+    if not path.is_file():
+        _check_free(out)
+        plan = choose_plan(model, wish, text, effort, file_type, console)
+        with explain_full_disk(out):
+            (out / "steps").mkdir(parents=True, exist_ok=True)
+            write_json(out / "steps" / "asked.json", asked)
+            plan.write(path)
+        console.print(f"planned: {path}", soft_wrap=True, highlight=False)
+    return make_planned(path, console=console)
+
+
+def make_planned(path: str | Path, out: str | Path | None = None, console: Console | None = None) -> Made:
+    """Make what a `plan.yaml` says.
+
+    Args:
+        path: of the plan, as `make` wrote it or edited.
+        out: the folder to write to; by default the one that the plan is in.
+
+    Raises:
+        FactorLLMError: for a plan that cannot be read, and as `make`.
+
+    Example:
+        >>> few = Settings(tokens=4096, held_out_tokens=512, length=64)
+        >>> plan = MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt", factorize=few)
+        >>> plan.write(Path("plan.yaml"))
+        >>> print(make_planned("plan.yaml", "made").numbers.speed)
+        None
+    """
+    path, console = located(path), console or Console(quiet=True)
+    plan, out = read_plan(path), located(out) if out else path.parent
+    if out != path.parent and not (out / NAME).exists():
+        _check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+        plan.write(out / NAME)
+    elif out != path.parent and read_plan(out / NAME) != plan:
+        raise FactorLLMError(f"{out / NAME} is another plan; choose another -o")
+    at = Place(out, plan.export.type)
+    with explain_full_disk(out):
+        at.steps.mkdir(parents=True, exist_ok=True)
+        _run(plan, out, console)
+    return Made(out, plan, read_numbers(at), commands(plan, at))
+
+
+def _run(plan: MakePlan, out: Path, console: Console) -> None:
+    steps = steps_of(plan, out, console)
+    progress = Progress(plan, out, steps)
+    missing = [step for step in steps if not progress.is_done(step)]
+    if not missing:
+        console.print("made already, by the same plan")
+    clock = Clock()
+    for step in missing:
+        number = steps.index(step) + 1
+        console.print(f"step {number} of {len(steps)}: {step.name}", highlight=False)
+        step.run()
+        progress.mark(step)
+        console.print(f"step {number} of {len(steps)}: {step.name} took {minutes(clock.lap())}", highlight=False)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder that holds anything that `make` did not put there."""
+    if out.exists() and (not out.is_dir() or any(path.name != "steps" for path in out.iterdir())):
+        raise FactorLLMError(f"{out} exists and holds no {NAME}; choose another -o, or move it away")

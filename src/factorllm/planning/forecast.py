@@ -1,0 +1,213 @@
+"""The speed of every shape, from a micro-benchmark of a few of them in the engine itself.
+
+A layer's time is fitted as `a + b s + r k + c [routed]`: attention and norms, the neurons that always run, those that
+are routed, and what routing costs beside. Four stand-ins (`stand_in.py`) settle the four numbers; one with half as many
+layers settles what embeddings and head cost. All are timed in turns, each file type by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from scipy.optimize import nnls
+from transformers import PreTrainedConfig
+
+from factorllm.dense.families import ffn_width, head_dim
+from factorllm.errors import FactorLLMError
+from factorllm.measure.cost import dense_shape
+from factorllm.measure.speed.plan import Plan
+from factorllm.measure.speed.subjects import Subject
+from factorllm.measure.speed.timing import Measure, measure_speed
+from factorllm.planning.stand_in import StandIn, with_layers
+from factorllm.recipe import Recipe, Shape, parse_recipe
+from factorllm.runs.disk import IN_TMPDIR, require_space
+from factorllm.runs.progress import meter
+
+RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8")
+"""Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
+
+TYPES = ("q8_0", "q4_0", "iq4_nl")
+
+_TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
+_LAYER_BYTES = 192 << 20
+"""Weights of layers that a stand-in has at least, so that they do not fit in a processor's cache where the model's do
+not."""
+
+_KV_BYTES = 2  # a number of the cache of keys and values is float16
+_CONTEXT = 4096  # tokens of a conversation, for what memory is needed
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one shape in one file type is expected to do.
+
+    Attributes:
+        name: the recipe, or `dense`.
+        recipe: None for the dense model.
+        sparsity: share of the FFN's neurons that do not run for a token.
+        decode, prefill: tokens/s at batch 1.
+        decode_ratio, prefill_ratio: over the dense model in the same type.
+        file_bytes: of the GGUF file, without its tokenizer.
+        memory_bytes: that, and the cache of a conversation of 4096 tokens.
+    """
+
+    name: str
+    recipe: Recipe | None
+    file_type: str
+    sparsity: float
+    decode: float
+    prefill: float
+    decode_ratio: float
+    prefill_ratio: float
+    file_bytes: int
+    memory_bytes: int
+
+    @property
+    def kind(self) -> str:
+        if self.recipe is None:
+            return "dense"
+        return "static prune" if self.recipe.is_prune else "student"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Seconds of a token: what is outside the layers, and the coefficients of a layer."""
+
+    outside: float
+    layer: np.ndarray
+
+    def seconds(self, shape: Shape, layers: int) -> float:
+        return self.outside + layers * float(_terms(shape) @ self.layer)
+
+
+def forecast(
+    config: PreTrainedConfig, types: tuple[str, ...] = TYPES, plan: Plan | None = None, console: Console | None = None
+) -> list[Expected]:
+    """The speed and size of each shape of `RECIPES` and of the dense model, in llama.cpp on this machine.
+
+    Args:
+        config: of the dense model; nothing else of it is read.
+        types: GGUF file types.
+        plan: how stand-ins are timed; by default briefly.
+
+    Raises:
+        FactorLLMError: when llama.cpp is not installed or has no such architecture, or no shape is possible.
+    """
+    console = console or Console(quiet=True)
+    shapes = _shapes(config)
+    dense = StandIn.of(config, dense_shape(config))
+    if reason := dense.host.reason_against_gguf(config):
+        raise FactorLLMError(
+            f"its speed in llama.cpp cannot be foretold: {reason}; factorize it, and measure with factorllm bench"
+        )
+    found = []
+    for file_type in types:
+        steps = _fit(config, file_type, plan or _brief_plan(config), console)
+        found += [_expected(config, recipe, shape, file_type, steps) for recipe, shape in shapes]
+    return found
+
+
+def _shapes(config: PreTrainedConfig) -> list[tuple[Recipe | None, Shape]]:
+    """The dense model, and each recipe that the FFN's width and a host allow."""
+    width, found = ffn_width(config), [(None, dense_shape(config))]
+    for name in RECIPES:
+        recipe = parse_recipe(name)
+        try:
+            shape = recipe.shape(width)
+            StandIn.of(with_layers(config, 1), shape)
+        except FactorLLMError:
+            continue
+        found.append((recipe, shape))
+    return found
+
+
+def _brief_plan(config: PreTrainedConfig) -> Plan:
+    """Turns of a few seconds each: fewer tokens of larger layers."""
+    large = config.hidden_size * ffn_width(config) > 1 << 24
+    cores = len(os.sched_getaffinity(0))
+    brief = Plan(rounds=3, prompts=(128 if large else 256,), context=128, steps=16, batches=(1,), threads=(cores,))
+    return brief.within(config.max_position_embeddings)
+
+
+def _fit(config: PreTrainedConfig, file_type: str, plan: Plan, console: Console) -> dict[str, _Step]:
+    """Time the stand-ins of one type, and settle a token's seconds of prefill and of decoding."""
+    depth = _depth(config)
+    few = with_layers(config, depth)
+    shapes = {"dense": dense_shape(config)} | _timed_shapes(few)
+    with tempfile.TemporaryDirectory(prefix="factorllm-plan-") as work:
+        models = {name: StandIn.of(few, shape) for name, shape in shapes.items()}
+        models["half"] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
+        subjects = [_subject(name, model, file_type, Path(work)) for name, model in models.items()]
+        with meter(console, f"timing stand-ins of {depth} layers, {file_type}", 1) as bar:
+            measures = {m.subject.name: m for m in measure_speed(subjects, "llamacpp", plan, Console(quiet=True))}
+            bar.advance()
+    half = measures.pop("half")
+    return {what: _settle(what, measures, half, shapes, depth) for what in plan.names()}
+
+
+def _settle(what: str, measures: dict[str, Measure], half: Measure, shapes: dict[str, Shape], depth: int) -> _Step:
+    seconds = {name: 1 / measure.speed(what) for name, measure in measures.items()}
+    layer = (seconds["dense"] - 1 / half.speed(what)) / (depth - depth // 2)
+    outside = max(seconds["dense"] - depth * layer, 0.0)
+    terms = np.stack([_terms(shapes[name]) for name in seconds])
+    target = np.array([(its - outside) / depth for its in seconds.values()])
+    scale = terms.max(0)  # of a prune alone nothing is routed, and the column is zero
+    scale[scale == 0] = 1
+    return _Step(outside, nnls(terms / scale, target)[0] / scale)
+
+
+def _terms(shape: Shape) -> np.ndarray:
+    """What a layer's time is made of: (4,)."""
+    routed = shape.top_k * shape.expert_width if shape.experts else 0
+    return np.array([1.0, shape.shared_width, routed, float(shape.experts > 0)])
+
+
+def _timed_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
+    found = {name: shape for recipe, shape in _shapes(config) if recipe and (name := recipe.name) in _TIMED}
+    if not found:
+        raise FactorLLMError(
+            f"its FFN of {ffn_width(config)} neurons does not divide by 8, so none of the usual shapes is possible; "
+            "factorllm prune keeps any share of it"
+        )
+    return found
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    """Layers of a stand-in; at least two, of which half can be left out."""
+    one = StandIn.of(with_layers(config, 1), dense_shape(config)).layout("q8_0")
+    layer = sum(planned.size for name, planned in one.items() if name.startswith("blk."))
+    return min(max(-(-_LAYER_BYTES // layer), 2), config.num_hidden_layers)
+
+
+def _subject(name: str, model: StandIn, file_type: str, work: Path) -> Subject:
+    path, size = work / f"{name}.gguf", model.file_size(file_type)
+    require_space(path, size, IN_TMPDIR)
+    model.write(path, file_type)
+    return Subject(name, path, model.cost(), size)
+
+
+def _expected(
+    config: PreTrainedConfig, recipe: Recipe | None, shape: Shape, file_type: str, steps: dict[str, _Step]
+) -> Expected:
+    layers = config.num_hidden_layers
+    prefill, decode = (step.seconds(shape, layers) for step in steps.values())
+    dense_prefill, dense_decode = (step.seconds(dense_shape(config), layers) for step in steps.values())
+    size = StandIn.of(config, shape).file_size(file_type)
+    cache = 2 * layers * config.num_key_value_heads * head_dim(config) * _KV_BYTES * _CONTEXT
+    return Expected(
+        name=recipe.name if recipe else "dense",
+        recipe=recipe,
+        file_type=file_type,
+        sparsity=shape.sparsity,
+        decode=1 / decode,
+        prefill=1 / prefill,
+        decode_ratio=dense_decode / decode,
+        prefill_ratio=dense_prefill / prefill,
+        file_bytes=size,
+        memory_bytes=size + cache,
+    )

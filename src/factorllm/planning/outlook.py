@@ -1,0 +1,155 @@
+"""`plan()`: what each shape would cost and give, before anything is made, and which of them a wish means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from factorllm.dense.headers import read_dense_config
+from factorllm.errors import FactorLLMError
+from factorllm.planning.forecast import TYPES, Expected, forecast
+from factorllm.planning.pace import Pace
+from factorllm.planning.quality import Measured, known_quality
+from factorllm.planning.wish import Wish
+from factorllm.runs.progress import minutes
+
+TOKENS, HEALED_TOKENS = 49_152, 100_000
+"""What the times of a plan are for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape in a file type: what it is expected to do, and what is known of its quality.
+
+    Attributes:
+        quality: None where nothing like it was measured.
+        convert_seconds: for `TOKENS` of calibration text.
+        heal_seconds: for `HEALED_TOKENS`.
+    """
+
+    expected: Expected
+    quality: Measured | None
+    convert_seconds: float
+    heal_seconds: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What can be made of a dense model.
+
+    Attributes:
+        choices: the dense model first, for each file type.
+    """
+
+    model: str
+    choices: list[Choice]
+
+    def choose(self, wish: Wish, file_type: str) -> Choice:
+        """The shape that a wish means: the best one that is fast enough, or the fastest one that keeps enough.
+
+        Raises:
+            FactorLLMError: when none is, with the nearest one.
+        """
+        found = [c for c in self.choices if c.expected.recipe and c.expected.file_type == file_type]
+        if wish.memory is not None:
+            found = _those(found, lambda c: wish.memory - c.expected.memory_bytes, lambda c: _memory(c), "as small")
+        if wish.keep is not None:
+            found = _those(
+                found, lambda c: _kept(c) - wish.keep, lambda c: f"keeps {_kept(c):.0%}", "known to keep that"
+            )
+        if wish.speed is not None:
+            found = _those(found, lambda c: c.expected.decode_ratio - wish.speed, _speed, "as fast")
+            return min(found, key=_loss)
+        return max(found, key=lambda c: c.expected.decode_ratio)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model": self.model, "tokens": TOKENS, "healed_tokens": HEALED_TOKENS} | {
+            "choices": [
+                asdict(choice.expected)
+                | {
+                    "recipe": choice.expected.recipe and choice.expected.recipe.model_dump(),
+                    "kind": choice.expected.kind,
+                }
+                | {"quality": choice.quality and asdict(choice.quality)}
+                | {"convert_seconds": choice.convert_seconds, "heal_seconds": choice.heal_seconds}
+                for choice in self.choices
+            ]
+        }
+
+
+def plan(model: str, types: tuple[str, ...] = TYPES, console: Console | None = None) -> Outlook:
+    """What the usual shapes of a dense model would cost and give in llama.cpp on this machine.
+
+    Reads the model's config and the names of its tensors only; a folder that holds nothing but a `config.json` will do.
+
+    Args:
+        model: a hub id, a folder, or a `.gguf` file.
+        types: GGUF file types.
+        console: where progress is shown.
+
+    Raises:
+        FactorLLMError: for a model that cannot be read, or none of whose shapes llama.cpp has.
+
+    Example:
+        >>> outlook = plan("dense", types=("q8_0",))
+        >>> outlook.choices[0].expected.name
+        'dense'
+    """
+    config = read_dense_config(model)
+    pace = Pace.measure()
+    expected = forecast(config, types, console=console)
+    return Outlook(model, [_choice(config, model, pace, one) for one in expected])
+
+
+def _choice(config: PreTrainedConfig, model: str, pace: Pace, expected: Expected) -> Choice:
+    if expected.recipe is None:
+        return Choice(expected, None, 0.0, 0.0)
+    heal = pace.heal_seconds(config, expected.recipe, HEALED_TOKENS)
+    return Choice(expected, known_quality(expected.recipe, model), pace.convert_seconds(config, TOKENS), heal)
+
+
+def _those(
+    choices: list[Choice], margin: Callable[[Choice], float], said: Callable[[Choice], str], what: str
+) -> list[Choice]:
+    """Those whose margin is not negative.
+
+    Raises:
+        FactorLLMError: when there is none, with the one that comes nearest.
+    """
+    if found := [choice for choice in choices if margin(choice) >= 0]:
+        return found
+    if not choices:
+        raise FactorLLMError("no shape of this model is possible in that file type; see factorllm plan")
+    nearest = max(choices, key=margin)
+    raise FactorLLMError(
+        f"no shape is {what}; the nearest is {nearest.expected.name}, which {said(nearest)}. Ask for less, "
+        "or see factorllm plan"
+    )
+
+
+def _kept(choice: Choice) -> float:
+    return choice.quality.kept or 0.0 if choice.quality else 0.0
+
+
+def _loss(choice: Choice) -> float:
+    return choice.quality.perplexity if choice.quality else float("inf")
+
+
+def _speed(choice: Choice) -> str:
+    return f"is expected to decode {choice.expected.decode_ratio:.2f} times as fast as the dense model"
+
+
+def _memory(choice: Choice) -> str:
+    return f"takes {choice.expected.memory_bytes / 2**20:.0f} MiB"
+
+
+def times(choice: Choice) -> str:
+    """How long a student takes to make, in words."""
+    return (
+        f"converting about {minutes(choice.convert_seconds)} from {TOKENS:,} tokens, healing about "
+        f"{minutes(choice.heal_seconds)} on {HEALED_TOKENS:,}"
+    )
