@@ -24,14 +24,15 @@ class Numbers:
     """What was gained and what was kept.
 
     Attributes:
-        speed: decoding at batch 1, over the dense model's file of the same type; None where it was not timed.
+        speed: decoding at batch 1, over the dense model's file of the same type: median and quartiles over the turns;
+            None where it was not timed.
         kept: share of the dense model's scores; of its most likely next tokens where no tasks were asked.
         kept_of: which of both.
         perplexity: over the dense model's, on held-out text.
         size: bytes of the GGUF file.
     """
 
-    speed: float | None
+    speed: tuple[float, float, float] | None
     kept: float
     kept_of: str
     perplexity: float
@@ -39,9 +40,12 @@ class Numbers:
 
     def lines(self) -> list[str]:
         """One line each, the three that count first."""
-        speed = "not timed: llama.cpp is not installed" if self.speed is None else f"{self.speed:.2f} x dense"
+        speed = "not timed"
+        if self.speed is not None:
+            middle, low, high = self.speed
+            speed = f"decodes {middle:.2f} x as fast as dense [{low:.2f}-{high:.2f}]"
         return [
-            f"speed  {speed}, decoding",
+            f"speed  {speed}",
             f"kept   {self.kept:.0%} of {self.kept_of}, perplexity x {self.perplexity:.2f}",
             f"size   {self.size / 2**20:.0f} MiB",
         ]
@@ -54,7 +58,7 @@ def read_numbers(at: Place) -> Numbers:
         kept, of = _kept(measured)
         timed = read_json(at.speed / "speed.json")
         models = {model["name"]: model for model in timed["models"]} if timed else {}
-        speed = models["student"]["ratio_to_dense"]["decode x1"][0] if models else None
+        speed = tuple(models["student"]["ratio_to_dense"]["decode x1"]) if models else None
         perplexity = measured["perplexity"]["student"] / measured["perplexity"]["dense"]
         return Numbers(speed, kept, of, perplexity, at.gguf.stat().st_size)
 

@@ -16,7 +16,6 @@ from factorllm.planning.wish import Wish
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import located, read_json
 from factorllm.runs.progress import Clock, minutes
-from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
 
 
@@ -96,6 +95,7 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
         FactorLLMError: for a plan that cannot be read, and as `make`.
 
     Example:
+        >>> from factorllm import MakePlan, Settings
         >>> few = Settings(tokens=4096, held_out_tokens=512, length=64)
         >>> plan = MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt", factorize=few)
         >>> plan.write(Path("plan.yaml"))

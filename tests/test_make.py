@@ -1,0 +1,230 @@
+"""`factorllm make`: from a wish to a model that is used; killed anywhere it goes on, and nothing is lost."""
+
+import random
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BASE, served
+from test_export import save_model
+from transformers import LlamaConfig
+
+from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
+from factorllm.making.modelfile import modelfile
+from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
+
+PLAN = {
+    "recipe": "S2A2E8",
+    "factorize": Settings(tokens=8192, held_out_tokens=512, length=64, baseline=False),
+    "heal": HealSettings(tokens=2048, validation_tokens=512, evaluations=2, learning_rate=1e-3),
+    "export": ExportStep(type="q8_0"),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    save_model(LlamaConfig(**BASE | {"num_hidden_layers": 4, "max_position_embeddings": 256}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(dense, text_file):
+    return MakePlan(model=str(dense), text=str(text_file), **PLAN)
+
+
+@pytest.fixture(scope="module")
+def made(plan, tmp_path_factory):
+    """What a run made that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "made"
+    out.mkdir()
+    plan.write(out / "plan.yaml")
+    return make_planned(out / "plan.yaml")
+
+
+def model_bytes(out: Path) -> dict[str, bytes]:
+    """The checkpoint's weights and config."""
+    files = [*(out / "checkpoint").glob("*.safetensors"), out / "checkpoint" / "config.json"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def files_in(out: Path) -> set[tuple[Path, int]]:
+    """Every file with its size."""
+    found = set()
+    for path in out.rglob("*"):
+        with suppress(FileNotFoundError):  # what is moved just now
+            found.add((path, path.stat().st_size))
+    return found
+
+
+def test_everything_is_there(made):
+    out = made.out
+    for name in ("plan.yaml", "checkpoint/config.json", "Modelfile", "README.md", "scores.json", "report/index.html"):
+        assert (out / name).is_file(), name
+    assert (out / "made-q8_0.gguf").is_file()
+    assert made.numbers.size == (out / "made-q8_0.gguf").stat().st_size
+    assert 0 < made.numbers.kept <= 1
+    assert made.numbers.speed is None  # the plan times nothing
+    card = (out / "README.md").read_text()
+    assert f"factorllm chat {out}" in card
+    assert "of the likeliest next tokens" in card
+
+
+def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):
+    out, chooser = tmp_path / "made", random.Random(0)
+    out.mkdir()
+    plan.write(out / "plan.yaml")
+    command = [sys.executable, "-m", "factorllm", "make", str(out / "plan.yaml")]
+    for _ in range(5):
+        before = files_in(out)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while files_in(out) == before and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(chooser.uniform(0, 3))
+        assert process.poll() in (None, 0)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "step" in done.stdout or "made already" in done.stdout
+    assert model_bytes(out) == model_bytes(made.out)
+    assert (out / "made-q8_0.gguf").read_bytes() == (made.out / "made-q8_0.gguf").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "made already" in again.stdout
+
+
+def test_an_edited_plan_is_made_instead(plan, tmp_path):
+    out = tmp_path / "made"
+    out.mkdir()
+    short = plan.model_copy(update={"heal": None})
+    short.write(out / "plan.yaml")
+    first = make_planned(out / "plan.yaml")
+    path = out / "plan.yaml"
+    path.write_text(path.read_text().replace("S2A2E8", "S4A0E8"))
+    second = make_planned(path)
+    assert second.plan.recipe == "S4A0E8"
+    assert second.numbers.size < first.numbers.size
+    assert "LlamaForCausalLM" in (out / "checkpoint" / "config.json").read_text()
+
+
+def test_the_same_plan_elsewhere_gives_the_same_model(made, tmp_path):
+    again = make_planned(made.out / "plan.yaml", tmp_path / "made")
+    assert model_bytes(again.out) == model_bytes(made.out)
+
+
+def test_a_wish_is_written_down_before_the_work(dense, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("factorllm.making.run._run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(str(dense), tmp_path / "made", text=str(text_file), effort="quick")
+    written = read_plan(tmp_path / "made" / "plan.yaml")
+    assert written.model == str(dense)
+    assert written.factorize.tokens < 24_576  # the text has no more
+    with pytest.raises(FactorLLMError, match="written for another wish"):
+        make(str(dense), tmp_path / "made", text=str(text_file), effort="best")
+
+
+def test_without_a_text_it_is_sampled_first(dense, tmp_path):
+    few = Settings(tokens=512, held_out_tokens=64, length=64, baseline=False)
+    sampled = SampleStep(tokens=1024)
+    MakePlan(model=str(dense), recipe="S2A2E8", sample=sampled, factorize=few).write(tmp_path / "plan.yaml")
+    made = make_planned(tmp_path / "plan.yaml", tmp_path / "made")
+    assert (made.out / "steps" / "text.jsonl").is_file()
+
+
+def test_a_time_that_is_too_short_is_refused_before_anything(dense, text_file, tmp_path):
+    with pytest.raises(FactorLLMError, match="is too short: converting alone"):
+        make(str(dense), tmp_path / "made", wish=Wish(time=1e-6), text=str(text_file))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_of_the_users_is_left_alone(dense, text_file, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FactorLLMError, match=r"holds no plan\.yaml"):
+        make(str(dense), tmp_path, text=str(text_file))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("recipe: S2A2E8", "model: Field required"),
+        ("model: m\nrecipe: S2A2E8\nspeeed: 2", "speeed"),
+        ("model: m\nrecipe: S2A2E8\nheal: {tokens: -1}", r"heal\.tokens"),
+        ("- a list", "holds no keys"),
+        ("model: [", "plan.yaml"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_says_where(content, said, tmp_path):
+    (tmp_path / "plan.yaml").write_text(content)
+    with pytest.raises(FactorLLMError, match=said):
+        make_planned(tmp_path / "plan.yaml")
+
+
+def test_a_plan_says_every_number(plan, tmp_path):
+    plan.write(tmp_path / "plan.yaml")
+    said = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert said["factorize"].keys() == Settings.model_fields.keys()
+    assert said["heal"].keys() == HealSettings.model_fields.keys()
+    assert read_plan(tmp_path / "plan.yaml") == plan
+
+
+@pytest.mark.engine
+def test_an_openai_client_talks_to_what_was_made(made):
+    pytest.importorskip("xllamacpp")
+    with served(str(made.out), "--context", "64") as (client, _):
+        reply = client.chat.completions.create(model="made", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
+    assert reply.choices[0].message.role == "assistant"
+
+
+# Ollama's grammar (parser/parser.go): a line a command, its arguments plain, in quotes, or in three quotes over lines.
+COMMAND = re.compile(r'(FROM|TEMPLATE|SYSTEM|PARAMETER \w+)\s+("""(?:.|\n)*?"""|"(?:[^"\\]|\\.)*"|[^\s"]\S*)\n|#.*\n')
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def parsed(text: str) -> dict[str, list[str]]:
+    found, place = {}, 0
+    while place < len(text):
+        match = COMMAND.match(text, place)
+        assert match, text[place : place + 80]
+        if match[1]:
+            found.setdefault(match[1], []).append(match[2].strip('"'))
+        place = match.end()
+    return found
+
+
+def test_ollama_is_given_file_template_and_stops(dense):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    said = parsed(modelfile("made-q8_0.gguf", tokenizer))
+    assert said["FROM"] == ["./made-q8_0.gguf"]
+    assert said["TEMPLATE"] == [
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
+        "{{ if .Prompt }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n{{ end }}"
+        "<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
+    ]
+    assert said["PARAMETER stop"] == [tokenizer.eos_token, "<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [None, LLAMA2, "{{ raise_exception('no system') }}"])
+def test_a_template_that_is_no_sequence_of_turns_is_left_to_ollama(template, dense):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.chat_template = template
+    said = parsed(modelfile("made-q8_0.gguf", tokenizer))
+    assert "TEMPLATE" not in said
+    assert said["FROM"] == ["./made-q8_0.gguf"]
