@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
-from factorllm.engines.vllm import cache_bytes
+from factorllm.engines.vllm import COMPILED_ON_CPU, cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import export_gguf
 from factorllm.runs.disk import IN_TMPDIR
@@ -57,7 +59,8 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
-        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(folder, settings.options))]
+        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
+        arguments += ["--compilation-config", json.dumps(COMPILED_ON_CPU)]
     return arguments
 
 
