@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
-from factorllm.engines.vllm import COMPILED_ON_CPU, cache_bytes
+from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import export_gguf
 from factorllm.runs.disk import IN_TMPDIR
@@ -60,7 +59,6 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
         arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
-        arguments += ["--compilation-config", json.dumps(COMPILED_ON_CPU)]
     return arguments
 
 

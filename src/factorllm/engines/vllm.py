@@ -21,8 +21,8 @@ _SLACK_OF_STATES = 3 * 512
 
 _ATTENTION = {"attention", "full_attention", "sliding_attention"}
 
-COMPILED_ON_CPU = {"custom_ops": ["-rotary_embedding"]}
-"""How vLLM compiles where there is no GPU: without its own kernel for rotations, which in 0.32 is wrong there for
+_ON_CPU = {"custom_ops": ["-rotary_embedding"]}
+"""Without a GPU: vLLM's own kernel for rotations, which it takes where it does not compile, is wrong there in 0.32 for
 queries of the shape (tokens, heads, width), as LFM2 has them."""
 
 
@@ -44,7 +44,7 @@ class Vllm(Engine):
             kv_cache_memory_bytes=cache_bytes(get_config(model, trust_remote_code=False), options),
             enable_prefix_caching=False,
             enforce_eager=True,
-            compilation_config={} if torch.cuda.is_available() else COMPILED_ON_CPU,
+            compilation_config={} if torch.cuda.is_available() else _ON_CPU,
             seed=0,
             trust_remote_code=False,
         )
