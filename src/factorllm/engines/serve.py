@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
@@ -56,7 +57,7 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
-        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(folder, settings.options))]
+        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
     return arguments
 
 
