@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import factorllm.dense.text_models  # noqa: F401  registers them
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import refusing
 from factorllm.runs.progress import quiet_transformers
