@@ -30,6 +30,21 @@ QWEN = {
 IMAGE = 250
 WRAPPED = {
     "llava": ("Llava", {"vision_config": CLIP, "image_token_index": IMAGE, "image_seq_length": 4}),
+    **{
+        kind: (
+            name,
+            {
+                "vision_config": vision,
+                "image_token_index": IMAGE,
+                "image_grid_pinpoints": [[16, 16]],
+                "vision_feature_select_strategy": strategy,
+            },
+        )
+        for kind, name, vision, strategy in (
+            ("llava_next", "LlavaNext", CLIP, "default"),
+            ("llava_onevision", "LlavaOnevision", SIGLIP | {"model_type": "siglip_vision_model"}, "full"),
+        )
+    },
     "internvl": (
         "InternVL",
         {
@@ -77,6 +92,8 @@ NO_SHARED = Recipe(shared=0, active=8, parts=8, restore="none")
 PAIRS = [
     ("llava", "llama", EXPERTS, "granitemoeshared"),
     ("llava", "qwen2", EXPERTS, "qwen2_moe"),
+    ("llava_next", "mistral", NO_SHARED, "mixtral"),
+    ("llava_onevision", "qwen2", EXPERTS, "qwen2_moe"),
     ("internvl", "qwen3", NO_SHARED, "qwen3_moe"),
     ("mistral3", "mistral", NO_SHARED, "mixtral"),
     ("smolvlm", "llama", EXPERTS, "granitemoeshared"),
@@ -103,13 +120,16 @@ def save_wrapped(kind, text, folder):
     return model
 
 
-def with_image(kind, model):
-    """Logits of a prompt with an image in it."""
-    tokens = some_tokens(model.config.get_text_config(), rows=1, length=24) % 200
+def image_inputs(kind, config):
+    """Tokens of a prompt with an image in it, and what belongs to the image."""
+    tokens = some_tokens(config.get_text_config(), rows=1, length=24) % 200
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     count, more = 1 if kind == "internvl" else 4, {}
     if kind in ("smolvlm", "idefics3"):
         pixels = pixels[:, None]
+    if kind in ("llava_next", "llava_onevision"):  # the whole image and one part of it, which is as large
+        pixels, count = pixels[:, None].repeat(1, 2, 1, 1, 1), 4 + 4 + 2  # each row of a part ends with a token
+        more["image_sizes"] = torch.tensor([[16, 16]])
     if kind == "mistral3":
         more["image_sizes"] = torch.tensor([[16, 16]])
     if kind in ("qwen3_5", "qwen3_vl"):
@@ -118,9 +138,16 @@ def with_image(kind, model):
     tokens[0, 4 : 4 + count] = IMAGE
     if kind in ("qwen3_5", "qwen3_vl"):
         tokens[0, 3], tokens[0, 8] = 252, 253
-        more["mm_token_type_ids"] = (tokens == IMAGE).long()
+    return tokens, {"pixel_values": pixels, **more}
+
+
+def with_image(kind, model):
+    """Logits of a prompt with an image in it."""
+    tokens, inputs = image_inputs(kind, model.config)
+    if kind in ("qwen3_5", "qwen3_vl"):
+        inputs["mm_token_type_ids"] = (tokens == IMAGE).long()
     with torch.inference_mode():
-        return model(input_ids=tokens, pixel_values=pixels, **more).logits
+        return model(input_ids=tokens, **inputs).logits
 
 
 @pytest.mark.parametrize(("kind", "text", "recipe", "host"), PAIRS)
