@@ -22,6 +22,12 @@ _SPECIAL: dict[str, dict] = {
             "partial_rotary_factor": 0.25,
         },
     },
+    "qwen3_vl_text": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_interleaved": True, "mrope_section": [4, 2, 2],
+        },
+    },
     "granite": {**_GRANITE, "attention_multiplier": 0.11},
     "granitemoehybrid": {
         **_GRANITE, "attention_multiplier": 0.11, "num_local_experts": 0, "num_experts_per_tok": 0,

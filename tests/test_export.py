@@ -125,6 +125,7 @@ OF_OTHER_FAMILIES = [
     ("lfm2", "lfm2_moe", "S0A2E8"),
     ("qwen3_5_text", "qwen3_5_moe_text", "S0A2E8"),
     ("qwen3_5_text", "qwen3_5_moe_text", "S2A2E8"),
+    ("qwen3_vl_text", "qwen3_vl_moe_text", "S0A2E8"),
     ("granitemoehybrid", "granitemoehybrid", "S2A2E8"),
     ("cohere", "cohere2_moe", "S0A2E8"),
     ("cohere2", "cohere2_moe", "S1A2E8"),

@@ -374,7 +374,7 @@ def test_a_model_that_does_not_fit_in_memory_is_compared_in_its_first_layers(
 ):
     monkeypatch.setattr("factorllm.dense.reference.available_memory", lambda: 0)
     attend, seen = DenseLayer.attend, []
-    monkeypatch.setattr(DenseLayer, "attend", lambda layer, stream: seen.append(layer) or attend(layer, stream))
+    monkeypatch.setattr(DenseLayer, "attend", lambda layer, *given: seen.append(layer) or attend(layer, *given))
     out = tmp_path / "out"
     assert factorize(str(dense_folder), out, "S2A2E8", text=str(text_file), settings=small)
     assert len({id(layer) for layer in seen[:2]}) == 2

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import MemoryLimit, Model, Out, Resume, Text, in_bytes, settings_from
+from factorllm.cli.options import Images, MemoryLimit, Model, Out, Resume, Text, in_bytes, settings_from
 from factorllm.runs.settings import Settings
 
 
@@ -17,6 +17,7 @@ def factorize(
     out: Out,
     recipe: Annotated[str, typer.Option(help="S2A2E8, S0A4E8N3, 1R4E2K, cmoe, or a .yaml file.")] = "S2A2E8",
     text: Text = None,
+    images: Images = None,
     memory_limit: MemoryLimit = 0.5,
     resume: Resume = True,
     **chosen,
@@ -26,6 +27,8 @@ def factorize(
     from factorllm.report.terminal import show_summary
 
     settings = Settings(**chosen, memory_limit=in_bytes(memory_limit))
-    summary = run(model, out, recipe, text=text, settings=settings, overwrite=not resume, console=terminal.console)
+    summary = run(
+        model, out, recipe, text=text, images=images, settings=settings, overwrite=not resume, console=terminal.console
+    )
     if summary:
         show_summary(terminal.console, summary)

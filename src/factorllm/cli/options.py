@@ -34,6 +34,13 @@ Text = Annotated[
         help="Calibration text: .txt, .jsonl, .json, .parquet or a dataset id. Default: sample from the model."
     ),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of images, NAME.png with a caption in NAME.txt, to calibrate a vision-language model on as well.",
+        **IS_PATH,
+    ),
+]
 FileType = Annotated[
     str,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import MemoryLimit, Model, Out, Resume, Text, in_bytes, settings_from
+from factorllm.cli.options import Images, MemoryLimit, Model, Out, Resume, Text, in_bytes, settings_from
 from factorllm.runs.settings import Settings
 
 
@@ -17,6 +17,7 @@ def prune(
     out: Out,
     keep: Annotated[float, typer.Option(help="Share of each FFN's neurons that stays.")] = 0.5,
     text: Text = None,
+    images: Images = None,
     memory_limit: MemoryLimit = 0.5,
     resume: Resume = True,
     **chosen,
@@ -32,7 +33,7 @@ def prune(
     recipe = prune_recipe(keep, ffn_width(open_model(model).config))
     settings = Settings(**chosen, memory_limit=in_bytes(memory_limit), baseline=False)
     summary = factorize(
-        model, out, recipe, text=text, settings=settings, overwrite=not resume, console=terminal.console
+        model, out, recipe, text=text, images=images, settings=settings, overwrite=not resume, console=terminal.console
     )
     if summary:
         show_summary(terminal.console, summary)

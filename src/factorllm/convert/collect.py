@@ -11,7 +11,8 @@ def collect(task: LayerTask) -> None:
     layer = task.layer
     for run in task.middle.runs():
         with fast_products(task.device, task.workplace.bears_rounding):
-            middle, inputs = layer.attend(task.streams.before.read(run, task.device))
+            before, beside = task.streams.before.read(run, task.device), task.streams.sequences.beside(run)
+            middle, inputs = layer.attend(before, beside)
             sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride].flatten(0, 1))
         task.middle.write(run, middle)
         task.inputs.write(run, inputs)

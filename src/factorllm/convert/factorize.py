@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.finish import finish, measure_students
 from factorllm.convert.job import Job, Student, open_job
+from factorllm.convert.kinds import advance_held_out
 from factorllm.convert.layer import convert_layer, passes
 from factorllm.convert.partition import Partition
 from factorllm.convert.task import TOO_LARGE, LayerTask, Streams, Workplace
@@ -38,6 +39,7 @@ def factorize(
     recipe: Recipe | str,
     *,
     text: str | None = None,
+    images: str | Path | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -52,6 +54,8 @@ def factorize(
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         recipe: a `Recipe`, `S2A2E8`, `1R4E2K`, or the path of a YAML file.
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
+        images: a folder of images, NAME.png with a caption in NAME.txt, for a vision-language model: up to half of the
+            calibration is of them. The error of the FFNs is then measured on held-out images and text apart.
         overwrite: replace an `out` that factorllm made, once the new checkpoint is complete.
         console: where progress is shown; nothing is shown by default.
 
@@ -69,7 +73,7 @@ def factorize(
     recipes = {"student": recipe}
     if settings.baseline and not recipe.is_prune:
         recipes["pruned"] = recipe.static_prune()
-    with open_job(model, out, recipes, text, settings, overwrite, console) as job:
+    with open_job(model, out, recipes, text, settings, overwrite, console, images) as job:
         if job is None:
             return read_summary(located(out), read_provenance(located(out)))
         write_companions(job)
@@ -114,12 +118,12 @@ def _convert_layers(job: Job) -> None:
     reuse_freed_memory()
     check_dtype(job)
     settings, device = job.settings, job.settings.torch_device
-    loader = LayerLoader(job.source, settings.length, settings.compute_dtype, device)
+    loader = LayerLoader(job.source, job.calibration.tokens.shape[1], settings.compute_dtype, device)
     _start_streams(job)
     if job.ranks.is_main:
         write_outer_shards(job)
 
-    steps = len(job.text.calibration) * (1 + passes(settings.tune) * len(job.students))
+    steps = len(job.calibration) * (1 + passes(settings.tune) * len(job.students))
     done = job.work.layers_done
     with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
         scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
@@ -133,6 +137,8 @@ def _convert_layers(job: Job) -> None:
             seconds, statistics, neurons = {"teacher": clock.lap()}, {}, {}
             for student in job.students:
                 ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
+                if job.mixed:
+                    statistics[student.name]["ffn_error"] = _advance_held_out(job, student, layer, index, ffn)
                 neurons[student.name] = split.order.tolist()
                 if job.ranks.is_main:
                     write_layer(job, student, index, ffn)
@@ -144,6 +150,7 @@ def _convert(
     job: Job, student: Student, layer: DenseLayer, index: int, workplace: Workplace
 ) -> tuple[StudentFFN, Partition, dict[str, Any]]:
     streams = Streams(
+        sequences=job.calibration,
         teacher_after=job.stream("teacher", index + 1),
         before=job.stream(student.name, index),
         after=job.stream(student.name, index + 1),
@@ -165,11 +172,17 @@ def _convert(
     )
 
 
+def _advance_held_out(job: Job, student: Student, layer: DenseLayer, index: int, ffn: StudentFFN) -> dict[str, float]:
+    name = job.held_out_name(student)
+    before, after = (job.stream(name, number) for number in (index, index + 1))
+    return advance_held_out(layer, ffn, student.host, job.sequences(name), before, after, job.ranks)
+
+
 def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
     before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
     for run in before.runs():
         with fast_products(job.settings.torch_device, job.bears_rounding):
-            states = layer.forward(before.read(run, job.settings.torch_device))
+            states = layer.forward(before.read(run, job.settings.torch_device), job.calibration.beside(run))
         if not is_finite(states):
             raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")
         after.write(run, states)
@@ -191,7 +204,7 @@ def _start_streams(job: Job) -> None:
     for name in job.stream_names:
         rows = job.stream(name, 0)
         for run in rows.runs():
-            rows.write(run, ends.embed(job.text.calibration[run]))
+            rows.write(run, job.sequences(name).embed(run, ends.embed))
 
 
 def _commit_layer(

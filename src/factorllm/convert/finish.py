@@ -46,6 +46,7 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         rows=rows,
         logit_scale=logit_scales[student.name],
         layers=[entry["statistics"][student.name] for entry in job.work.journal],
+        images={"origin": job.images, **job.mixed.counts()} if job.mixed else None,
     )
     made = _provenance(job, summary)
     write_json(student.folder / PROVENANCE, made)
@@ -132,6 +133,7 @@ def _provenance(job: Job, summary: Summary) -> dict:
             "fingerprint": job.text.fingerprint,
             "calibration_tokens": summary.calibration_tokens,
             "held_out_tokens": summary.held_out_tokens,
+            **({"images": summary.images} if summary.images else {}),
         },
         "settings": job.settings.model_dump(mode="json"),
         "versions": versions(),

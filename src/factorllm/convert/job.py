@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
+from factorllm.convert.mixing import Mixed, read_mixed
 from factorllm.dense import ModelSource, open_model
 from factorllm.dense.families import ffn_width
 from factorllm.dense.reference import check_against_references
+from factorllm.dense.sequences import Sequences
+from factorllm.dense.vision import processor_digest, seeing
 from factorllm.hosts import Host, choose_host
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
@@ -26,8 +29,11 @@ from factorllm.runs.rows import Rows
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.text import CalibrationText, read_calibration_text
+from factorllm.text.calibration import public_name
+from factorllm.text.pictures import pictures_digest, read_pictures
 
 _WIDE = 512  # channels
+_HELD_OUT = "-held-out"
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,17 @@ class Job:
     Attributes:
         identity: everything that decides the bytes of the result.
         licence: what the dense model states, if it states one.
+        text: what is learned from and measured on.
+        mixed: sequences with images among those of text, where there are images.
+        images: the name of their folder, to publish.
     """
 
     source: ModelSource
     identity: dict
     licence: str | None
     text: CalibrationText
+    mixed: Mixed | None
+    images: str | None
     students: list[Student]
     settings: Settings
     work: Workspace
@@ -84,15 +95,29 @@ class Job:
         """Names of all tensors of the dense model."""
         return sorted(self.source.parameter_names())
 
+    @property
+    def calibration(self) -> Sequences:
+        """What is fitted to."""
+        return self.mixed.calibration if self.mixed else Sequences(self.text.calibration, {})
+
+    def sequences(self, name: str) -> Sequences:
+        """The sequences that the hidden states of `name` are of."""
+        return self.mixed.held_out if self.mixed and name.endswith(_HELD_OUT) else self.calibration
+
     def stream(self, name: str, layer: int) -> Rows:
         """Hidden states of `name` before `layer`, on disk."""
         path = self.work.folder_at("streams") / f"{name}.{layer:04d}.rows"
-        sequences, length = self.text.calibration.shape
+        sequences, length = self.sequences(name).tokens.shape
         return Rows(path, sequences, length, self.source.config.hidden_size, self.settings.compute_dtype, self.ranks)
+
+    def held_out_name(self, student: Student) -> str:
+        """The name of a student's hidden states of held-out sequences; they are there only with images."""
+        return student.name + _HELD_OUT
 
     @property
     def stream_names(self) -> list[str]:
-        return ["teacher", *(student.name for student in self.students)]
+        names = ["teacher", *(student.name for student in self.students)]
+        return names + (list(map(self.held_out_name, self.students)) if self.mixed else [])
 
 
 @contextmanager
@@ -104,6 +129,7 @@ def open_job(
     settings: Settings,
     overwrite: bool,
     console: Console | None,
+    images: str | Path | None = None,
 ) -> Iterator[Job | None]:
     """Open and check everything, the cheap checks first; hold the workspace while the block runs.
 
@@ -112,8 +138,9 @@ def open_job(
     """
     out = located(out)
     finish_publishing(out)
-    check_output(out, CHECKPOINT, [model, text])
+    check_output(out, CHECKPOINT, [model, text, images])
     source = open_model(model)
+    pictures = None if images is None else Path(images).expanduser()
     config = source.config
     shapes = {name: recipe.shape(ffn_width(config)) for name, recipe in recipes.items()}
     hosts = _choose_hosts(shapes, settings.host, config)
@@ -131,6 +158,10 @@ def open_job(
         "model": source.fingerprint,
         **common_identity(text, settings),
     }
+    if pictures:
+        seeing(source)
+        read_pictures(pictures)
+        identity |= {"images": pictures_digest(pictures), "processor": processor_digest(source)}
     with open_checkpoint_job(out, identity, overwrite, ranks) as work:
         if work is None:
             yield None
@@ -139,8 +170,15 @@ def open_job(
             Student(name, recipe, shapes[name], hosts[name], work.folder_at(name)) for name, recipe in recipes.items()
         ]
         with ranks.main_first():
-            calibration = _read_text(work, source, tokenizer, text, settings, console)
-        job = Job(source, identity, source.licence, calibration, students, settings, work, ranks, console)
+            read_text = partial(_read_text, work, source, tokenizer, text, console)
+            if pictures is None:
+                calibration, mixed = read_text(settings), None
+            else:
+                calibration, mixed = read_mixed(work, source, tokenizer, pictures, settings, read_text, console)
+        job = Job(
+            source, identity, source.licence, calibration, mixed, images and public_name(str(images)), students,
+            settings, work, ranks, console,
+        )  # fmt: skip
         _check_disk(job)
         with ranks.main_first():
             if ranks.is_main and not work.layers_done:
@@ -154,7 +192,7 @@ def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfi
 
 
 def _read_text(
-    work: Workspace, source: ModelSource, tokenizer, text: str | None, settings: Settings, console: Console
+    work: Workspace, source: ModelSource, tokenizer, text: str | None, console: Console, settings: Settings
 ) -> CalibrationText:
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = work.folder / "tokens.safetensors"
@@ -175,11 +213,14 @@ def _read_text(
 
 def _check_disk(job: Job) -> None:
     """Refuse before the work when the disk is plainly too small."""
-    config, text = job.source.config, job.text
+    config = job.source.config
     stored = job.settings.stored_dtype.itemsize
     weights = sum(student.cost(config).total_parameters * stored for student in job.students)
     streams = (
-        2 * len(job.stream_names) * text.calibration.numel() * config.hidden_size * job.settings.compute_dtype.itemsize
+        2
+        * sum(job.sequences(name).tokens.numel() for name in job.stream_names)
+        * config.hidden_size
+        * job.settings.compute_dtype.itemsize
     )
     if job.work.layers_done == 0:
         instead = "free some, choose another output folder, or use fewer --tokens"

@@ -13,6 +13,7 @@ from torch import Tensor
 from factorllm.convert.partition import Partition
 from factorllm.convert.ridge import token_weights
 from factorllm.dense.layer import DenseLayer
+from factorllm.dense.sequences import Sequences
 from factorllm.hosts import Host
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.ranks import Ranks
@@ -32,11 +33,13 @@ class Streams:
     """Hidden states on disk, each (sequences, length, d).
 
     Attributes:
+        sequences: what they are of.
         teacher_after: the teacher's stream after the layer.
         before: the student's stream before it.
         after: where the student's stream after it is written.
     """
 
+    sequences: Sequences
     teacher_after: Rows
     before: Rows
     after: Rows
@@ -133,6 +136,11 @@ class LayerTask:
     def tokens(self, rows: Rows, run: slice, stride: int = 1) -> Tensor:
         """Each `stride`-th token of `run`: (n, width), fp32."""
         return rows.read(run, self.device)[:, ::stride].flatten(0, 1).float()
+
+    def sampled_kinds(self) -> Iterator[Tensor]:
+        """Which of the sampled tokens are of an image, run by run: (n,), bool."""
+        for run in self.sample.runs():
+            yield self.streams.sequences.is_image(run)[:, :: self.stride].flatten()
 
     def gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
         """Gate weights, (tokens, N); a static prune has no experts."""

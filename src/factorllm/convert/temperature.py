@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from factorllm.dense.ends import Ends
+from factorllm.dense.sequences import Sequences
 from factorllm.runs.rows import Rows
 
 _LOGITS = 1 << 26  # elements to fit on: 256 MiB in fp32, 1,365 tokens of a vocabulary of 49,152
@@ -35,15 +36,18 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
     return float(best.x) if best.fun < loss(1.0) else 1.0
 
 
-def sample_logits(stream: Rows, ends: Ends, vocabulary: int) -> Tensor:
-    """Logits of as many tokens, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
+def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: int) -> Tensor:
+    """Logits of as many tokens of text, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
 
     Args:
         stream: hidden states after the last layer, (sequences, length, d).
+        sequences: what they are of.
         ends: of the dense model.
         vocabulary: its size.
     """
     tokens = max(_LOGITS // vocabulary, 1)
     stride = -(-stream.sequences * stream.length // tokens)
     cpu = torch.device("cpu")
-    return ends.logits(torch.cat([stream.read(run, cpu).flatten(0, 1)[::stride] for run in stream.all_runs()]))
+    return ends.logits(
+        torch.cat([stream.read(run, cpu)[~sequences.is_image(run)][::stride] for run in stream.all_runs()])
+    )

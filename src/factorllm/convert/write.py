@@ -71,14 +71,15 @@ def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None
 def temper(job: Job) -> dict[str, float]:
     """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
     ends, words = Ends(job.source, job.settings.torch_device), job.source.config.vocab_size
-    teacher = sample_logits(job.stream("teacher", job.layers), ends, words)
+    teacher = sample_logits(job.stream("teacher", job.layers), job.calibration, ends, words)
     scales = {}
     # A factor before a cap is none after it.
     is_capped = bool(getattr(job.source.config, "final_logit_softcapping", None))
     for student in job.students:
         scale = 1.0
         if student.recipe.restore != "none" and not is_capped:
-            scale = fit_logit_scale(teacher, sample_logits(job.stream(student.name, job.layers), ends, words))
+            ours = sample_logits(job.stream(student.name, job.layers), job.calibration, ends, words)
+            scale = fit_logit_scale(teacher, ours)
         tensors = as_stored(ends.scaled_norm(scale), job.settings.stored_dtype, TOO_LARGE)
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
         scales[student.name] = scale

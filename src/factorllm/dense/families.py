@@ -48,6 +48,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2, Qwen2.5", "qwen2"),
     "qwen3": Family("Qwen3", "qwen3"),
     "qwen3_5_text": Family("Qwen3.5, Qwen3.6", kinds=("linear_attention",)),
+    "qwen3_vl_text": Family("Qwen3-VL"),
     "granite": Family("Granite 3"),
     "granitemoehybrid": Family(
         "Granite 4 without experts",
@@ -156,7 +157,7 @@ def biased_projections(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def normalises_heads(config: PreTrainedConfig) -> bool:
     """Whether queries and keys are normalised before the rotation."""
-    return config.model_type in ("qwen3", "qwen3_5_text", "hunyuan_v1_dense", "olmo2", "olmo3")
+    return config.model_type in ("qwen3", "qwen3_5_text", "qwen3_vl_text", "hunyuan_v1_dense", "olmo2", "olmo3")
 
 
 def ropes(config: PreTrainedConfig) -> list:

@@ -6,6 +6,8 @@ code that the model was made for.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from factorllm.dense.ffn import FFN
 from factorllm.dense.model import ModelSource
 from factorllm.dense.modules import decoder_layers, final_norm, forwarding, has_weights
 from factorllm.dense.names import layer_prefix
+from factorllm.dense.sequences import TEXT, Beside
 
 
 def ffn_of(layer: nn.Module, config: PreTrainedConfig) -> FFN:
@@ -35,18 +38,19 @@ class DenseLayer:
         norm_follows: whether a norm comes between the FFN and the stream, which is then not linear in the FFN's output.
     """
 
-    def __init__(self, module: nn.Module, call: _Call, config: PreTrainedConfig):
+    def __init__(self, module: nn.Module, index: int, calls: Calls, config: PreTrainedConfig):
         family = family_of(config)
-        self._module, self._call = module, call
+        self._module, self._index, self._calls = module, index, calls
         self._ffn_module = module.get_submodule(family.ffn.slot)
         self.ffn = ffn_of(module, config)
         self.residual, self.norm_follows = residual_factor(config), family.norm_follows
 
-    def attend(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything before the FFN.
+    def attend(self, stream: Tensor, beside: Beside = TEXT) -> tuple[Tensor, Tensor]:
+        """Everything before the FFN, and what the model adds after the layer.
 
         Args:
             stream: (sequences, length, d) before the layer.
+            beside: what the layer is told of the sequences.
 
         Returns:
             The stream that the FFN's output is added to, (sequences, length, d); and what the FFN and the router read,
@@ -59,30 +63,33 @@ class DenseLayer:
             return torch.zeros_like(x)
 
         with forwarding([self._ffn_module], record):
-            middle = self.forward(stream)
+            middle = self.forward(stream, beside)
         return middle, seen[0].flatten(0, 1)
 
-    def forward(self, stream: Tensor) -> Tensor:
-        """The whole dense layer: (sequences, length, d) -> the same."""
-        return self._call(self._module, stream)
+    def forward(self, stream: Tensor, beside: Beside = TEXT) -> Tensor:
+        """The whole dense layer, and what the model adds after it: (sequences, length, d) -> the same."""
+        output = self._calls(stream, beside.positions)[self._index](self._module, stream)
+        added = beside.added(self._index)
+        return output if added is None else output + added.to(output)
 
-    def after(self, stream: Tensor, middle: Tensor, output: Tensor) -> Tensor:
+    def after(self, stream: Tensor, middle: Tensor, output: Tensor, beside: Beside = TEXT) -> Tensor:
         """The stream after the layer, were `output` what the FFN gives.
 
         Args:
             stream, middle: (sequences, length, d), as `attend` takes and gives them.
             output: (tokens, d).
+            beside: as `attend` takes it.
         """
         output = output.view_as(middle).to(middle.dtype)
         if not self.norm_follows:
             return middle + self.residual * output
         with forwarding([self._ffn_module], lambda _: output):
-            return self.forward(stream)
+            return self.forward(stream, beside)
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a layer is called with beside the stream: masks and positions, for one sequence."""
+class Call:
+    """What a layer is called with beside the stream: masks and positions, for one sequence or for each."""
 
     arguments: tuple = ()
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -92,40 +99,53 @@ class _Call:
         return output[0] if isinstance(output, tuple) else output
 
 
+Calls = Callable[[Tensor, Tensor | None], list[Call]]
+"""What each layer is called with, for a stream (sequences, length, d) and positions, (axes, sequences, length) or None.
+"""
+
+
 class LayerLoader:
     """Loads decoder layers of a dense model, one at a time."""
 
     def __init__(self, source: ModelSource, length: int, dtype: torch.dtype, device: torch.device):
         self._source, self._dtype, self._device = source, dtype, device
-        model = source.skeleton()
-        self._layers = decoder_layers(model)
-        self._calls = _record_calls(model, length, dtype, device)
+        self._model = source.skeleton()
+        for module in self._model.get_decoder().children():
+            if not has_weights(module):
+                module.to(device)  # the tables of positions
+        one = torch.zeros(1, length, source.config.hidden_size, dtype=dtype, device=device)
+        self._of_text = record_calls(self._model, one)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(decoder_layers(self._model))
+
+    def calls(self, stream: Tensor, positions: Tensor | None = None) -> list[Call]:
+        """What each layer is called with; for text, with what is the same for each sequence."""
+        if positions is None:
+            return self._of_text
+        return record_calls(self._model, stream, position_ids=positions.to(self._device))
 
     def load(self, index: int) -> DenseLayer:
         """Decoder layer `index`; its weights are freed with the returned object."""
-        module = self._layers[index]
+        # A copy of the empty one, so that nothing outlives the layer.
+        module = copy.deepcopy(decoder_layers(self._model)[index])
         self._source.fill(module, self._dtype, self._device, layer_prefix(index))
-        # The module is only a way to compute: replace it by an empty one, so that nothing outlives the layer.
-        self._layers[index] = nn.Identity()
-        return DenseLayer(module, self._calls[index], self._source.config)
+        return DenseLayer(module, index, self.calls, self._source.config)
 
 
 @torch.no_grad()
-def _record_calls(model: PreTrainedModel, length: int, dtype: torch.dtype, device: torch.device) -> list[_Call]:
-    """What a model calls each of its layers with, for a sequence of `length` tokens. Its weights are not used."""
+def record_calls(model: PreTrainedModel, stream: Tensor, **options) -> list[Call]:
+    """What a model calls each of its layers with, for a stream (sequences, length, d). Its weights are not used.
+
+    Args:
+        options: of the call of its decoder.
+    """
     decoder, calls = model.get_decoder(), []
 
     def record(stream: Tensor, *arguments, **keywords) -> Tensor:
-        calls.append(_Call(arguments, keywords))
+        calls.append(Call(arguments, keywords))
         return stream
 
-    for module in decoder.children():
-        if not has_weights(module):
-            module.to(device)  # the tables of positions
-    stream = torch.zeros(1, length, model.config.hidden_size, dtype=dtype, device=device)
     with forwarding(decoder.layers, record), forwarding([final_norm(decoder)], lambda stream: stream):
-        decoder(inputs_embeds=stream, use_cache=False)
+        decoder(inputs_embeds=stream, use_cache=False, **options)
     return calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
+import factorllm.dense.text_models  # noqa: F401  registers them
 from factorllm.dense.wrappers import Wrapper
-from factorllm.errors import refusing
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.progress import quiet_transformers
 
 _SAFE = {"trust_remote_code": False}
@@ -75,6 +80,35 @@ def load_pretrained(
         options["key_mapping"] = wrapper.key_mapping
     with quiet_transformers(), refusing(folder, _AGAIN):
         return AutoModelForCausalLM.from_pretrained(folder, config=config, **_SAFE, **_attention(config), **options)
+
+
+def load_processor(folder: Path, label: str) -> ProcessorMixin:
+    """What makes inputs of images and text, of a transformers folder.
+
+    Raises:
+        FactorLLMError: when transformers cannot use it, or a package that it wants is not there.
+    """
+    missing = [package for package in ("PIL", "torchvision", "num2words") if find_spec(package) is None]
+    instead = "use another copy of it, or leave --images out"
+    if missing:
+        wanted = f"{' and '.join(missing)} not installed, which it may want: pip install 'factorllm[images]'"
+        instead = f"{wanted}; else {instead}"
+    with quiet_transformers(), refusing(f"the processor of {label}", instead):
+        return AutoProcessor.from_pretrained(folder, **_SAFE)
+
+
+def load_whole(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A whole vision-language model in a transformers folder; with fewer layers, where the config has fewer.
+
+    Raises:
+        FactorLLMError: when transformers cannot use it, or a tensor of it is missing.
+    """
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    with quiet_transformers(), refusing(folder, _AGAIN):
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, config=config, **_SAFE, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise FactorLLMError(f"{folder} has no tensor {missing[0]}: it is damaged; fetch it again")
+    return model
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -227,8 +227,9 @@ def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
     transformers decides so too; the engines that believe the config would throw the head away.
     """
     names = set(tensors.names())
-    if not config.tie_word_embeddings or HEAD not in names or EMBEDDINGS not in names:
-        return bool(config.tie_word_embeddings)
+    tied = bool(getattr(config, "tie_word_embeddings", False))  # a text model's config may leave it to the whole one's
+    if not tied or HEAD not in names or EMBEDDINGS not in names:
+        return tied
     return torch.equal(tensors.read(EMBEDDINGS), tensors.read(HEAD))
 
 

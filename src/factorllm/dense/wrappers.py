@@ -33,10 +33,15 @@ WRAPPERS = {
     "gemma4": "Gemma 4",
     "qwen3_5": "Qwen3.5, Qwen3.6",
     "qwen3_5_moe": "Qwen3.5, Qwen3.6, with experts",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL, with experts",
 }
 """Wrappers by transformers' `model_type`, with well-known models. The family is that of the text model inside."""
 
-_WITH_EXPERTS = {"qwen3_5": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")}
+_WITH_EXPERTS = {
+    "qwen3_5": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+    "qwen3_vl": ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+}
 """Wrappers that are of another kind when the text model has experts."""
 
 _DECODERS = ("model.language_model.", "language_model.model.", "model.text_model.")
@@ -73,6 +78,13 @@ class Wrapper:
         """The same for transformers' `from_pretrained`, as patterns."""
         return {f"^{re.escape(self.decoder)}": "model.", f"^{re.escape(self.head)}": HEAD}
 
+    @property
+    def gguf_keys(self) -> dict[str, int]:
+        """What a GGUF file of the text model must say so that the file of the vision tower fits it, without the prefix
+        of the architecture."""
+        deep = getattr(self.config.vision_config, "deepstack_visual_indexes", ())
+        return {"n_deepstack_layers": len(deep)} if deep else {}
+
     def config_with(self, text: PreTrainedConfig, has_experts: bool) -> PreTrainedConfig:
         """The config of the whole model round another text model."""
         said = copy.deepcopy(self.config).to_dict() | {"text_config": text.to_dict(), "dtype": text.dtype}
@@ -80,11 +92,15 @@ class Wrapper:
         if has_experts and kind in _WITH_EXPERTS:
             kind, name = _WITH_EXPERTS[kind]
             architecture = [name]
-        # vLLM asks the text model's config for its class.
-        said["text_config"]["architectures"] = text.architectures or [_CLASSES[text.model_type]]
+        # vLLM asks the text model's config for its class, where it has one.
+        said["text_config"]["architectures"] = text.architectures or _classes_of(text)
         said |= {"architectures": architecture}
         del said["model_type"]
         return AutoConfig.for_model(kind, **said)
+
+
+def _classes_of(text: PreTrainedConfig) -> list[str] | None:
+    return [_CLASSES[text.model_type]] if text.model_type in _CLASSES else None
 
 
 def unwrapped(config: PreTrainedConfig, names: Collection[str]) -> tuple[PreTrainedConfig, Wrapper | None]:

@@ -16,6 +16,7 @@ from factorllm.dense import local_path, open_model
 from factorllm.dense.families import is_dense
 from factorllm.dense.model import check_finite
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
+from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host
 from factorllm.runs.output import PROVENANCE
@@ -52,6 +53,7 @@ class Checkpoint:
         shape: the shape of a tensor by its name, without reading it.
         load: the whole model in transformers, in a dtype and on a device.
         settings: reads how it was made, where factorllm made it; they say which part of a text is held out.
+        wrapper: what is round it, where it is the text model of a vision-language model.
         overlaps: whether its experts share neurons.
     """
 
@@ -65,6 +67,7 @@ class Checkpoint:
     licence: str | None
     load: Callable[[torch.dtype, torch.device], PreTrainedModel]
     settings: Callable[[], Settings]
+    wrapper: Wrapper | None = None
     overlaps: bool = False
 
     def with_top_k(self, top_k: int) -> Checkpoint:
@@ -100,9 +103,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     folder = local_path(model)
     if (folder / "config.json").is_file():
-        config, _, tensors = open_folder(folder, model)
+        config, wrapper, tensors = open_folder(folder, model)
         if not is_dense(config) and config.model_type in HOSTS:
-            return _open_student(folder, model, config, tensors)
+            return replace(_open_student(folder, model, config, tensors), wrapper=wrapper)
     source = open_model(model)
     name = Path(source.label).resolve().name.removesuffix(".gguf")
     names = frozenset(source.names())
@@ -117,6 +120,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         source.licence,
         source.load_model,
         partial(_settings, folder),
+        source.wrapper,
     )
 
 
@@ -138,7 +142,7 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         partial(load_student, folder),
         partial(_settings, folder),
         # A model of another origin is taken not to have experts that overlap.
-        bool(made) and made["recipe"].get("overlapping") is not None,
+        overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
 
 

@@ -303,6 +303,8 @@ def add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> Non
         list: writer.add_array,
     }
     keys = {"attention.head_count_kv": config.num_key_value_heads} | checkpoint.host.gguf_keys(config)
+    if checkpoint.wrapper:
+        keys |= checkpoint.wrapper.gguf_keys
     if checkpoint.host.gguf_has_windows:
         keys["attention.sliding_window"] = config.sliding_window
         keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]

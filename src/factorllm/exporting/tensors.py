@@ -66,6 +66,8 @@ def _stored(checkpoint: Layout, prefix: str, stored: Stored) -> Tensor:
         count = checkpoint.host.shape(checkpoint.config).experts
         return torch.stack([checkpoint.read(prefix + stored.name.format(expert)) for expert in range(count)])
     tensor = checkpoint.read(prefix + stored.name)
+    if stored.transposed:
+        tensor = tensor.transpose(-1, -2)
     return tensor if stored.half is None else tensor.chunk(2, dim=-2)[stored.half]
 
 

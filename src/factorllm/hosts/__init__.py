@@ -23,6 +23,7 @@ from factorllm.hosts.mixtral import MixtralHost
 from factorllm.hosts.qwen2_moe import Qwen2MoeHost
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
 from factorllm.hosts.qwen3_moe import Qwen3MoeHost
+from factorllm.hosts.qwen3_vl_moe import Qwen3VLMoeHost
 from factorllm.recipe import Shape
 
 __all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host", "host_of"]
@@ -30,7 +31,7 @@ __all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host", "host_of"]
 _HOSTS = (
     MixtralHost(), GraniteMoeSharedHost(), GraniteMoeHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(),
     GraniteMoeSWAHost(), Qwen35MoeHost(), GraniteMoeHybridHost(), Lfm2MoeHost(), Gemma4Host(), FlexOlmoHost(),
-    Cohere2MoeHost(), HunYuanMoeHost(), Ernie45MoeHost(), DenseHost(),
+    Cohere2MoeHost(), HunYuanMoeHost(), Ernie45MoeHost(), Qwen3VLMoeHost(), DenseHost(),
 )  # fmt: skip
 
 HOSTS: dict[str, Host] = {host.name: host for host in _HOSTS}

@@ -50,10 +50,12 @@ class Stored:
     Attributes:
         name: the tensor's name on disk, without the prefix of the layer; `{}` stands for each expert, to be stacked.
         half: None for all of it, 0 or 1 for the first or second half of its rows.
+        transposed: whether rows and columns of each expert have changed places there.
     """
 
     name: str
     half: int | None = None
+    transposed: bool = False
 
 
 class Host(ABC):
@@ -232,7 +234,8 @@ class MoeHost(Host):
 
 _OWN = {"model_type", "architectures", "transformers_version", "dtype"}
 
-_ALIGNED = 8  # rows of 16 bytes in bf16
+ALIGNED = 8
+"""What widths must be multiples of: rows of 16 bytes in bf16."""
 
 _COMMON_KEYS = [
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
@@ -311,9 +314,9 @@ def projections(prefix: str) -> tuple[Stored, Stored, Stored]:
 def _misaligned(config: PreTrainedConfig, shape: Shape) -> str | None:
     """Why the experts' matrices cannot be multiplied by transformers' default back end, or None when they can."""
     for what, width in (("experts", shape.expert_width), ("a hidden size", config.hidden_size)):
-        if width % _ALIGNED:
+        if width % ALIGNED:
             return (
                 f"the student would have {what} of {width} neurons, but transformers' grouped_mm needs multiples of "
-                f"{_ALIGNED}; cut the FFN into fewer parts"
+                f"{ALIGNED}; cut the FFN into fewer parts"
             )
     return None

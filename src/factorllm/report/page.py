@@ -20,7 +20,7 @@ from factorllm.report.plots import (
     routing_figure,
     save_png,
 )
-from factorllm.report.summary import LABELS, mean_agreement
+from factorllm.report.summary import LABELS, kind_rows, mean_agreement
 from factorllm.report.template import read_template
 from factorllm.runs.output import check_own_files
 from factorllm.runs.workspace import write_text
@@ -60,6 +60,7 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         drawn[figure_name] = as_svg(figure, figure_name, description)
         pyplot.close(figure)
     made = found.made
+    images = made["data"].get("images")
     page = read_template("page.html.jinja").render(
         name=name,
         made=made,
@@ -68,6 +69,8 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         labels=LABELS,
         last="healed" if "healed" in made["results"] else "student",
         agreement=mean_agreement(made["layers"]),
+        images=images,
+        kinds=kind_rows(images, made["layers"]) if images else [],
         figures=drawn,
         specialisation=found.specialisation,
         specialised=SPECIALISED,

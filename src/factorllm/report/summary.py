@@ -50,6 +50,7 @@ class Summary:
         base_model: name of the dense model, fit to publish.
         logit_scale: factor on the student's logits (`temperature.fit_logit_scale`), 1 when nothing was restored.
         layers: per layer, the student's statistics (see `convert.LayerConversion.run`).
+        images: where images were looked at, their folder's name, and images and tokens of each part and kind.
         spent: what the run took, once it has ended.
         done_already: whether it was made before, by a call with the same arguments.
     """
@@ -65,6 +66,7 @@ class Summary:
     rows: list[ModelRow]
     logit_scale: float
     layers: list[dict[str, Any]]
+    images: dict[str, Any] | None = None
     spent: Spent | None = None
     done_already: bool = False
 
@@ -103,6 +105,7 @@ def read_summary(out: Path, made: dict[str, Any]) -> Summary:
         rows=rows,
         logit_scale=made["logit_scale"],
         layers=made["layers"],
+        images=made["data"].get("images"),
         spent=Spent(**{field.name: spent.get(field.name, 0) for field in fields(Spent)}),
         done_already=True,
     )
@@ -157,6 +160,50 @@ def layer_table(layers: list[dict[str, Any]]) -> Table:
             f"{layer['stream_error']:.3f}",
             "-" if layer["ridge_strength"] is None else f"{layer['ridge_strength']:g}",
         )
+    return table
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """What is known of the tokens of images, or of text.
+
+    Attributes:
+        calibration_tokens, held_out_tokens: how many there were.
+        ffn_error: the squared error of the FFNs' output on those that were held out, relative to the dense FFN's on the
+            same inputs, mean over tokens and layers.
+    """
+
+    kind: str
+    calibration_tokens: int
+    held_out_tokens: int
+    ffn_error: float
+
+
+def kind_rows(images: dict[str, Any], layers: list[dict[str, Any]]) -> list[KindRow]:
+    """A row for the tokens of text, and one for those of images.
+
+    Args:
+        images: `images` of a `Summary`.
+    """
+    return [
+        KindRow(
+            kind,
+            images[f"calibration_{kind}_tokens"],
+            images[f"held_out_{kind}_tokens"],
+            mean(layer["ffn_error"][kind] for layer in layers),
+        )
+        for kind in ("text", "image")
+    ]
+
+
+def kind_table(images: dict[str, Any], layers: list[dict[str, Any]]) -> Table:
+    """Tokens of text and of images, and the error of the student's FFNs on each."""
+    title = f"{images['calibration_images']:,} images of {images['origin']}, {images['held_out_images']:,} held out"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("tokens of", "calibration", "held out", "FFN error\n(held out)"):
+        table.add_column(column, justify="left" if column == "tokens of" else "right", no_wrap=True)
+    for row in kind_rows(images, layers):
+        table.add_row(row.kind, f"{row.calibration_tokens:,}", f"{row.held_out_tokens:,}", f"{row.ffn_error:.3f}")
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from factorllm.measure.routing import RoutedPrompt
-from factorllm.report.summary import Summary, layer_table, result_table
+from factorllm.report.summary import Summary, kind_rows, kind_table, layer_table, result_table
 from factorllm.report.tokens import coloured_tokens, legend
 
 
@@ -17,9 +17,13 @@ def show_summary(console: Console, summary: Summary) -> None:
     console.print(
         result_table(results, f"perplexity on {summary.held_out_tokens:,} held-out tokens: {summary.text_origin}")
     )
-    spent = summary.spent
+    if summary.images:
+        console.print(kind_table(summary.images, summary.layers))
+    spent, tokens = summary.spent, summary.calibration_tokens
+    if summary.images:
+        tokens = sum(row.calibration_tokens for row in kind_rows(summary.images, summary.layers))
     console.print(
-        f"{summary.recipe.name} from {summary.calibration_tokens:,} calibration tokens: converted in "
+        f"{summary.recipe.name} from {tokens:,} calibration tokens: converted in "
         f"{spent.conversion_seconds:.0f} s (static prune: {spent.baseline_seconds:.0f} s more), "
         f"peak memory {spent.peak_memory_bytes / 2**30:.1f} GiB",
         soft_wrap=True,
@@ -47,6 +51,8 @@ def show_provenance(console: Console, checkpoint: Path, made: dict) -> None:
     console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
     console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
     console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
+    if data.get("images"):
+        console.print(kind_table(data["images"], made["layers"]))
     console.print(layer_table(made["layers"]))
 
 

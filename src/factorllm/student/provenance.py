@@ -22,11 +22,22 @@ class _BaseModel(TypedDict):
     fingerprint: str
 
 
+class _Images(TypedDict):
+    origin: str
+    calibration_images: NonNegativeInt
+    calibration_image_tokens: NonNegativeInt
+    calibration_text_tokens: NonNegativeInt
+    held_out_images: NonNegativeInt
+    held_out_image_tokens: NonNegativeInt
+    held_out_text_tokens: NonNegativeInt
+
+
 class _Data(TypedDict):
     origin: str
     fingerprint: str
     calibration_tokens: NonNegativeInt
     held_out_tokens: NonNegativeInt
+    images: NotRequired[_Images]
 
 
 class _Row(TypedDict):
@@ -44,12 +55,18 @@ class _Results(TypedDict):
     pruned: NotRequired[_Row]
 
 
+class _FFNError(TypedDict):
+    text: _Finite
+    image: _Finite
+
+
 class _Layer(TypedDict):
     router_agreement: _Share | None
     energy_kept: _Finite
     expert_load: list[_Share]
     ridge_strength: _Finite | None
     stream_error: _Finite
+    ffn_error: NotRequired[_FFNError]
 
 
 class _Healing(TypedDict):
