@@ -23,8 +23,8 @@ class Family:
 
     Attributes:
         models: its well-known models, for messages.
-        gguf: its architecture in GGUF files, where they are read.
-        writes_gguf: whether they are written too.
+        gguf: its architecture in llama.cpp, where its GGUF files are written or read.
+        reads_gguf: whether they are read.
         ffn: where a layer keeps its FFN.
         width: the config's key of the FFN's width.
         norm_follows: whether a norm comes between the FFN and the residual stream.
@@ -34,7 +34,7 @@ class Family:
 
     models: str
     gguf: str | None = None
-    writes_gguf: bool = True
+    reads_gguf: bool = False
     ffn: FFNLayout = _LLAMA
     width: str = "intermediate_size"
     norm_follows: bool = False
@@ -43,36 +43,37 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("Llama 1-3, TinyLlama, SmolLM2, Yi, Falcon 3", "llama"),
-    "mistral": Family("Mistral", "llama"),
-    "qwen2": Family("Qwen2, Qwen2.5", "qwen2"),
-    "qwen3": Family("Qwen3", "qwen3"),
-    "qwen3_5_text": Family("Qwen3.5, Qwen3.6", kinds=("linear_attention",)),
-    "granite": Family("Granite 3"),
+    "llama": Family("Llama 1-3, TinyLlama, SmolLM2, Yi, Falcon 3", "llama", reads_gguf=True),
+    "mistral": Family("Mistral", "llama", reads_gguf=True),
+    "qwen2": Family("Qwen2, Qwen2.5", "qwen2", reads_gguf=True),
+    "qwen3": Family("Qwen3", "qwen3", reads_gguf=True),
+    "qwen3_5_text": Family("Qwen3.5, Qwen3.6", "qwen35", kinds=("linear_attention",)),
+    "granite": Family("Granite 3", "granite"),
     "granitemoehybrid": Family(
         "Granite 4 without experts",
+        "granitehybrid",
         ffn=_GRANITE,
         width="shared_intermediate_size",
         kinds=("mamba", "attention", "linear_attention"),
     ),
-    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", ffn=_FUSED),
-    "smollm3": Family("SmolLM3"),
-    "lfm2": Family("LFM2", ffn=_LFM2, kinds=("conv",)),
+    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", "phi3", ffn=_FUSED),
+    "smollm3": Family("SmolLM3", "smollm3"),
+    "lfm2": Family("LFM2", "lfm2", ffn=_LFM2, kinds=("conv",)),
     "gemma4_text": Family("Gemma 4", norm_follows=True),
-    "ministral3": Family("Ministral 3"),
-    "seed_oss": Family("Seed-OSS"),
-    "olmo2": Family("OLMo 2", norm_follows=True),
-    "olmo3": Family("OLMo 3", norm_follows=True),
-    "cohere": Family("Command-R, Aya"),
-    "cohere2": Family("Command R7B, Command A"),
-    "hunyuan_v1_dense": Family("Hunyuan"),
-    "ernie4_5": Family("ERNIE 4.5"),
-    "glm": Family("GLM-4-9B", ffn=_FUSED),
-    "glm4": Family("GLM-4-0414", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
-    "gemma2": Family("Gemma 2", norm_follows=True, no_host=_SANDWICHED),
-    "gemma3_text": Family("Gemma 3", "gemma3", writes_gguf=False, norm_follows=True, no_host=_SANDWICHED),
-    "exaone4": Family("EXAONE 4", norm_follows=True, no_host=_SANDWICHED),
-    "stablelm": Family("StableLM", no_host="its norms have biases, and those of hosts have none"),
+    "ministral3": Family("Ministral 3", "mistral3"),
+    "seed_oss": Family("Seed-OSS", "seed_oss"),
+    "olmo2": Family("OLMo 2", "olmo2", norm_follows=True),
+    "olmo3": Family("OLMo 3", "olmo2", norm_follows=True),
+    "cohere": Family("Command-R, Aya", "command-r"),
+    "cohere2": Family("Command R7B, Command A", "cohere2"),
+    "hunyuan_v1_dense": Family("Hunyuan", "hunyuan-dense"),
+    "ernie4_5": Family("ERNIE 4.5", "ernie4_5"),
+    "glm": Family("GLM-4-9B", "chatglm", ffn=_FUSED),
+    "glm4": Family("GLM-4-0414", "glm4", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
+    "gemma2": Family("Gemma 2", "gemma2", norm_follows=True, no_host=_SANDWICHED),
+    "gemma3_text": Family("Gemma 3", "gemma3", reads_gguf=True, norm_follows=True, no_host=_SANDWICHED),
+    "exaone4": Family("EXAONE 4", "exaone4", norm_follows=True, no_host=_SANDWICHED),
+    "stablelm": Family("StableLM", "stablelm", no_host="its norms have biases, and those of hosts have none"),
     "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),
 }
 """Dense families by transformers' `model_type`."""
@@ -166,14 +167,20 @@ def ropes(config: PreTrainedConfig) -> list:
     return list(rope.values()) if of_kinds else [rope]
 
 
+def rope_of(config: PreTrainedConfig, kind: str = "full_attention") -> dict:
+    """How positions are rotated in layers of a kind."""
+    rope: dict = config.rope_parameters
+    return rope.get(kind, rope)
+
+
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE scaling: `default`, `linear`, `llama3`, `yarn` ..."""
-    return config.rope_parameters.get("rope_type", "default")
+    return rope_of(config).get("rope_type", "default")
 
 
 def rotary_share(config: PreTrainedConfig) -> float:
     """The share of each head that is rotated by its position."""
-    return config.rope_parameters.get("partial_rotary_factor") or 1.0
+    return rope_of(config).get("partial_rotary_factor") or 1.0
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -17,6 +17,7 @@ from factorllm.dense.model import check_finite
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host
+from factorllm.hosts.base import GGUFForm
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.settings import Settings
 from factorllm.student.layout import check_layout
@@ -48,6 +49,11 @@ class Checkpoint:
     load: Callable[[torch.dtype, torch.device], PreTrainedModel]
     settings: Callable[[], Settings]
     overlaps: bool = False
+
+    @property
+    def form(self) -> GGUFForm:
+        """What is so of its GGUF file beside the FFNs."""
+        return self.host.gguf_form(self.config)
 
     def with_top_k(self, top_k: int) -> Checkpoint:
         """The same weights, with another number of experts that run for a token.

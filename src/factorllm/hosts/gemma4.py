@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma4TextConfig, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, StudentFFN, carried, stacked
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN, carried, stacked
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -63,7 +63,7 @@ class Gemma4Host(MoeHost):
             "experts.down_proj": down,
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.moe_intermediate_size,
             "expert_count": config.num_experts,
