@@ -13,7 +13,7 @@ _YARN = {
 }  # fmt: skip
 _WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
-_SPECIAL: dict[str, dict] = {
+SPECIAL: dict[str, dict] = {
     "qwen3_5_text": {
         "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -62,7 +62,7 @@ _SPECIAL: dict[str, dict] = {
 TINY: dict[str, PreTrainedConfig] = {
     "llama": CONFIGS["gqa-tied"],
     **{name: CONFIGS[name] for name in ("mistral", "qwen2", "qwen3")},
-    **{name: AutoConfig.for_model(name, **BASE | special) for name, special in _SPECIAL.items()},
+    **{name: AutoConfig.for_model(name, **BASE | special) for name, special in SPECIAL.items()},
 }
 """By `model_type`."""
 

@@ -59,7 +59,7 @@ FAMILIES = {
     "phi3": Family("Phi-3, Phi-4, Phi-4-mini", "phi3", ffn=_FUSED),
     "smollm3": Family("SmolLM3", "smollm3"),
     "lfm2": Family("LFM2", "lfm2", ffn=_LFM2, kinds=("conv",)),
-    "gemma4_text": Family("Gemma 4", norm_follows=True),
+    "gemma4_text": Family("Gemma 4", "gemma4", norm_follows=True),
     "ministral3": Family("Ministral 3", "mistral3"),
     "seed_oss": Family("Seed-OSS", "seed_oss"),
     "olmo2": Family("OLMo 2", "olmo2", norm_follows=True),
@@ -142,8 +142,20 @@ def residual_factor(config: PreTrainedConfig) -> float:
     return getattr(config, "residual_multiplier", 1.0)
 
 
+def of_layers(config: PreTrainedConfig, kind: str = "full_attention") -> PreTrainedConfig:
+    """What a config says of its layers of a kind. Gemma 4 has heads of two widths."""
+    return config.per_layer_config[kind] if getattr(config, "is_heterogeneous", False) else config
+
+
 def head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """The width of a head, in layers with full attention where they differ."""
+    return getattr(of_layers(config), "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_value_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values, in layers with full attention where they differ."""
+    heads: int = of_layers(config).num_key_value_heads
+    return heads
 
 
 def biased_projections(config: PreTrainedConfig) -> tuple[str, ...]:

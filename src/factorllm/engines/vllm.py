@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from factorllm.dense.families import head_dim
+from factorllm.dense.families import head_dim, key_value_heads
 from factorllm.dense.pretrained import load_config
 from factorllm.engines.base import Engine, Options, random_tokens
 
@@ -67,5 +67,5 @@ class Vllm(Engine):
 def cache_bytes(model: str | Path, options: Options) -> int:
     """Bytes of the keys and values of all sequences, in fp32: what vLLM must be given where it may not take all."""
     config = load_config(Path(model))
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * 4
+    per_token = 2 * config.num_hidden_layers * key_value_heads(config) * head_dim(config) * 4
     return per_token * options.batch * (options.context + _CACHE_SLACK)

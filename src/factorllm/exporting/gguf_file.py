@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, rope_of, rotary_share, sliding_window
+from factorllm.dense.families import head_dim, key_value_heads, rope_of, rope_type, rotary_share, sliding_window
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
@@ -312,8 +312,8 @@ def _keys(checkpoint: Checkpoint) -> GGUFKeys:
     keys: GGUFKeys = {
         "attention.key_length": width,
         "attention.value_length": width,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "rope.dimension_count": int(width * rotary_share(config)),
+        "attention.head_count_kv": key_value_heads(config),
+        "rope.dimension_count": width if rope_type(config) == "proportional" else int(width * rotary_share(config)),
     }
     if form.gguf_has_windows:
         keys["attention.sliding_window"] = sliding_window(config) or config.max_position_embeddings

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, rope_of, rope_type
-from factorllm.dense.gguf.rope import llama3_factors
+from factorllm.dense.families import head_dim, key_value_heads, rope_of
+from factorllm.dense.gguf.rope import rope_factors
 from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.hosts.base import Stored
@@ -43,9 +43,8 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) in _WITH_HEAD:
         yield "output.weight", read(EMBEDDINGS).float()
-    if rope_type(config) == "llama3":
-        rope = rope_of(config)
-        yield "rope_freqs.weight", llama3_factors(rope, rope["rope_theta"], head_dim(config)).float()
+    if (factors := rope_factors(rope_of(config), head_dim(config))) is not None:
+        yield "rope_freqs.weight", factors.float()
     for layer in range(config.num_hidden_layers):
         for name, tensor in _layer_tensors(checkpoint, layer_prefix(layer)):
             yield f"blk.{layer}.{name}", tensor.float()
@@ -81,7 +80,7 @@ def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Checkpoint) -> 
     tensor = checkpoint.form.gguf_content(source, tensor, config)
     if tensor.dim() == 3:
         return tensor.squeeze(1)
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": key_value_heads(config)}
     if source not in heads or checkpoint.host.gguf(config) not in _INTERLEAVED:
         return tensor
     halves = tensor.reshape(heads[source], 2, head_dim(config) // 2, -1)

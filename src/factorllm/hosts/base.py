@@ -290,6 +290,12 @@ def scaled_rope(config: PreTrainedConfig) -> str | None:
     return "it has no long RoPE" if rope_type(config) == "longrope" else None
 
 
+def scaled_in_windows(config: PreTrainedConfig) -> str | None:
+    """The reason against architectures of llama.cpp that scale positions in layers without a window only."""
+    kind = rope_of(config, "sliding_attention").get("rope_type", "default")
+    return None if kind == "default" else f"layers with a window have no {kind} RoPE scaling"
+
+
 def uneven_heads(config: PreTrainedConfig) -> str | None:
     """The reason against hosts that take the head size from the hidden size."""
     if head_dim(config) * config.num_attention_heads != config.hidden_size:

@@ -17,8 +17,9 @@ from factorllm.dense.families import (
     set_ffn_width,
     sliding_window,
 )
-from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, Stored, StudentFFN, uneven_heads
+from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, Stored, StudentFFN, scaled_in_windows, uneven_heads
 from factorllm.hosts.cohere2_moe import Cohere2MoeHost
+from factorllm.hosts.gemma4 import Gemma4Host, unlike_llamacpp
 from factorllm.hosts.glm4_moe import Glm4MoeHost
 from factorllm.hosts.granitemoe import GraniteMoeHost
 from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost
@@ -167,11 +168,6 @@ def _windows(config: PreTrainedConfig) -> str | None:
     return "layers with a window are not supported yet" if sliding_window(config) else None
 
 
-def _scaled_in_windows(config: PreTrainedConfig) -> str | None:
-    kind = rope_of(config, "sliding_attention").get("rope_type", "default")
-    return None if kind == "default" else f"layers with a window have no {kind} RoPE scaling"
-
-
 def _other_theta_in_windows(config: PreTrainedConfig) -> str | None:
     thetas = {rope_of(config, kind)["rope_theta"] for kind in ("full_attention", "sliding_attention")}
     return None if len(thetas) == 1 else "all layers rotate by one theta"
@@ -211,10 +207,11 @@ _WRITTEN = {
     "phi3": _Written(_FusedQueries(), keeps_fused=True, misfits=(uneven_heads,)),
     "smollm3": _Written(misfits=(_other_no_rope_layers,)),
     "lfm2": _Written(Lfm2MoeHost()),
+    "gemma4_text": _Written(Gemma4Host(), activation=_GELU, misfits=(unlike_llamacpp,)),
     "ministral3": _Written(_Ministral3(), output_bias=True),
     "seed_oss": _Written(Glm4MoeHost()),
     "olmo2": _Written(_NormsAfter(), misfits=(uneven_heads,)),
-    "olmo3": _Written(_OLMo3(), misfits=(uneven_heads, _scaled_in_windows, _other_theta_in_windows)),
+    "olmo3": _Written(_OLMo3(), misfits=(uneven_heads, scaled_in_windows, _other_theta_in_windows)),
     "cohere": _Written(_CommandR(), own_head=False, misfits=(uneven_heads, _normalised_queries)),
     "cohere2": _Written(Cohere2MoeHost(), own_head=False, misfits=(uneven_heads,)),
     "hunyuan_v1_dense": _Written(HunYuanMoeHost()),
@@ -225,7 +222,7 @@ _WRITTEN = {
     "gemma3_text": _Written(
         _Gemma(),
         activation=_GELU,
-        misfits=(_queries_scaled_otherwise(62), _scaled_in_windows, _capped_attention),
+        misfits=(_queries_scaled_otherwise(62), scaled_in_windows, _capped_attention),
     ),
     "exaone4": _Written(_NormsAfter(), misfits=(uneven_heads, _windows)),
     "stablelm": _Written(misfits=(_normalised_queries,)),
