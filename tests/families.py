@@ -53,6 +53,8 @@ SPECIAL: dict[str, dict] = {
     "gemma3_text": {**_WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "pad_token_id": 0},
     "exaone4": {**_WINDOW, "head_dim": 16, "pad_token_id": 0},
     "stablelm": {"rope_parameters": _PARTIAL["rope_parameters"]},
+    "arcee": {"pad_token_id": 0},
+    "nemotron": {"head_dim": 8, "pad_token_id": 0},
     "minicpm3": {
         "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8, "pad_token_id": 0,

@@ -165,6 +165,8 @@ OF_OTHER_FAMILIES = {
     "gemma3_text": [PRUNE],
     "exaone4": [],
     "stablelm": [],
+    "arcee": [PRUNE],
+    "nemotron": [],
 }
 """What is made of a dense model, whose own file is written too: students with two of many experts on, and prunes."""
 

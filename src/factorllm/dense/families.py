@@ -12,9 +12,11 @@ from factorllm.dense.ffn import FFNLayout
 _LLAMA = FFNLayout()
 _FUSED = FFNLayout(gate="gate_up_proj", up="gate_up_proj")
 _LFM2 = FFNLayout("feed_forward", "w1", "w3", "w2")
+_UNGATED = FFNLayout(gate=None)
 _GRANITE = FFNLayout("shared_mlp", "input_linear", "input_linear", "output_linear")
 
 _SANDWICHED = "a norm follows its FFN, and hosts with such a norm normalise queries and keys, or values, otherwise"
+_NO_POSITIONS = "its FFN has no gate, and attention has no positions in the hosts with such experts"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ FAMILIES = {
     "gemma3_text": Family("Gemma 3", "gemma3", reads_gguf=True, norm_follows=True, no_host=_SANDWICHED),
     "exaone4": Family("EXAONE 4", "exaone4", norm_follows=True, no_host=_SANDWICHED),
     "stablelm": Family("StableLM", "stablelm", no_host="its norms have biases, and those of hosts have none"),
+    "arcee": Family("Arcee AFM", "arcee", ffn=_UNGATED, no_host=_NO_POSITIONS),
+    "nemotron": Family("Nemotron-4, Minitron", "nemotron", ffn=_UNGATED, no_host=_NO_POSITIONS),
     "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),
 }
 """Dense families by transformers' `model_type`."""
@@ -81,13 +85,12 @@ FAMILIES = {
 _QKV = ("q_proj", "k_proj", "v_proj")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
-_WITHOUT_GATE = (
-    "apertus", "arcee", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron",
-    "opt", "phi", "starcoder2",
-)  # fmt: skip
+_WITH_BIASES = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
 
 OTHERS = {
-    **dict.fromkeys(_WITHOUT_GATE, "its FFN has no gate"),
+    **dict.fromkeys(_WITH_BIASES, "its FFN has biases, which belong to all neurons at once"),
+    "apertus": "the activation of its FFN has parameters of its own",
+    "nemotron_h": "each of its layers is an FFN, or attention, or Mamba alone, and here each layer must have an FFN",
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "it has no FFN"),
     "bitnet": "a norm inside its FFN reads all neurons at once, so they cannot be told apart",
     "gemma3n": "its layers have several streams (AltUp)",
@@ -109,6 +112,8 @@ def is_dense(config: PreTrainedConfig) -> bool:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     """Whether a model is a Mixture of Experts. A key that transformers' class does not know says nothing."""
+    if config.model_type == "nemotron_h":  # it says a number whether it has them or not
+        return "moe" in config.layers_block_type
     known = type(config)()
     counts = [getattr(config, key) for key in _EXPERT_COUNTS if hasattr(known, key)]
     return any(isinstance(count, int) and count > 1 for count in counts)

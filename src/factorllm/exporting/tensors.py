@@ -24,10 +24,10 @@ ATTENTION = {
 }
 """Names of a layer's tensors in GGUF files, without `.weight`, by their names in transformers."""
 
-_INTERLEAVED = ("llama", "granitemoe", "granite_swa", "granitehybrid", "granite", "smollm3", "mistral3")
+_INTERLEAVED = ("llama", "granitemoe", "granite_swa", "granitehybrid", "granite", "smollm3", "mistral3", "arcee")
 """Architectures for which llama.cpp wants the rotary halves of queries and keys interleaved."""
 
-_WITH_HEAD = ("qwen2moe", "olmo2", "stablelm")
+_WITH_HEAD = ("qwen2moe", "olmo2", "stablelm", "nemotron")
 """Architectures for which it insists on an output head beside the embeddings."""
 
 
@@ -59,6 +59,8 @@ def _layer_tensors(checkpoint: Checkpoint, prefix: str) -> Iterator[tuple[str, T
         for kind in ("weight", "bias"):
             if f"{prefix}{source}.{kind}" in names:
                 tensor = checkpoint.read(f"{prefix}{source}.{kind}")
+                if kind == "weight":
+                    tensor = form.gguf_content(source, tensor, checkpoint.config)
                 yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
     for target, stored in checkpoint.host.gguf_ffn_of(checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
@@ -77,7 +79,6 @@ def _as_llamacpp_has_it(tensor: Tensor, source: str, checkpoint: Checkpoint) -> 
     """Rows of Q or K from two rotary halves a head to pairs, where llama.cpp wants it; and a convolution of each
     channel as a matrix."""
     config = checkpoint.config
-    tensor = checkpoint.form.gguf_content(source, tensor, config)
     if tensor.dim() == 3:
         return tensor.squeeze(1)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": key_value_heads(config)}

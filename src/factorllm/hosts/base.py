@@ -89,7 +89,7 @@ class GGUFForm:
         return {}
 
     def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """What the file holds of a tensor.
+        """What the file holds of a tensor that is no bias.
 
         Args:
             name: in the checkpoint, without `.weight` and without the prefix of the layer.
@@ -165,6 +165,10 @@ class Host(GGUFForm, ABC):
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """The parts of a decoder layer in transformers that are the FFN."""
         return ("mlp",)
+
+    def matrices(self, config: PreTrainedConfig) -> int:
+        """In which a neuron has a row or a column."""
+        return 3
 
     def holds(self, config: PreTrainedConfig) -> bool:
         """Whether it holds models of a dense family, in some shapes at least."""

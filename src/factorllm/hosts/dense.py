@@ -46,6 +46,9 @@ class DenseHost(Host):
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return (family_of(config).ffn.slot,)
 
+    def matrices(self, config: PreTrainedConfig) -> int:
+        return 2 if family_of(config).ffn.gate is None else 3
+
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         if config.model_type not in _WRITTEN:
             return f"GGUF files of {config.model_type} are not supported yet"
@@ -60,7 +63,7 @@ class DenseHost(Host):
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         layout = family_of(config).ffn
         gate, up, down = (f"{layout.slot}.{name}.weight" for name in (layout.gate, layout.up, layout.down))
-        if _WRITTEN[config.model_type].keeps_fused:
+        if layout.gate is None or _WRITTEN[config.model_type].keeps_fused:
             inputs = {"ffn_up.weight": Stored(up)}
         else:
             first, second = (0, 1) if layout.is_fused else (None, None)
@@ -143,6 +146,14 @@ class _Gemma(_NormsAfter):
         return tensor.float() + 1 if name.endswith("norm") else tensor  # it is centred at 0
 
 
+class _Nemotron(GGUFForm):
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return {"attention.layer_norm_epsilon": config.norm_eps}
+
+    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        return tensor.float() + 1 if name.endswith("norm") else tensor  # it is centred at 0
+
+
 class _Ministral3(GGUFForm):
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         rope = config.rope_parameters
@@ -194,7 +205,7 @@ def _uncapped(config: PreTrainedConfig) -> str | None:
     return None if all(caps) else "attention and logits are always capped"
 
 
-_GELU = "gelu_pytorch_tanh"
+_GELU, _RELU2 = "gelu_pytorch_tanh", "relu2"
 
 _WRITTEN = {
     "llama": _Written(output_bias=True),
@@ -226,5 +237,7 @@ _WRITTEN = {
     ),
     "exaone4": _Written(_NormsAfter(), misfits=(uneven_heads, _windows)),
     "stablelm": _Written(misfits=(_normalised_queries,)),
+    "arcee": _Written(activation=_RELU2),
+    "nemotron": _Written(_Nemotron(), activation=_RELU2, output_bias=True, misfits=(uneven_heads,)),
 }
 """Families by `model_type`."""
