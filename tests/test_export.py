@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from urllib.request import Request, urlopen
@@ -20,6 +21,8 @@ from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params
 from factorllm.exporting import FILE_TYPES, export_gguf
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.tensors import gguf_tensors
 from factorllm.hosts import HOSTS
 
 VOCABULARY = 300
@@ -187,6 +190,19 @@ def test_llamacpp_agrees_on_other_families_and_what_is_made_of_them(family, tmp_
     for (host, _), each in zip(OF_OTHER_FAMILIES[family], found, strict=True):
         # A prune is another model, which rounding moves otherwise.
         assert each < (2.0 if host == "dense" else 1.5) * max(dense, 1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in OF_OTHER_FAMILIES if family != "windowed"])
+def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
+    save_model(WRITTEN[family], tmp_path)
+    checkpoint, seen = open_checkpoint(str(tmp_path)), set()
+
+    def read(name):
+        seen.add(name)
+        return checkpoint.read(name)
+
+    assert list(gguf_tensors(replace(checkpoint, read=read)))
+    assert checkpoint.names == seen
 
 
 @pytest.mark.parametrize(
