@@ -66,7 +66,7 @@ def main() -> None:
                     )
     head = ["shape", "type", "decode x dense, foretold", "measured", "off by", "prefill x dense, foretold", "measured"]
     text = (
-        f"`python benchmarks/forecast.py {Path(options.model).name} ...` at commit {commit()}, {options.rounds} rounds; "
+        f"`python benchmarks/forecast.py {Path(options.model).name} ...`, commit {commit()}, {options.rounds} rounds; "
         f"largest error of a decoding ratio {max(errors):.0%}.\n\n" + markdown_table(head, rows)
     )
     print(text)

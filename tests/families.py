@@ -13,7 +13,7 @@ _YARN = {
 }  # fmt: skip
 _WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
-_SPECIAL: dict[str, dict] = {
+SPECIAL: dict[str, dict] = {
     "qwen3_5_text": {
         "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -59,6 +59,8 @@ _SPECIAL: dict[str, dict] = {
     "gemma3_text": {**_WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "pad_token_id": 0},
     "exaone4": {**_WINDOW, "head_dim": 16, "pad_token_id": 0},
     "stablelm": {"rope_parameters": _PARTIAL["rope_parameters"]},
+    "arcee": {"pad_token_id": 0},
+    "nemotron": {"head_dim": 8, "pad_token_id": 0},
     "minicpm3": {
         "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8, "pad_token_id": 0,
@@ -68,7 +70,7 @@ _SPECIAL: dict[str, dict] = {
 TINY: dict[str, PreTrainedConfig] = {
     "llama": CONFIGS["gqa-tied"],
     **{name: CONFIGS[name] for name in ("mistral", "qwen2", "qwen3")},
-    **{name: AutoConfig.for_model(name, **BASE | special) for name, special in _SPECIAL.items()},
+    **{name: AutoConfig.for_model(name, **BASE | special) for name, special in SPECIAL.items()},
 }
 """By `model_type`."""
 

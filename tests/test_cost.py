@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import CONFIGS, save_dense, some_tokens
+from families import TINY
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +22,9 @@ def counted_flops(model, tokens: torch.Tensor) -> int:
     return sum(n for op, n in by_operation.items() if not any(word in str(op) for word in ATTENTION_PRODUCTS))
 
 
-@pytest.mark.parametrize("name", ["gqa-tied", "gqa-untied", "odd-sizes"])
+@pytest.mark.parametrize("name", ["gqa-tied", "gqa-untied", "odd-sizes", "arcee"])
 def test_dense_cost(name, tmp_path):
-    model = save_dense(CONFIGS[name], tmp_path)
+    model = save_dense((CONFIGS | TINY)[name], tmp_path)
     tokens = some_tokens(model.config)
     cost = cost_of(model.config, dense_shape(model.config))
     assert cost.total_parameters == model.num_parameters()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from urllib.request import Request, urlopen
@@ -10,16 +11,18 @@ import gguf
 import pytest
 import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, save_dense, some_tokens, words
-from families import TINY, WHOLE_HEADS
+from families import SPECIAL, TINY, WHOLE_HEADS
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params
 from factorllm.exporting import FILE_TYPES, export_gguf
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.tensors import gguf_tensors
 from factorllm.hosts import HOSTS
 
 VOCABULARY = 300
@@ -75,7 +78,7 @@ def differences(folder: Path, loaded: Path, engine: str = "llamacpp", **options)
     return found
 
 
-def median_differences(folder: Path, models: tuple[str, str]) -> list[float]:
+def median_differences(folder: Path, models: list[str]) -> list[float]:
     """The median of `differences` of each of the models in a folder, exported as f32."""
     found = []
     for model in models:
@@ -108,47 +111,121 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
     save_model(config, tmp_path / "dense")
     settings = small.model_copy(update={"host": host, "baseline": False})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
-    dense, out = median_differences(tmp_path, ("dense", "out"))
+    dense, out = median_differences(tmp_path, ["dense", "out"])
     assert out <= 1.5 * dense
     assert dense < 0.02
 
 
-OF_OTHER_FAMILIES = [
-    ("granite", "granitemoe", "S0A2E8"),
-    ("granite", "granitemoeshared", "S2A2E8"),
-    ("phi3", "glm4_moe", "S2A2E8"),
-    ("phi3-whole", "mixtral", "S0A2E8"),
-    ("phi3-whole", "granitemoeshared", "S2A2E8"),
-    ("seed_oss", "glm4_moe", "S2A2E8"),
-    ("glm", "glm4_moe", "S2A2E8"),
-    ("ministral3", "mixtral", "S0A2E8"),
-    ("lfm2", "lfm2_moe", "S0A2E8"),
-    ("qwen3_5_text", "qwen3_5_moe_text", "S0A2E8"),
-    ("qwen3_5_text", "qwen3_5_moe_text", "S2A2E8"),
-    ("qwen3_vl_text", "qwen3_vl_moe_text", "S0A2E8"),
-    ("granitemoehybrid", "granitemoehybrid", "S2A2E8"),
-    ("cohere", "cohere2_moe", "S0A2E8"),
-    ("cohere2", "cohere2_moe", "S1A2E8"),
-    ("smollm3", "granitemoe_swa", "S0A2E8"),
-    ("smollm3", "granitemoe_swa", "S2A2E8"),
-    ("windowed", "granitemoe_swa", "S2A2E8"),
-    ("hunyuan_v1_dense", "hunyuan_v1_moe", "S1A2E8"),
-    ("ernie4_5", "ernie4_5_moe", "S0A2E8"),
-    ("ernie4_5", "ernie4_5_moe", "S2A2E8"),
-]
+def varied(family, **changes):
+    return type(TINY[family]).from_dict(TINY[family].to_dict() | changes)
+
+
+NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
+WRITTEN = {
+    **TINY,
+    "phi3-whole": WHOLE_HEADS,
+    "windowed": SLIDING_WINDOW,
+    # As the larger ones have it: wider heads in layers without a window, whose keys are their values.
+    "gemma4_text": AutoConfig.for_model(
+        "gemma4_text",
+        **BASE | SPECIAL["gemma4_text"] | {"global_head_dim": 32, "num_global_key_value_heads": 1},
+        attention_k_eq_v=True,
+        final_logit_softcapping=3.0,
+    ),
+    # What llama.cpp takes for granted of a dense model.
+    "smollm3": varied("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], layer_types=None),
+    "glm": varied("glm", head_dim=8),
+    "exaone4": varied("exaone4", head_dim=8, **NO_WINDOWS),
+    # With what changes more than these models' own values do.
+    "gemma2": varied("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "ministral3-far": varied(
+        "ministral3", rope_parameters=TINY["ministral3"].rope_parameters | {"original_max_position_embeddings": 8}
+    ),
+}
+PRUNE = ("dense", "S4A0E8")
+OF_OTHER_FAMILIES = {
+    "granite": [("granitemoe", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
+    "granitemoehybrid": [("granitemoehybrid", "S2A2E8"), PRUNE],
+    "phi3": [("glm4_moe", "S2A2E8"), PRUNE],
+    "phi3-whole": [("mixtral", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
+    "seed_oss": [("glm4_moe", "S2A2E8")],
+    "glm": [("glm4_moe", "S2A2E8"), PRUNE],
+    "ministral3": [("mixtral", "S0A2E8")],
+    "lfm2": [("lfm2_moe", "S0A2E8"), PRUNE],
+    "qwen3_vl_text": [("qwen3_vl_moe_text", "S0A2E8")],
+    "qwen3_5_text": [("qwen3_5_moe_text", "S0A2E8"), ("qwen3_5_moe_text", "S2A2E8")],
+    "cohere": [("cohere2_moe", "S0A2E8")],
+    "cohere2": [("cohere2_moe", "S1A2E8")],
+    "smollm3": [("granitemoe_swa", "S0A2E8"), ("granitemoe_swa", "S2A2E8")],
+    "windowed": [("granitemoe_swa", "S2A2E8")],
+    "hunyuan_v1_dense": [("hunyuan_v1_moe", "S1A2E8")],
+    "ernie4_5": [("ernie4_5_moe", "S0A2E8"), ("ernie4_5_moe", "S2A2E8")],
+    "ministral3-far": [],
+    "gemma4_text": [("gemma4_text", "S0A2E8"), PRUNE],
+    "olmo2": [],
+    "olmo3": [],
+    "glm4": [],
+    "gemma2": [],
+    "gemma3_text": [PRUNE],
+    "exaone4": [],
+    "stablelm": [],
+    "arcee": [PRUNE],
+    "nemotron": [],
+}
+"""What is made of a dense model, whose own file is written too: students with two of many experts on, and prunes."""
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("family", "host", "recipe"), OF_OTHER_FAMILIES)
-def test_llamacpp_agrees_on_students_of_families_whose_own_files_are_not_written(
-    family, host, recipe, tmp_path, text_file, small
-):
-    config = {"windowed": SLIDING_WINDOW, "phi3-whole": WHOLE_HEADS, **TINY}[family]
+@pytest.mark.parametrize("family", OF_OTHER_FAMILIES)
+def test_llamacpp_agrees_on_other_families_and_what_is_made_of_them(family, tmp_path, text_file, small):
+    save_model(WRITTEN[family], tmp_path / "dense")
+    for index, (host, recipe) in enumerate(OF_OTHER_FAMILIES[family]):
+        settings = small.model_copy(update={"host": host, "baseline": False})
+        factorize(str(tmp_path / "dense"), tmp_path / f"{index}", recipe, text=str(text_file), settings=settings)
+    made = [str(index) for index in range(len(OF_OTHER_FAMILIES[family]))]
+    if family == "windowed":  # its own file ends at the window
+        assert median_differences(tmp_path, made)[0] < 0.02
+        return
+    dense, *found = median_differences(tmp_path, ["dense", *made])
+    assert dense < 0.02  # llama.cpp keeps keys and values in fp16
+    for (host, _), each in zip(OF_OTHER_FAMILIES[family], found, strict=True):
+        # A prune is another model, which rounding moves otherwise.
+        assert each < (2.0 if host == "dense" else 1.5) * max(dense, 1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in OF_OTHER_FAMILIES if family != "windowed"])
+def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
+    save_model(WRITTEN[family], tmp_path)
+    checkpoint, seen = open_checkpoint(str(tmp_path)), set()
+
+    def read(name):
+        seen.add(name)
+        return checkpoint.read(name)
+
+    assert list(gguf_tensors(replace(checkpoint, read=read)))
+    assert checkpoint.names == seen
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (TINY["minicpm3"], "GGUF files of minicpm3 are not supported yet"),
+        (TINY["smollm3"], "every fourth layer has no positions, not others"),
+        (TINY["glm"], "head_dim = hidden_size / heads"),
+        (varied("exaone4", head_dim=8), "layers with a window are not supported"),
+        (varied("llama", hidden_act="gelu"), "computes silu, not gelu"),
+        (varied("qwen3", attention_bias=True), "the attention output of llama.cpp's qwen3 has no bias"),
+        (varied("cohere", tie_word_embeddings=False), "the output head of llama.cpp's command-r is its embedding"),
+        (varied("cohere", use_qk_norm=True), "queries and keys are not normalised"),
+        (varied("gemma2", attn_logit_softcapping=None), "attention and logits are always capped"),
+        (varied("gemma3_text", query_pre_attn_scalar=8), "queries are scaled by 16, not by query_pre_attn_scalar = 8"),
+    ],
+)
+def test_a_dense_model_that_llamacpp_would_compute_otherwise_is_refused(config, says, tmp_path):
     save_model(config, tmp_path / "dense")
-    settings = small.model_copy(update={"host": host, "baseline": False})
-    factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
-    (out,) = median_differences(tmp_path, ("out",))
-    assert out < 0.02  # llama.cpp keeps keys and values in fp16
+    assert "llama.cpp" not in HOSTS["dense"].engines(config)
+    with pytest.raises(FactorLLMError, match=f"cannot be exported: .*{says}.*serve it with transformers or vLLM"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
 
 
 def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:
@@ -317,8 +394,13 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 
-def test_a_gguf_file_can_be_written_as_another_type(tmp_path):
-    save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
+@pytest.mark.parametrize(
+    "config",
+    [CONFIGS["gqa-tied"], varied("gemma3_text", layer_types=["sliding_attention"] * 3)],
+    ids=("llama", "gemma3"),
+)
+def test_a_gguf_file_can_be_written_as_another_type(config, tmp_path):
+    save_model(config, tmp_path / "dense")
     exported(tmp_path / "dense", tmp_path / "f32.gguf")
     exported(tmp_path / "f32.gguf", tmp_path / "again.gguf")
     first, second = (

@@ -8,13 +8,15 @@ import torch
 from conftest import CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
 from families import TINY, WHOLE_HEADS
 from test_hosts import HOSTS_OF
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal
 from factorllm.dense import open_model
+from factorllm.dense.ends import Ends
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.layer import ffn_of
-from factorllm.dense.modules import decoder_layers
+from factorllm.dense.modules import decoder_layers, final_norm
 from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.student.read import read_partitions
@@ -53,9 +55,12 @@ def test_a_static_prune_is_the_dense_model_without_some_neurons(family, tmp_path
         assert pruned.generate(tokens[:, :4], max_new_tokens=2, do_sample=False).shape[1] > 4
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.norm_follows] + ["granite"])
-def test_a_prune_is_restored_where_the_stream_is_not_simply_the_sum(family, tmp_path, text_file, small):
-    """Refitting what is left brings it nearer to the dense model: with a norm after the FFN, or a factor."""
+UNLIKE_LLAMA = [name for name, family in FAMILIES.items() if family.norm_follows or family.ffn.gate is None]
+
+
+@pytest.mark.parametrize("family", [*UNLIKE_LLAMA, "granite"])
+def test_a_prune_is_restored_where_the_ffn_is_not_llamas(family, tmp_path, text_file, small):
+    """Refitting what is left brings it nearer to the dense model: with a norm after the FFN, a factor, or no gate."""
     save_dense(TINY[family], tmp_path / "dense")
     errors = {}
     for restore in ("none", "stream"):
@@ -63,6 +68,16 @@ def test_a_prune_is_restored_where_the_stream_is_not_simply_the_sum(family, tmp_
         summary = factorize(str(tmp_path / "dense"), tmp_path / restore, recipe, text=str(text_file), settings=small)
         errors[restore] = summary.layers[-1]["stream_error"]
     assert errors["stream"] < errors["none"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere", "stablelm", "nemotron"])
+def test_each_kind_of_final_norm_carries_a_scale(family, tmp_path):
+    dense = save_dense(TINY[family], tmp_path)
+    norm, states = final_norm(dense.get_decoder()), torch.randn(3, dense.config.hidden_size)
+    scaled = Ends(open_model(str(tmp_path)), torch.device("cpu")).scaled_norm(1.5)
+    weights = {name.rpartition(".")[2]: weight for name, weight in scaled.items()}
+    with torch.no_grad():
+        assert relative_error(functional_call(norm, weights, (states,)), 1.5 * norm(states)) < 1e-6
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.no_host])

@@ -1,5 +1,6 @@
 """Rounding that makes errors good: less error on the text's inputs, in the types that llama.cpp reads."""
 
+from dataclasses import replace
 from functools import partial
 
 import gguf
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import words
+from families import TINY
 from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from test_export import save_model
@@ -126,6 +128,23 @@ def test_neurons_are_put_in_order_together(models):
         assert (sizes.diff(dim=1) <= 0).all()
     query = "blk.1.attn_q.weight"
     assert torch.equal(found.in_order(query, tensors[query]), tensors[query])
+
+
+def test_a_gate_in_the_tensor_of_its_up_is_ordered_like_it(models, tmp_path):
+    save_model(TINY["phi3"], tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    settings = replace(checkpoint, settings=open_checkpoint(str(models / "student")).settings)
+    found, tensors = (
+        Grams(settings, str(models / "text.txt"), TOKENS, Console(quiet=True)),
+        dict(gguf_tensors(checkpoint)),
+    )
+    up, down = "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"
+    wanted = FFN(*tensors[up].chunk(2), tensors[down])
+    got = FFN(*found.in_order(up, tensors[up]).chunk(2), found.in_order(down, tensors[down]))
+    x = correlated(4, wanted.gate.shape[1])
+    assert not torch.equal(wanted.gate, got.gate)
+    assert_close(got.hidden(x) @ got.down.T, wanted.hidden(x) @ wanted.down.T)
+    assert found.of(up) is not None
 
 
 @pytest.mark.engine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import BASE, CONFIGS, edit_json, save_dense
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, MixtralConfig, NemotronConfig
+from transformers import LlamaConfig, MixtralConfig, NemotronHConfig, Starcoder2Config
 
 from factorllm.cli import main
 
@@ -66,10 +66,18 @@ def test_no_such_hub_model(refused, monkeypatch):
 
 
 def test_unsupported_family_names_the_supported_ones(refused, tmp_path):
-    config = NemotronConfig(**BASE | {"head_dim": 8})
-    save_dense(config, tmp_path / "nemotron")
-    line = refused(tmp_path / "nemotron")
-    assert "'nemotron', which is not supported, and it cannot be: its FFN has no gate; supported: llama (Llama" in line
+    save_dense(Starcoder2Config(**BASE), tmp_path / "starcoder2")
+    line = refused(tmp_path / "starcoder2")
+    assert "'starcoder2', which is not supported, and it cannot be: its FFN has biases" in line
+    assert "at once; supported: llama (Llama" in line
+
+
+def test_layers_that_are_an_ffn_or_attention_are_refused_as_such(refused, tmp_path):
+    kinds = ["linear_attention", "mlp", "full_attention", "mlp"]
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "head_dim": 8}
+    config = {key: value for key, value in BASE.items() if key != "num_hidden_layers"}
+    save_dense(NemotronHConfig(**config | sizes, layers_block_type=kinds), tmp_path / "dense")
+    assert "each of its layers is an FFN, or attention, or Mamba alone" in refused(tmp_path / "dense")
 
 
 def test_a_mixture_of_experts_is_told_that_it_is_one(refused, tmp_path):

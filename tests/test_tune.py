@@ -27,15 +27,20 @@ def squared_error(ffn: FFN, x: Tensor, gates: Tensor, target: Tensor) -> float:
     return relative_error(output, target) ** 2
 
 
-def test_the_student_comes_nearer_to_the_dense_ffn_on_new_tokens():
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_the_student_comes_nearer_to_the_dense_ffn_on_new_tokens(activation):
+    """With a gate, and without as those of relu squared are."""
     torch.manual_seed(0)
-    dense = FFN(torch.randn(64, D) / 4, torch.randn(64, D) / 4, torch.randn(D, 64) / 8)
+    gate = torch.randn(64, D) / 4 if activation == "silu" else None
+    dense = FFN(gate, torch.randn(64, D) / 4, torch.randn(D, 64) / 8, activation)
     router = torch.randn(6, D)
     with torch.no_grad():
         tuned = tune(dense, SHAPE, (batch(seed, dense, router) for seed in range(200)), 200)
         x, gates, target, _ = batch(1000, dense, router)
         assert squared_error(tuned, x, gates, target) < 0.8 * squared_error(dense, x, gates, target)
-    assert dense.gate.requires_grad is tuned.gate.requires_grad is False
+    assert dense.up.requires_grad is tuned.up.requires_grad is False
+    assert not torch.equal(dense.up, tuned.up)
+    assert (tuned.gate is None) == (gate is None)
 
 
 def test_tokens_of_no_weight_teach_nothing():

@@ -36,7 +36,8 @@ def flap_prune(model: PreTrainedModel, tokens: Tensor, width: int) -> None:
         neurons = (variance * ffn.neuron_gain()).topk(width).indices.sort().values
         kept = ffn.part(neurons)
         bias = (ffn.down.float() @ mean.index_fill(0, neurons, 0)).to(ffn.down.dtype)
-        module.gate_proj = _linear(kept.gate, bias.new_zeros(width))
+        if kept.gate is not None:
+            module.gate_proj = _linear(kept.gate, bias.new_zeros(width))
         module.up_proj = _linear(kept.up, bias.new_zeros(width))
         module.down_proj = _linear(kept.down, bias)
         module.intermediate_size = width

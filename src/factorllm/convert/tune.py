@@ -55,8 +55,9 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
     tuned = tune(replace(kept, down=down), shape, _batches(task, runs, output, router), steps)
     output.remove()
     # Each process has tuned on its own share of the tokens, from the same start.
-    gate, up, down = (task.ranks.mean(matrix) for matrix in (tuned.gate, tuned.up, tuned.down))
-    return replace(kept, gate=gate.to(kept.gate.dtype), up=up.to(kept.up.dtype), down=down)
+    shared = {name: task.ranks.mean(matrix) for name, matrix in tuned.matrices.items()}
+    stored = {name: matrix.to(kept.up.dtype) for name, matrix in shared.items()}
+    return replace(kept, **stored | {"down": shared["down"]})
 
 
 def _batches(task: LayerTask, runs: list[slice], output: Rows, router: Tensor | None) -> Iterator[Batch]:
@@ -74,7 +75,7 @@ def _batches(task: LayerTask, runs: list[slice], output: Rows, router: Tensor | 
 
 
 def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
-    """Fit gate, up and down of the kept neurons by AdamW; each token trains the neurons that it runs.
+    """Fit the matrices of the kept neurons by AdamW; each token trains the neurons that it runs.
 
     Args:
         ffn: neurons in the order shared part, expert 0, expert 1, ...
@@ -84,14 +85,13 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
     Returns:
         The tuned FFN, in fp32.
     """
-    matrices = [matrix.float().clone().requires_grad_(True) for matrix in (ffn.gate, ffn.up, ffn.down)]
-    groups = [{"params": [matrix], "lr": _RATE * _root_mean_square(matrix)} for matrix in matrices]
+    matrices = {name: matrix.float().clone().requires_grad_(True) for name, matrix in ffn.matrices.items()}
+    groups = [{"params": [matrix], "lr": _RATE * _root_mean_square(matrix)} for matrix in matrices.values()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARM_UP, steps), steps)
-    device = ffn.gate.device
+    student, device = replace(ffn, **matrices), ffn.up.device
     for x, gates, target, weights in batches:
         with torch.enable_grad(), fast_products(device):
-            student = FFN(*matrices, ffn.activation)
             # All neurons, and the gates as a mask: few large products of one size, where products of the active ones
             # alone are small and of another size in each step, and take four times as long in bfloat16 on a CPU.
             output = GatedHidden(student.hidden(x), gates, shape).dense() @ student.down.T
@@ -100,7 +100,7 @@ def tune(ffn: FFN, shape: Shape, batches: Iterable[Batch], steps: int) -> FFN:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return FFN(*(matrix.detach() for matrix in matrices), ffn.activation)
+    return replace(ffn, **{name: matrix.detach() for name, matrix in matrices.items()})
 
 
 def _root_mean_square(matrix: Tensor) -> float:

@@ -58,7 +58,10 @@ class Ends:
         """The final norm's weights, fp32, by their names in the model, with its output `scale` times what it was."""
         centre = 1.0 if _is_zero_centred(self._norm) else 0.0
         weights = zip(final_norm_names(self._model), self._norm.parameters(), strict=True)
-        return {name: (weight + centre) * scale - centre for name, weight in weights}
+        return {
+            name: weight * scale if name.endswith(".bias") else (weight + centre) * scale - centre
+            for name, weight in weights
+        }
 
     def _run(self, tokens: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         with forwarding(self._layers, layer):
@@ -68,5 +71,5 @@ class Ends:
 def _is_zero_centred(norm: nn.Module) -> bool:
     """Whether a norm multiplies with 1 + its weight."""
     nothing = {name: torch.zeros_like(weight) for name, weight in norm.named_parameters()}
-    some = torch.ones_like(nothing["weight"])
+    some = torch.arange(len(nothing["weight"])).to(nothing["weight"])  # whose mean some norms take away
     return bool(functional_call(norm, nothing, (some,)).any())

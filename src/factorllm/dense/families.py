@@ -12,9 +12,11 @@ from factorllm.dense.ffn import FFNLayout
 _LLAMA = FFNLayout()
 _FUSED = FFNLayout(gate="gate_up_proj", up="gate_up_proj")
 _LFM2 = FFNLayout("feed_forward", "w1", "w3", "w2")
+_UNGATED = FFNLayout(gate=None)
 _GRANITE = FFNLayout("shared_mlp", "input_linear", "input_linear", "output_linear")
 
 _SANDWICHED = "a norm follows its FFN, and hosts with such a norm normalise queries and keys, or values, otherwise"
+_NO_POSITIONS = "its FFN has no gate, and attention has no positions in the hosts with such experts"
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Family:
 
     Attributes:
         models: its well-known models, for messages.
-        gguf: its architecture in GGUF files, where they are read.
-        writes_gguf: whether they are written too.
+        gguf: its architecture in llama.cpp, where its GGUF files are written or read.
+        reads_gguf: whether they are read.
         ffn: where a layer keeps its FFN.
         width: the config's key of the FFN's width.
         norm_follows: whether a norm comes between the FFN and the residual stream.
@@ -34,7 +36,7 @@ class Family:
 
     models: str
     gguf: str | None = None
-    writes_gguf: bool = True
+    reads_gguf: bool = False
     ffn: FFNLayout = _LLAMA
     width: str = "intermediate_size"
     norm_follows: bool = False
@@ -43,37 +45,40 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("Llama 1-3, TinyLlama, SmolLM2, Yi, Falcon 3", "llama"),
-    "mistral": Family("Mistral", "llama"),
-    "qwen2": Family("Qwen2, Qwen2.5", "qwen2"),
-    "qwen3": Family("Qwen3", "qwen3"),
-    "qwen3_5_text": Family("Qwen3.5, Qwen3.6", kinds=("linear_attention",)),
-    "qwen3_vl_text": Family("Qwen3-VL"),
-    "granite": Family("Granite 3"),
+    "llama": Family("Llama 1-3, TinyLlama, SmolLM2, Yi, Falcon 3", "llama", reads_gguf=True),
+    "mistral": Family("Mistral", "llama", reads_gguf=True),
+    "qwen2": Family("Qwen2, Qwen2.5", "qwen2", reads_gguf=True),
+    "qwen3": Family("Qwen3", "qwen3", reads_gguf=True),
+    "qwen3_5_text": Family("Qwen3.5, Qwen3.6", "qwen35", kinds=("linear_attention",)),
+    "qwen3_vl_text": Family("Qwen3-VL", "qwen3vl"),
+    "granite": Family("Granite 3", "granite"),
     "granitemoehybrid": Family(
         "Granite 4 without experts",
+        "granitehybrid",
         ffn=_GRANITE,
         width="shared_intermediate_size",
         kinds=("mamba", "attention", "linear_attention"),
     ),
-    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", ffn=_FUSED),
-    "smollm3": Family("SmolLM3"),
-    "lfm2": Family("LFM2", ffn=_LFM2, kinds=("conv",)),
-    "gemma4_text": Family("Gemma 4", norm_follows=True),
-    "ministral3": Family("Ministral 3"),
-    "seed_oss": Family("Seed-OSS"),
-    "olmo2": Family("OLMo 2", norm_follows=True),
-    "olmo3": Family("OLMo 3", norm_follows=True),
-    "cohere": Family("Command-R, Aya"),
-    "cohere2": Family("Command R7B, Command A"),
-    "hunyuan_v1_dense": Family("Hunyuan"),
-    "ernie4_5": Family("ERNIE 4.5"),
-    "glm": Family("GLM-4-9B", ffn=_FUSED),
-    "glm4": Family("GLM-4-0414", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
-    "gemma2": Family("Gemma 2", norm_follows=True, no_host=_SANDWICHED),
-    "gemma3_text": Family("Gemma 3", "gemma3", writes_gguf=False, norm_follows=True, no_host=_SANDWICHED),
-    "exaone4": Family("EXAONE 4", norm_follows=True, no_host=_SANDWICHED),
-    "stablelm": Family("StableLM", no_host="its norms have biases, and those of hosts have none"),
+    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", "phi3", ffn=_FUSED),
+    "smollm3": Family("SmolLM3", "smollm3"),
+    "lfm2": Family("LFM2", "lfm2", ffn=_LFM2, kinds=("conv",)),
+    "gemma4_text": Family("Gemma 4", "gemma4", norm_follows=True),
+    "ministral3": Family("Ministral 3", "mistral3"),
+    "seed_oss": Family("Seed-OSS", "seed_oss"),
+    "olmo2": Family("OLMo 2", "olmo2", norm_follows=True),
+    "olmo3": Family("OLMo 3", "olmo2", norm_follows=True),
+    "cohere": Family("Command-R, Aya", "command-r"),
+    "cohere2": Family("Command R7B, Command A", "cohere2"),
+    "hunyuan_v1_dense": Family("Hunyuan", "hunyuan-dense"),
+    "ernie4_5": Family("ERNIE 4.5", "ernie4_5"),
+    "glm": Family("GLM-4-9B", "chatglm", ffn=_FUSED),
+    "glm4": Family("GLM-4-0414", "glm4", ffn=_FUSED, norm_follows=True, no_host=_SANDWICHED),
+    "gemma2": Family("Gemma 2", "gemma2", norm_follows=True, no_host=_SANDWICHED),
+    "gemma3_text": Family("Gemma 3", "gemma3", reads_gguf=True, norm_follows=True, no_host=_SANDWICHED),
+    "exaone4": Family("EXAONE 4", "exaone4", norm_follows=True, no_host=_SANDWICHED),
+    "stablelm": Family("StableLM", "stablelm", no_host="its norms have biases, and those of hosts have none"),
+    "arcee": Family("Arcee AFM", "arcee", ffn=_UNGATED, no_host=_NO_POSITIONS),
+    "nemotron": Family("Nemotron-4, Minitron", "nemotron", ffn=_UNGATED, no_host=_NO_POSITIONS),
     "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),
 }
 """Dense families by transformers' `model_type`."""
@@ -81,13 +86,12 @@ FAMILIES = {
 _QKV = ("q_proj", "k_proj", "v_proj")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
-_WITHOUT_GATE = (
-    "apertus", "arcee", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron",
-    "opt", "phi", "starcoder2",
-)  # fmt: skip
+_WITH_BIASES = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
 
 OTHERS = {
-    **dict.fromkeys(_WITHOUT_GATE, "its FFN has no gate"),
+    **dict.fromkeys(_WITH_BIASES, "its FFN has biases, which belong to all neurons at once"),
+    "apertus": "the activation of its FFN has parameters of its own",
+    "nemotron_h": "each of its layers is an FFN, or attention, or Mamba alone, and here each layer must have an FFN",
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "it has no FFN"),
     "bitnet": "a norm inside its FFN reads all neurons at once, so they cannot be told apart",
     "gemma3n": "its layers have several streams (AltUp)",
@@ -109,6 +113,8 @@ def is_dense(config: PreTrainedConfig) -> bool:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     """Whether a model is a Mixture of Experts. A key that transformers' class does not know says nothing."""
+    if config.model_type == "nemotron_h":  # it says a number whether it has them or not
+        return "moe" in config.layers_block_type
     known = type(config)()
     counts = [getattr(config, key) for key in _EXPERT_COUNTS if hasattr(known, key)]
     return any(isinstance(count, int) and count > 1 for count in counts)
@@ -142,8 +148,20 @@ def residual_factor(config: PreTrainedConfig) -> float:
     return getattr(config, "residual_multiplier", 1.0)
 
 
+def of_layers(config: PreTrainedConfig, kind: str = "full_attention") -> PreTrainedConfig:
+    """What a config says of its layers of a kind. Gemma 4 has heads of two widths."""
+    return config.per_layer_config[kind] if getattr(config, "is_heterogeneous", False) else config
+
+
 def head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """The width of a head, in layers with full attention where they differ."""
+    return getattr(of_layers(config), "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def key_value_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values, in layers with full attention where they differ."""
+    heads: int = of_layers(config).num_key_value_heads
+    return heads
 
 
 def biased_projections(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -167,14 +185,20 @@ def ropes(config: PreTrainedConfig) -> list:
     return list(rope.values()) if of_kinds else [rope]
 
 
+def rope_of(config: PreTrainedConfig, kind: str = "full_attention") -> dict:
+    """How positions are rotated in layers of a kind."""
+    rope: dict = config.rope_parameters
+    return rope.get(kind, rope)
+
+
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE scaling: `default`, `linear`, `llama3`, `yarn` ..."""
-    return config.rope_parameters.get("rope_type", "default")
+    return rope_of(config).get("rope_type", "default")
 
 
 def rotary_share(config: PreTrainedConfig) -> float:
     """The share of each head that is rotated by its position."""
-    return config.rope_parameters.get("partial_rotary_factor") or 1.0
+    return rope_of(config).get("partial_rotary_factor") or 1.0
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

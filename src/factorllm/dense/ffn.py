@@ -1,4 +1,4 @@
-"""The dense gated FFN that is factorised, where each family keeps it, and what each of its neurons contributes."""
+"""The dense FFN that is factorised, where each family keeps it, and what each of its neurons contributes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,45 @@ from transformers.activations import ACT2FN
 
 @dataclass(frozen=True)
 class FFN:
-    """`F(x) = down @ (act(gate @ x) * (up @ x))`, with hidden size d and f intermediate neurons.
+    """`F(x) = down @ (act(gate @ x) * (up @ x))`, or without a gate `down @ act(up @ x)`, with hidden size d and f
+    intermediate neurons.
 
     Attributes:
-        gate: (f, d).
+        gate: (f, d), or None.
         up: (f, d).
         down: (d, f).
         activation: transformers' name of `act`.
     """
 
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     activation: str = "silu"
 
     @property
     def width(self) -> int:
-        return self.gate.shape[0]
+        return self.up.shape[0]
+
+    @property
+    def triggers(self) -> Tensor:
+        """What the activation is of, for each neuron: (f, d)."""
+        return self.up if self.gate is None else self.gate
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """Those that it has, by their names here."""
+        found = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def part(self, neurons: Tensor | slice) -> FFN:
         """Some of the neurons, in the given order."""
-        return replace(self, gate=self.gate[neurons], up=self.up[neurons], down=self.down[:, neurons])
+        gate = None if self.gate is None else self.gate[neurons]
+        return replace(self, gate=gate, up=self.up[neurons], down=self.down[:, neurons])
 
     def hidden(self, x: Tensor) -> Tensor:
         """Intermediate activations h(x): (n, d) -> (n, f)."""
-        return ACT2FN[self.activation](x @ self.gate.T) * (x @ self.up.T)
+        active: Tensor = ACT2FN[self.activation](x @ self.triggers.T)
+        return active if self.gate is None else active * (x @ self.up.T)
 
     def neuron_gain(self) -> Tensor:
         """Squared norm of each column of `down`: (f,), fp32."""
@@ -53,17 +67,24 @@ class FFNLayout:
 
     Attributes:
         slot: the layer's attribute that is the FFN.
-        gate, up, down: names of its matrices there; where gate and up are one matrix, gate over up, both name it.
+        gate, up, down: names of its matrices there; where gate and up are one matrix, gate over up, both name it. None
+            for a gate that there is not.
     """
 
     slot: str = "mlp"
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
 
     @property
     def is_fused(self) -> bool:
         return self.gate == self.up
+
+    @property
+    def names(self) -> list[str]:
+        """Its tensors by their names in a layer."""
+        names = dict.fromkeys((self.gate, self.up, self.down))
+        return [f"{self.slot}.{name}.weight" for name in names if name is not None]
 
     def holds(self, name: str) -> bool:
         """Whether a tensor of a layer, by its name there, is the FFN's."""
@@ -72,12 +93,15 @@ class FFNLayout:
     def of_layer(self, layer: nn.Module, activation: str) -> FFN:
         """The FFN of a layer in transformers."""
         weights = dict(layer.get_submodule(self.slot).named_parameters())
-        gate, up, down = (weights[f"{name}.weight"] for name in (self.gate, self.up, self.down))
+        up, down = weights[f"{self.up}.weight"], weights[f"{self.down}.weight"]
+        gate = None if self.gate is None else weights[f"{self.gate}.weight"]
         if self.is_fused:
             gate, up = gate.chunk(2)
         return FFN(gate, up, down, activation)
 
     def tensors(self, ffn: FFN) -> dict[str, Tensor]:
         """An FFN's tensors by their names in a layer."""
-        inputs = {self.gate: torch.cat([ffn.gate, ffn.up])} if self.is_fused else {self.gate: ffn.gate, self.up: ffn.up}
-        return {f"{self.slot}.{name}.weight": tensor for name, tensor in (inputs | {self.down: ffn.down}).items()}
+        matrices = list(ffn.matrices.values())
+        if self.is_fused:
+            matrices[:2] = [torch.cat(matrices[:2])]
+        return dict(zip(self.names, matrices, strict=True))

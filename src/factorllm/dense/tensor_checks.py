@@ -44,7 +44,7 @@ def check_names(
 
 
 def check_ffn(label: str, config: PreTrainedConfig, names: Iterable[str]) -> None:
-    """Refuse an FFN that is more than three matrices.
+    """Refuse an FFN that is more than its matrices.
 
     Args:
         names: of all parameters.
@@ -53,12 +53,11 @@ def check_ffn(label: str, config: PreTrainedConfig, names: Iterable[str]) -> Non
         FactorLLMError: naming what else it has.
     """
     layout = family_of(config).ffn
-    whole = {f"{layout.slot}.{matrix}.weight" for matrix in (layout.gate, layout.up, layout.down)}
     inside = {name.removeprefix(LAYERS).partition(".")[2] for name in names if name.startswith(LAYERS)}
-    if extra := sorted(name for name in inside if layout.holds(name) and name not in whole):
+    if extra := sorted(name for name in inside if layout.holds(name) and name not in layout.names):
         raise FactorLLMError(
-            f"{label} has {extra[0]} in its FFN, which belongs to all of its neurons at once; only FFNs of a gate, an "
-            "up and a down matrix, without biases, can be cut exactly"
+            f"{label} has {extra[0]} in its FFN, which belongs to all of its neurons at once; only FFNs of an up "
+            "and a down matrix, with a gate or none, and without biases, can be cut exactly"
         )
 
 

@@ -19,6 +19,7 @@ from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_fold
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host
+from factorllm.hosts.base import GGUFForm
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.settings import Settings
 from factorllm.student.layout import check_layout
@@ -40,6 +41,10 @@ class Layout(Protocol):
     def names(self) -> frozenset[str]: ...
     @property
     def read(self) -> Callable[[str], torch.Tensor]: ...
+    @property
+    def wrapper(self) -> Wrapper | None: ...
+    @property
+    def form(self) -> GGUFForm: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Checkpoint:
     settings: Callable[[], Settings]
     wrapper: Wrapper | None = None
     overlaps: bool = False
+
+    @property
+    def form(self) -> GGUFForm:
+        """What is so of its GGUF file beside the FFNs."""
+        return self.host.gguf_form(self.config)
 
     def with_top_k(self, top_k: int) -> Checkpoint:
         """The same weights, with another number of experts that run for a token.

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, rotary_share, sliding_window
+from factorllm.dense.families import head_dim, key_value_heads, rope_of, rope_type, rotary_share, sliding_window
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
@@ -27,6 +27,7 @@ from factorllm.exporting.importance import TOKENS, Importance, read_importance, 
 from factorllm.exporting.plan import FILE_TYPES, Planned, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
+from factorllm.hosts.base import GGUFKeys
 from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
 from factorllm.runs.output import check_output, is_done, located, own_files
@@ -132,9 +133,10 @@ def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoi
     """
     checkpoint = open_checkpoint(model)
     if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
+        other = "factorize with --host granitemoeshared or mixtral, or " if checkpoint.host.gates else ""
         raise FactorLLMError(
-            f"{model} cannot be exported: {reason}, so its outputs would be wrong; factorize with --host "
-            "granitemoeshared or mixtral, or serve it with transformers or vLLM"
+            f"{model} cannot be exported: {reason}, so its outputs would be wrong; {other}serve it with transformers "
+            "or vLLM"
         )
     if made_with is not None:
         checkpoint = replace(checkpoint, settings=lambda: made_with)
@@ -286,15 +288,14 @@ def add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> Non
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     # Most architectures of llama.cpp have no sliding window; within one window there is no difference.
-    window = None if checkpoint.host.gguf_has_windows else sliding_window(config)
+    window = None if checkpoint.form.gguf_has_windows else sliding_window(config)
     writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
     if eps := getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None):
         writer.add_layer_norm_rms_eps(eps)
-    writer.add_rope_dimension_count(int(head_dim(config) * rotary_share(config)))
+    if eps := getattr(config, "layer_norm_eps", None):
+        writer.add_layer_norm_eps(eps)
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -302,11 +303,24 @@ def add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> Non
         str: writer.add_string,
         list: writer.add_array,
     }
-    keys = {"attention.head_count_kv": config.num_key_value_heads} | checkpoint.host.gguf_keys(config)
+    for key, value in _keys(checkpoint).items():
+        add[type(value)](f"{architecture}.{key}", value)
+
+
+def _keys(checkpoint: Layout) -> GGUFKeys:
+    """What differs between architectures, the more general first."""
+    config, form, width = checkpoint.config, checkpoint.form, head_dim(checkpoint.config)
+    keys: GGUFKeys = {
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.head_count_kv": key_value_heads(config),
+        "rope.dimension_count": width if rope_type(config) == "proportional" else int(width * rotary_share(config)),
+    }
+    if form.gguf_has_windows:
+        keys["attention.sliding_window"] = sliding_window(config) or config.max_position_embeddings
+        keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+        if (within := rope_of(config, "sliding_attention")) is not config.rope_parameters:
+            keys["rope.freq_base_swa"] = float(within["rope_theta"])
     if checkpoint.wrapper:
         keys |= checkpoint.wrapper.gguf_keys
-    if checkpoint.host.gguf_has_windows:
-        keys["attention.sliding_window"] = config.sliding_window
-        keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
-    for key, value in (keys | rope_keys(config.rope_parameters)).items():
-        add[type(value)](f"{architecture}.{key}", value)
+    return keys | rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)

@@ -20,11 +20,11 @@ _AT_MOST = 1 / 4
 _SAME_INPUTS = {
     "attn_k": "attn_q",
     "attn_v": "attn_q",
-    "ffn_up": "ffn_gate",
-    "ffn_up_exps": "ffn_gate_exps",
-    "ffn_up_shexp": "ffn_gate_shexp",
+    "ffn_gate": "ffn_up",
+    "ffn_gate_exps": "ffn_up_exps",
+    "ffn_gate_shexp": "ffn_up_shexp",
 }
-"""Tensors that read what another one reads, which is summed up once."""
+"""Tensors that read what another one reads, which is summed up once. Some gates are in the tensor of their up."""
 
 
 _ORDERED_BY = {
@@ -70,6 +70,9 @@ class Grams:
         if order is None:
             return tensor
         dim, matrices = (-1 if _is_down(name) else -2), tensor.reshape(-1, *tensor.shape[-2:])
+        # A gate that is in the tensor of its up is ordered like it.
+        parts = range(0, matrices.shape[dim], order.shape[1])
+        order = torch.cat([order + start for start in parts], dim=1)
         ordered = [own.index_select(dim, neurons) for own, neurons in zip(matrices, order, strict=True)]
         return torch.stack(ordered).view_as(tensor)
 

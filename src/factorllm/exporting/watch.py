@@ -16,7 +16,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from factorllm.dense.modules import decoder_layers
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.tensors import ATTENTION
-from factorllm.hosts import Host
 
 ROUTER = "ffn_gate_inp.weight"
 INTO_EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
@@ -75,7 +74,7 @@ def _watching(
             elif type(module).__name__.endswith("Router"):
                 module.top_k = checkpoint.host.shape(checkpoint.config).top_k  # of `with_top_k`
         if index in layers:
-            for name, module in _linears(layer, checkpoint.host).items():
+            for name, module in _linears(layer, checkpoint).items():
                 hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}")))
     if prefixes:
         experts = _Experts(prefixes, watcher)
@@ -137,10 +136,11 @@ def _inner(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
     return experts.act_fn(gate) * up
 
 
-def _linears(layer: nn.Module, host: Host) -> dict[str, nn.Linear]:
+def _linears(layer: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
     """The linear maps of a layer by their names in GGUF files. The routed experts are none: they are one tensor."""
-    sources = {f"{target}.weight": source for source, target in (ATTENTION | host.gguf_names).items()}
-    sources |= {target: stored.name.removesuffix(".weight") for target, stored in host.gguf_ffn.items()}
+    sources = {f"{target}.weight": source for source, target in (ATTENTION | checkpoint.form.gguf_names).items()}
+    ffn = checkpoint.host.gguf_ffn_of(checkpoint.config)
+    sources |= {target: stored.name.removesuffix(".weight") for target, stored in ffn.items()}
     modules = dict(layer.named_modules())
     found = {target: modules.get(source) for target, source in sources.items()}
     return {target: module for target, module in found.items() if isinstance(module, nn.Linear)}

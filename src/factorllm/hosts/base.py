@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import activation, head_dim, normalises_heads, rope_type, rotary_share, sliding_window
+from factorllm.dense.families import (
+    activation,
+    head_dim,
+    normalises_heads,
+    rope_of,
+    rope_type,
+    rotary_share,
+    sliding_window,
+)
 from factorllm.dense.ffn import FFN
 from factorllm.dense.fused import unfused
 from factorllm.dense.gguf.rope import reason_against_rope
@@ -43,6 +51,10 @@ class StudentFFN:
         return [replace(part, down=part.down * scale) for part in parts]
 
 
+GGUFKeys = dict[str, Any]
+"""Keys of a GGUF file below its architecture: numbers, texts, and lists with an entry for each layer."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor of a GGUF file is in the checkpoint.
@@ -58,7 +70,36 @@ class Stored:
     transposed: bool = False
 
 
-class Host(ABC):
+class GGUFForm:
+    """What a GGUF file holds and says of a model beside its FFNs.
+
+    Attributes:
+        gguf_ffn_norm: the name there of the norm before the FFN.
+        gguf_names: the names there of what a layer holds beside, by those in the checkpoint, where they differ from
+            Llama's; both without `.weight`, but for tensors whose names in the checkpoint have none.
+        gguf_has_windows: whether llama.cpp reads the windows of its layers.
+        gguf_final_norm: the norm after the last layer, by its names in the checkpoint and there.
+    """
+
+    gguf_ffn_norm: str = "ffn_norm"
+    gguf_names: ClassVar[dict[str, str]] = {}
+    gguf_has_windows: bool = False
+    gguf_final_norm: tuple[str, str] = ("norm", "output_norm")
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        """What the file must say beside what all architectures do, without the prefix of the architecture."""
+        return {}
+
+    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        """What the file holds of a tensor that is no bias.
+
+        Args:
+            name: in the checkpoint, without `.weight` and without the prefix of the layer.
+        """
+        return tensor
+
+
+class Host(GGUFForm, ABC):
     """An architecture of transformers that a student can be written in.
 
     Attributes:
@@ -67,11 +108,6 @@ class Host(ABC):
         all_engines: engines that load it, whatever the dense model.
         ties_embeddings: whether its engines let the output head be the embedding table.
         gguf_ffn: the FFN's tensors by their names in GGUF files.
-        gguf_ffn_norm: the name there of the norm before the FFN.
-        gguf_names: the names there of what a layer holds beside, by those in the checkpoint, where they differ from
-            Llama's; both without `.weight`, but for tensors whose names in the checkpoint have none.
-        gguf_has_windows: whether llama.cpp reads the windows of its layers.
-        gguf_final_norm: the norm after the last layer, by its names in the checkpoint and there.
     """
 
     name: str
@@ -79,10 +115,6 @@ class Host(ABC):
     all_engines: tuple[str, ...] = ("transformers", "vllm", "sglang", "llama.cpp")
     ties_embeddings: bool = True
     gguf_ffn: ClassVar[dict[str, Stored]]
-    gguf_ffn_norm: str = "ffn_norm"
-    gguf_names: ClassVar[dict[str, str]] = {}
-    gguf_has_windows: bool = False
-    gguf_final_norm: tuple[str, str] = ("norm", "output_norm.weight")
 
     def engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Engines that load the student without custom code.
@@ -98,19 +130,15 @@ class Host(ABC):
 
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         """Why llama.cpp would compute something else than the checkpoint says, or None."""
-        return reason_against_rope(config.rope_parameters, self.gguf(config))
+        return reason_against_rope(rope_of(config), self.gguf(config))
 
     @abstractmethod
     def gguf(self, config: PreTrainedConfig) -> str:
         """The architecture in GGUF files."""
 
-    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """What a GGUF file holds of a tensor outside the FFN.
-
-        Args:
-            name: in the checkpoint, without `.weight` and without the prefix of the layer.
-        """
-        return tensor
+    def gguf_form(self, config: PreTrainedConfig) -> GGUFForm:
+        """What is so of a GGUF file beside the FFNs."""
+        return self
 
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """Those of `gguf_ffn` that a student has: some hosts have a shared expert or none."""
@@ -119,7 +147,7 @@ class Host(ABC):
         return {name: stored for name, stored in self.gguf_ffn.items() if "shexp" not in name}
 
     @abstractmethod
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         """What a GGUF file must say of the FFN, without the prefix of the architecture.
 
         Args:
@@ -139,6 +167,10 @@ class Host(ABC):
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """The parts of a decoder layer in transformers that are the FFN."""
         return ("mlp",)
+
+    def matrices(self, config: PreTrainedConfig) -> int:
+        """In which a neuron has a row or a column."""
+        return 3
 
     def holds(self, config: PreTrainedConfig) -> bool:
         """Whether it holds models of a dense family, in some shapes at least."""
@@ -263,6 +295,12 @@ def windowed(config: PreTrainedConfig) -> str | None:
 def scaled_rope(config: PreTrainedConfig) -> str | None:
     """The reason against hosts that read no parameters of Phi's long RoPE."""
     return "it has no long RoPE" if rope_type(config) == "longrope" else None
+
+
+def scaled_in_windows(config: PreTrainedConfig) -> str | None:
+    """The reason against architectures of llama.cpp that scale positions in layers without a window only."""
+    kind = rope_of(config, "sliding_attention").get("rope_type", "default")
+    return None if kind == "default" else f"layers with a window have no {kind} RoPE scaling"
 
 
 def uneven_heads(config: PreTrainedConfig) -> str | None:

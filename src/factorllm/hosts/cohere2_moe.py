@@ -9,6 +9,7 @@ from transformers import Cohere2MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -72,7 +73,7 @@ class Cohere2MoeHost(MoeHost):
             **(one_expert(doubled, "mlp.shared_experts") if shared.width else {}),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_experts,
@@ -82,6 +83,7 @@ class Cohere2MoeHost(MoeHost):
             "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
             "expert_weights_norm": False,
             "leading_dense_block_count": 0,
-            "attention.layer_norm_epsilon": config.layer_norm_eps,
-            "logit_scale": float(config.logit_scale),
         }
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return {"logit_scale": float(config.logit_scale)}

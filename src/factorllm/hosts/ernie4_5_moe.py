@@ -8,6 +8,7 @@ from transformers import Ernie4_5_MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -60,7 +61,7 @@ class Ernie45MoeHost(MoeHost):
             **(one_expert(shared, "mlp.shared_experts") if shared.width else {}),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,

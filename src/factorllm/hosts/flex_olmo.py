@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import FlexOlmoConfig, PreTrainedConfig
 
 from factorllm.dense.families import ropes, sliding_window
-from factorllm.hosts.base import MoeHost, StudentFFN, common_config, per_expert
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN, common_config, per_expert
 from factorllm.hosts.gates import SOFTMAX_OF_ALL
 from factorllm.recipe import Shape
 
@@ -39,7 +39,7 @@ class FlexOlmoHost(MoeHost):
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_experts,

@@ -1,12 +1,23 @@
 """Gemma 4 with experts: routed experts only, beside a dense branch that is silenced, for Gemma 4."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Gemma4TextConfig, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, StudentFFN, carried, stacked
+from factorllm.dense.families import of_layers
+from factorllm.hosts.base import (
+    GGUFKeys,
+    MoeHost,
+    Stored,
+    StudentFFN,
+    carried,
+    gguf_experts,
+    scaled_in_windows,
+    stacked,
+)
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -21,9 +32,27 @@ class Gemma4Host(MoeHost):
     families = ("gemma4_text",)
     shared = "no"
     activation = "gelu_pytorch_tanh"
-    all_engines = ("transformers", "vllm")
+    rotates_parts = True
+    all_engines = ("transformers", "vllm", "llama.cpp")
     gates = SOFTMAX_OF_SELECTED
-    gguf_architecture = None
+    gguf_architecture = "gemma4"
+    gguf_has_windows = True
+    gguf_names: ClassVar = {
+        "post_attention_layernorm": "post_attention_norm",
+        _PRE: "ffn_norm",
+        f"{_PRE}_2": "pre_ffw_norm_2",
+        **{f"{_POST}{which}": f"post_ffw_norm{which}" for which in ("", "_1", "_2")},
+        "layer_scalar": "layer_output_scale.weight",
+    }
+    gguf_ffn: ClassVar = {
+        **{f"ffn_{name}.weight": Stored(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")},
+        "ffn_gate_inp.weight": Stored("router.proj.weight"),
+        "ffn_gate_inp.scale": Stored("router.scale"),
+        **gguf_experts(
+            Stored("experts.gate_up_proj", 0), Stored("experts.gate_up_proj", 1), Stored("experts.down_proj")
+        ),
+        "ffn_down_exps.scale": Stored("router.per_expert_scale"),
+    }
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         return ("mlp", "router", "experts")
@@ -63,9 +92,33 @@ class Gemma4Host(MoeHost):
             "experts.down_proj": down,
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
-            "feed_forward_length": config.moe_intermediate_size,
+            "feed_forward_length": config.intermediate_size,
+            "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.top_k_experts,
         }
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        within = of_layers(config, "sliding_attention").head_dim
+        layers = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
+        capped = config.final_logit_softcapping
+        return {
+            "attention.key_length_swa": within,
+            "attention.value_length_swa": within,
+            "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+            "rope.dimension_count_swa": within,
+            "embedding_length_per_layer_input": 0,
+            **({"final_logit_softcapping": float(capped)} if capped else {}),
+        }
+
+
+def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
+    """What llama.cpp has not of a Gemma 4, with experts or without."""
+    if config.use_bidirectional_attention == "all":
+        return "no token sees those after it"
+    return scaled_in_windows(config)

@@ -10,6 +10,7 @@ from transformers import Glm4MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, normalises_heads, rotary_share
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -77,7 +78,7 @@ class Glm4MoeHost(MoeHost):
             **one_expert(student.shared(), "mlp.shared_experts"),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,

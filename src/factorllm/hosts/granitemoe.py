@@ -7,6 +7,7 @@ from transformers import GraniteMoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, residual_factor
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -60,13 +61,15 @@ class GraniteMoeHost(MoeHost):
             "block_sparse_moe.output_linear.weight": outputs,
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_local_experts,
             "expert_used_count": config.num_experts_per_tok,
-            **_gguf_scales(config),
         }
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return _gguf_scales(config)
 
 
 def granite_config(dense: PreTrainedConfig, shape: Shape) -> dict:
@@ -85,7 +88,7 @@ def granite_config(dense: PreTrainedConfig, shape: Shape) -> dict:
     }
 
 
-def _gguf_scales(config: PreTrainedConfig) -> dict[str, float]:
+def _gguf_scales(config: PreTrainedConfig) -> GGUFKeys:
     """The keys of Granite's scales. Those that are not there cost nothing; scales of 1 are multiplied with."""
     scales = {
         "attention.scale": config.attention_multiplier,
@@ -93,5 +96,5 @@ def _gguf_scales(config: PreTrainedConfig) -> dict[str, float]:
         "residual_scale": config.residual_multiplier,
     }
     neutral = {"attention.scale": head_dim(config) ** -0.5}
-    said = {key: float(value) for key, value in scales.items() if value != neutral.get(key, 1.0)}
+    said: GGUFKeys = {key: float(value) for key, value in scales.items() if value != neutral.get(key, 1.0)}
     return said | {"logit_scale": float(config.logits_scaling)}

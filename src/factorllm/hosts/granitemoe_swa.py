@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GraniteMoeSWAConfig, PreTrainedConfig
 
 from factorllm.dense.families import sliding_window
-from factorllm.hosts.base import Stored, StudentFFN, gguf_experts, normalised_heads, stacked, uneven_heads
+from factorllm.hosts.base import GGUFKeys, Stored, StudentFFN, gguf_experts, normalised_heads, stacked, uneven_heads
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.hosts.granitemoeshared import shared_mlp
 from factorllm.recipe import Shape
@@ -55,9 +55,11 @@ class GraniteMoeSWAHost(GraniteMoeHost):
             return f"llama.cpp rotates layers with a window by {_THETA:,.0f}, not as this model does"
         return super().reason_against_gguf(config)
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
-        return super().gguf_keys(config) | {
-            "expert_shared_feed_forward_length": config.shared_intermediate_size,
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return super().gguf_keys(config) | {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return super().gguf_other_keys(config) | {
             "attention.rope_pattern": [bool(rotated) for rotated in config.no_rope_layers],
         }
 

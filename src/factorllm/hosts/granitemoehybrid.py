@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 
-from factorllm.hosts.base import carried
+from factorllm.hosts.base import GGUFKeys, carried
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
 from factorllm.recipe import Shape
 
@@ -41,9 +41,9 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
             **carried(dense, GraniteMoeHybridConfig) | changed, architectures=["GraniteMoeHybridForCausalLM"]
         )
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         heads = config.num_key_value_heads
-        return super().gguf_keys(config) | {
+        return super().gguf_other_keys(config) | {
             # A layer without heads is one of Mamba.
             "attention.head_count_kv": [0 if kind in _MAMBA else heads for kind in config.layer_types],
             "rope.scaling.finetuned": config.position_embedding_type == "rope",  # so it is said whether it rotates

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.hosts.base import Stored, StudentFFN, gguf_shared
+from factorllm.hosts.base import GGUFKeys, Stored, StudentFFN, gguf_shared
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.recipe import Shape
 
@@ -37,7 +37,7 @@ class GraniteMoeSharedHost(GraniteMoeHost):
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return super().ffn_tensors(student, config) | shared_mlp(student)
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return super().gguf_keys(config) | {"expert_shared_feed_forward_length": config.shared_intermediate_size}
 
 

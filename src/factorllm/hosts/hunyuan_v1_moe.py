@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import HunYuanMoEV1Config, PreTrainedConfig
 
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -59,7 +60,7 @@ class HunYuanMoeHost(MoeHost):
             **one_expert(student.shared(), "mlp.shared_mlp"),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_experts,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Lfm2MoeConfig, PreTrainedConfig
 
-from factorllm.hosts.base import MoeHost, Stored, StudentFFN, carried, gguf_experts, per_expert
+from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried, gguf_experts, per_expert
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -21,7 +21,7 @@ class Lfm2MoeHost(MoeHost):
     gates = SIGMOID_OF_SELECTED
     all_engines = ("transformers", "vllm", "llama.cpp")
     gguf_architecture = "lfm2moe"
-    gguf_final_norm = ("embedding_norm", "token_embd_norm.weight")
+    gguf_final_norm = ("embedding_norm", "token_embd_norm")
     gguf_names: ClassVar = {
         "operator_norm": "attn_norm",
         "ffn_norm": "ffn_norm",
@@ -62,7 +62,7 @@ class Lfm2MoeHost(MoeHost):
             **per_expert(student.experts(self.gates), "feed_forward.experts", _MATRICES),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,
@@ -70,6 +70,10 @@ class Lfm2MoeHost(MoeHost):
             "expert_used_count": config.num_experts_per_tok,
             "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
             "leading_dense_block_count": 0,
+        }
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return {
             "shortconv.l_cache": config.conv_L_cache,
             # A layer without heads is a convolution.
             "attention.head_count_kv": [

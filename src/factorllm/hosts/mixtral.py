@@ -7,6 +7,7 @@ from transformers import MixtralConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, sliding_window
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -58,7 +59,7 @@ class MixtralHost(MoeHost):
             **per_expert(student.experts(self.gates), "block_sparse_moe.experts", _MATRICES),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_count": config.num_local_experts,

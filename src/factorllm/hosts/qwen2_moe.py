@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig
 from factorllm.dense.families import biased_projections, head_dim, sliding_window
 from factorllm.dense.ffn import FFN
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -86,7 +87,7 @@ class Qwen2MoeHost(MoeHost):
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         return self.gguf_ffn  # an empty shared expert is one
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,

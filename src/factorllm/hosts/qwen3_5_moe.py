@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3_5MoeTextConfig
 
-from factorllm.hosts.base import MoeHost, Stored, StudentFFN, carried
+from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.qwen2_moe import EMPTY_SHARED, Qwen2MoeHost, gated_experts
 from factorllm.recipe import Shape
@@ -49,12 +49,16 @@ class Qwen35MoeHost(MoeHost):
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return gated_experts(student, self.gates)
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
+        }
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return {
             "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
             "ssm.conv_kernel": config.linear_conv_kernel_dim,
             "ssm.state_size": config.linear_key_head_dim,

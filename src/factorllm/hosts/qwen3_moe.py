@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig
 
 from factorllm.dense.families import biased_projections, head_dim, normalises_heads
 from factorllm.hosts.base import (
+    GGUFKeys,
     MoeHost,
     Stored,
     StudentFFN,
@@ -54,7 +55,7 @@ class Qwen3MoeHost(MoeHost):
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return {"mlp.gate.weight": student.router, **per_expert(student.experts(self.gates), "mlp.experts")}
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool]:
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,

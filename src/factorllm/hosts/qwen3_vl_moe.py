@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3VLMoeTextConfig
 
 from factorllm.dense.families import biased_projections
-from factorllm.hosts.base import ALIGNED, MoeHost, Stored, StudentFFN, carried, gguf_experts, stacked
+from factorllm.hosts.base import ALIGNED, GGUFKeys, MoeHost, Stored, StudentFFN, carried, gguf_experts, stacked
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.recipe import Shape
 
@@ -52,14 +52,16 @@ class Qwen3VLMoeHost(MoeHost):
             "mlp.experts.down_proj": down.transpose(1, 2).contiguous(),
         }
 
-    def gguf_keys(self, config: PreTrainedConfig) -> dict[str, int | float | bool | list]:
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        # Of positions in images; in a text, all are the same.
+        return {"rope.dimension_sections": [*config.rope_parameters.get("mrope_section", _SECTIONS), 0]}
+
+    def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "feed_forward_length": config.intermediate_size,
             "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
-            # Of positions in images; in a text, all are the same.
-            "rope.dimension_sections": [*config.rope_parameters.get("mrope_section", _SECTIONS), 0],
         }
 
 

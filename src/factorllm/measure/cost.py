@@ -47,10 +47,10 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
     head = outside.pop(HEAD).numel() if HEAD in outside else table
     matrices = sum(size.numel() for size in outside.values() if len(size) > 1)
     vectors = sum(size.numel() for size in outside.values() if len(size) == 1)
-    router = shape.experts * d
+    neuron, router = host_of(config).matrices(config) * d, shape.experts * d
 
-    active = matrices + layers * (3 * d * shape.active_width + router) + head
-    held = matrices + layers * (3 * d * shape.kept_width + router) + head
+    active = matrices + layers * (neuron * shape.active_width + router) + head
+    held = matrices + layers * (neuron * shape.kept_width + router) + head
     return Cost(
         ffn_sparsity=shape.sparsity,
         total_parameters=held + vectors + (0 if config.tie_word_embeddings and not head_apart else table),

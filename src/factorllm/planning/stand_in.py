@@ -21,10 +21,12 @@ from factorllm.dense.families import activation, family_of
 from factorllm.dense.ffn import FFN
 from factorllm.dense.names import EMBEDDINGS, HEAD, LAYERS, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
+from factorllm.dense.wrappers import Wrapper
 from factorllm.exporting.ggml import ONLY_GGML, quantize
 from factorllm.exporting.gguf_file import add_keys
 from factorllm.exporting.plan import Planned, plan_layout
 from factorllm.hosts import HOSTS, Host, StudentFFN, choose_host
+from factorllm.hosts.base import GGUFForm
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Shape
 
@@ -46,6 +48,7 @@ class StandIn:
     shapes: dict[str, tuple[int, ...]]
     name: str = "stand-in"
     licence: str | None = None
+    wrapper: Wrapper | None = None
 
     @classmethod
     def of(cls, dense: PreTrainedConfig, shape: Shape, host: str = "auto") -> StandIn:
@@ -64,6 +67,10 @@ class StandIn:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self.shapes)
+
+    @property
+    def form(self) -> GGUFForm:
+        return self.host.gguf_form(self.config)
 
     def read(self, name: str) -> Tensor:
         """A tensor without data."""
@@ -123,12 +130,10 @@ def _student_shapes(dense: PreTrainedConfig, shape: Shape, host: Host) -> dict[s
 
 
 def _empty_ffn(dense: PreTrainedConfig, shape: Shape) -> StudentFFN:
-    d = dense.hidden_size
-    gate, up, down = (
-        torch.empty(size, device="meta") for size in (*2 * [(shape.kept_width, d)], (d, shape.kept_width))
-    )
-    router = torch.empty(shape.experts, d, device="meta") if shape.experts else None
-    return StudentFFN(FFN(gate, up, down, activation(dense)), router, shape)
+    inward = torch.empty(shape.kept_width, dense.hidden_size, device="meta")
+    gate = None if family_of(dense).ffn.gate is None else inward
+    router = torch.empty(shape.experts, dense.hidden_size, device="meta") if shape.experts else None
+    return StudentFFN(FFN(gate, inward, inward.T, activation(dense)), router, shape)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:

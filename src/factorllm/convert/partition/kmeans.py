@@ -15,7 +15,7 @@ from factorllm.recipe import Shape
 
 def by_weights(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     shared, routed = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
-    rows = normalize(ffn.gate[routed].float(), dim=1)
+    rows = normalize(ffn.triggers[routed].float(), dim=1)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((rows @ rows.T).cpu(), start, shape.experts)
     return label_around_shared(shared, labels, ffn.width, shape.experts)

@@ -88,6 +88,6 @@ def _typical_gate_rows(ffn: FFN, partition: Partition) -> Tensor:
 
     CMoE routes by the whole activation of that neuron; the hosts have linear routers, so its gate is what remains.
     """
-    rows = ffn.gate.float()[partition.experts.to(ffn.gate.device)]
+    rows = ffn.triggers.float()[partition.experts.to(ffn.triggers.device)]
     distance = (rows - rows.mean(1, keepdim=True)).square().sum(-1)
     return rows[torch.arange(len(rows)), distance.argmin(1)]

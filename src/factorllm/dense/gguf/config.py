@@ -70,13 +70,14 @@ def _gemma3(keys: Keys, fields: dict) -> dict:
 
     llama.cpp knows the two latter by the architecture.
     """
-    keys.refuse_unless("attention.sliding_window_pattern", _GEMMA3_PATTERN)
-    layers, kinds = fields["num_hidden_layers"], {False: "sliding_attention", True: "full_attention"}
+    layers = fields["num_hidden_layers"]
+    windows = [(index + 1) % _GEMMA3_PATTERN != 0 for index in range(layers)]
+    keys.refuse_unless("attention.sliding_window_pattern", _GEMMA3_PATTERN, windows)
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
     largest = layers == _GEMMA3_27B
     return {
         "sliding_window": keys.integer("attention.sliding_window"),
-        "layer_types": [kinds[(index + 1) % _GEMMA3_PATTERN == 0] for index in range(layers)],
+        "layer_types": ["sliding_attention" if within else "full_attention" for within in windows],
         "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local},
         "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
         if largest
@@ -104,9 +105,9 @@ def family_of(label: str, architecture: object) -> str:
         FactorLLMError: when it is not supported.
     """
     for family, known in FAMILIES.items():
-        if known.gguf == architecture:
+        if known.reads_gguf and known.gguf == architecture:
             return family
-    known = ", ".join(sorted({known.gguf for known in FAMILIES.values() if known.gguf}))
+    known = ", ".join(sorted({str(known.gguf) for known in FAMILIES.values() if known.reads_gguf}))
     raise FactorLLMError(
         f"{label} is of the architecture {architecture!r}, which is not supported as a GGUF file; supported: {known}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from factorllm.errors import FactorLLMError
 
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # of YaRN, in llama.cpp and in transformers
 _LOW, _HIGH = 1.0, 4.0  # turns of llama3 scaling in all of Meta's models
+_READ_FACTORS = ("llama", "granitemoe", "granite", "mistral3", "exaone4")  # architectures with `rope_freqs`
+_NOT_ROTATED = 1e30  # a frequency that is divided by it is none
 _CLOSE = 1e-4  # relative: factors are stored as fp32
 
 
@@ -94,6 +97,19 @@ def _llama3_candidates(factors: Tensor, theta: float, head_dim: int) -> Iterator
         yield common | {"high_freq_factor": high, "original_max_position_embeddings": original}
 
 
+def rope_factors(rope: dict, head_dim: int) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by, where keys do not say it: (head_dim / 2,), fp64, or None."""
+    match rope.get("rope_type", "default"):
+        case "llama3":
+            return llama3_factors(rope, rope["rope_theta"], head_dim)
+        case "proportional":
+            factors = torch.full((head_dim // 2,), _NOT_ROTATED, dtype=torch.float64)
+            factors[: int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)] = rope.get("factor", 1.0)
+            return factors
+        case _:
+            return None
+
+
 def llama3_factors(rope: dict, theta: float, head_dim: int) -> Tensor:
     """What llama.cpp divides each rotary frequency by for llama3 RoPE scaling: (head_dim / 2,), fp64.
 
@@ -110,12 +126,12 @@ def _frequencies(theta: float, head_dim: int) -> Tensor:
     return 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def rope_keys(rope: dict) -> dict[str, str | int | float]:
+def rope_keys(rope: dict) -> dict[str, Any]:
     """What a GGUF file must say of `rope_parameters`, without the prefix of the architecture.
 
-    llama3 scaling is a tensor, `llama3_factors`, and no key.
+    llama3 scaling and proportional RoPE are a tensor, `rope_factors`, and no key.
     """
-    keys: dict[str, str | int | float] = {"rope.freq_base": float(rope["rope_theta"])}
+    keys: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -145,9 +161,11 @@ def _attention_factor(rope: dict) -> float:
 def reason_against_rope(rope: dict, architecture: str) -> str | None:
     """Why llama.cpp would rotate otherwise than transformers, or None."""
     kind = rope.get("rope_type", "default")
-    if kind == "llama3" and architecture not in ("llama", "granitemoe"):
+    if kind == "llama3" and architecture not in _READ_FACTORS:
         return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
-    if kind not in ("default", "linear", "yarn", "llama3"):
+    if (kind == "proportional") != (architecture == "gemma4"):
+        return f"llama.cpp's {architecture} has no {kind} RoPE"
+    if kind not in ("default", "linear", "yarn", "llama3", "proportional"):
         return f"GGUF files cannot say {kind} RoPE scaling"
     if kind == "yarn" and rope.get("truncate") is False:
         return "GGUF files cannot say YaRN without truncation"
