@@ -39,7 +39,7 @@ $(READY):
 	@rm -f $(VENV)/.ready-*; touch $@
 
 demo: setup
-	$(BIN)/factorllm demo -o demo-out --overwrite
+	$(BIN)/factorllm demo -o demo-out
 
 # A worker a core, each with one thread: together they keep the cores busy, which single tests do not. A file's tests
 # share what is expensive, so they stay in one worker.
@@ -77,4 +77,4 @@ docs: setup
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf site $(VENV) $(VLLM_VENV) demo-out demo-out.partial
+	rm -rf site $(VENV) $(VLLM_VENV) demo-out

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -67,12 +68,14 @@ def test_everything_is_there(made):
     for name in ("plan.yaml", "checkpoint/config.json", "Modelfile", "README.md", "scores.json", "report/index.html"):
         assert (out / name).is_file(), name
     assert (out / "made-q8_0.gguf").is_file()
-    assert made.numbers.size == (out / "made-q8_0.gguf").stat().st_size
-    assert 0 < made.numbers.kept <= 1
-    assert made.numbers.speed is None  # the plan times nothing
+    size = (out / "made-q8_0.gguf").stat().st_size
+    assert made.numbers == [
+        (ANY, "kept of the likeliest next tokens"),  # the plan times nothing
+        (f"{size / 2**20:.0f} MiB", "in the file"),
+    ]
     card = (out / "README.md").read_text()
     assert f"factorllm chat {out}" in card
-    assert "of the likeliest next tokens" in card
+    assert "kept of the likeliest next tokens" in card
 
 
 def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):
@@ -103,11 +106,12 @@ def test_an_edited_plan_is_made_instead(plan, tmp_path):
     short = plan.model_copy(update={"heal": None})
     short.write(out / "plan.yaml")
     first = make_planned(out / "plan.yaml")
+    before = (out / "made-q8_0.gguf").stat().st_size
     path = out / "plan.yaml"
     path.write_text(path.read_text().replace("S2A2E8", "S4A0E8"))
     second = make_planned(path)
-    assert second.plan.recipe == "S4A0E8"
-    assert second.numbers.size < first.numbers.size
+    assert (first.plan.recipe, second.plan.recipe) == ("S2A2E8", "S4A0E8")
+    assert (out / "made-q8_0.gguf").stat().st_size < before
     assert "LlamaForCausalLM" in (out / "checkpoint" / "config.json").read_text()
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from factorllm import FactorLLMError, factorize
 from factorllm.measure.routing import route_prompt, specialisation
 from factorllm.measure.tasks import Score
 from factorllm.report.findings import gather
+from factorllm.report.measured import Measured, Scores, read_measured
 from factorllm.report.page import write_report
 from factorllm.report.tokens import coloured_tokens, legend
 from factorllm.runs.settings import Settings
 
 QUIET = Console(quiet=True)
+FRONT = Path(__file__).parents[1] / "docs" / "front" / "qwen2.5-coder-0.5b.json"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
@@ -51,11 +54,16 @@ def page(student, dense_folder, tmp_path_factory):
     """A report with everything in it."""
     folder = tmp_path_factory.mktemp("page")
     scores = {"student": {"copa": asdict(Score(0.55, 0.05, 100))}, "dense": {"copa": asdict(Score(0.6, 0.05, 100))}}
-    (folder / "scores.json").write_text(json.dumps({"scores": scores}))
+    measured = {"scores": scores, "perplexity": {"dense": 10, "student": 12}, "agreement": {"kl": 0.5, "top_1": 0.7}}
+    (folder / "scores.json").write_text(json.dumps(measured))
     speeds = {"dense": 1.0, "student": 1.234, "pruned": 1.3}
-    models = [{"name": name, "ratio_to_dense": {"decode x1": [ratio] * 3}} for name, ratio in speeds.items()]
+    models = [
+        {"name": name, "ratio_to_dense": {"decode x1": [ratio, ratio - 0.1, ratio + 0.1]}, "bytes": int(ratio * 2**27)}
+        for name, ratio in speeds.items()
+    ]
     (folder / "speed.json").write_text(json.dumps({"models": models}))
-    found = gather(student, str(dense_folder), folder / "scores.json", folder / "speed.json", "cpu", QUIET)
+    measured = read_measured(folder / "scores.json", folder / "speed.json", FRONT)
+    found = gather(student, str(dense_folder), measured, "cpu", QUIET)
     return write_report("tiny", found, folder / "report")
 
 
@@ -76,7 +84,7 @@ class Elements(HTMLParser):
 
 def test_the_page_needs_nothing_but_itself(page):
     elements = Elements(page.read_text())
-    assert not elements.all("script")
+    assert elements.all("script") == [{}]  # the one that sorts tables is in the page
     links = [value for _, attributes in elements.found for key, value in attributes.items() if key in ("href", "src")]
     assert all(link.startswith(("#", "data:")) or (page.parent / link).exists() for link in links)
     assert "@import" not in page.read_text()
@@ -106,6 +114,21 @@ def test_the_page_says_what_was_measured(page, student):
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_numbers_that_count_come_first(page):
+    text = page.read_text()
+    wanted = [("1.23 x", "as fast as dense, decoding [1.13-1.33]"), ("92%", "kept of the scores of copa")]
+    wanted.append(("158 MiB", "in the file, dense 128"))
+    places = [text.index(f"<dt>{what}</dt><dd>{value}</dd>") for value, what in wanted]
+    assert places == sorted(places)
+    assert places[-1] < text.index('href="front.png"') < text.index("Before and after")
+
+
+def test_without_tasks_what_is_kept_is_of_next_tokens():
+    measured = Scores(scores={"student": {}, "dense": {}}, agreement={"kl": 0.5, "top_1": 0.7})
+    assert measured.kept() == (0.7, "the likeliest next tokens")
+    assert Scores(scores={"student": {}}).kept() is None
+
+
 def test_every_expert_on_keeps_all_energy(dense_folder, text_file, tmp_path):
     settings = Settings(tokens=1024, held_out_tokens=512, length=64, baseline=False)
     summary = factorize(str(dense_folder), tmp_path / "all", "S2A6E8", text=str(text_file), settings=settings)
@@ -113,7 +136,7 @@ def test_every_expert_on_keeps_all_energy(dense_folder, text_file, tmp_path):
 
 
 def test_a_static_prune_has_no_experts_to_report(prune, tmp_path):
-    found = gather(prune, None, None, None, "cpu", QUIET)
+    found = gather(prune, None, Measured(), "cpu", QUIET)
     text = write_report("prune", found, tmp_path).read_text()
     assert "specialise" not in text
     assert "<dt>dense</dt>" not in text
@@ -130,6 +153,22 @@ def test_the_page_opens_in_chromium_without_errors_and_fits(page, width):
     found = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert "</main>" in found.stdout
     assert "CONSOLE" not in found.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in the path")
+def test_tables_are_sorted_by_a_press_on_a_head(page, tmp_path):
+    press = """<script>
+    const head = document.querySelectorAll("table")[0].querySelectorAll("th button")[1];
+    head.click(); head.click();
+    document.title = [...document.querySelectorAll("tbody")[0].rows].map((row) => row.cells[1].textContent).join(" ")
+      + " " + head.closest("th").getAttribute("aria-sort");
+    </script></body>"""
+    (tmp_path / "page.html").write_text(page.read_text().replace("</body>", press))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    *numbers, order = shown.split("<title>")[1].split("</title>")[0].split()
+    assert [float(number) for number in numbers] == sorted(map(float, numbers), reverse=True)
+    assert order == "descending"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +194,7 @@ def test_unreadable_numbers_are_refused(student, tmp_path, content, says):
     if content:
         path.write_text(content)
     with pytest.raises(FactorLLMError, match=says):
-        gather(student, None, path, None, "cpu", QUIET)
+        read_measured(path, None)
 
 
 @pytest.mark.parametrize(
@@ -174,22 +213,22 @@ def test_speeds_that_are_none_are_refused(student, tmp_path, content, says):
     path = tmp_path / "speed.json"
     path.write_text(json.dumps(content))
     with pytest.raises(FactorLLMError, match=says):
-        gather(student, None, None, path, "cpu", QUIET)
+        read_measured(None, path)
 
 
 def test_what_the_report_cannot_run_on_is_refused(student, tmp_path):
     with pytest.raises(FactorLLMError, match="device 'abacus' cannot be used"):
-        gather(student, None, None, None, "abacus", QUIET)
+        gather(student, None, Measured(), "abacus", QUIET)
     save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "other")
     with pytest.raises(FactorLLMError, match="knows 300 tokens and the student 258"):
-        gather(student, str(tmp_path / "other"), None, None, "cpu", QUIET)
+        gather(student, str(tmp_path / "other"), Measured(), "cpu", QUIET)
 
 
 def test_a_score_of_one_question_has_no_error(student, tmp_path):
     path = tmp_path / "scores.json"
     scores = {"student": {"copa": asdict(Score(1.0, None, 1))}, "dense": {"copa": asdict(Score(0.0, None, 1))}}
     path.write_text(json.dumps({"scores": scores}))
-    found = gather(student, None, path, None, "cpu", QUIET)
+    found = gather(student, None, read_measured(path, None), "cpu", QUIET)
     assert "<td>0.0</td><td>100.0</td>" in write_report("tiny", found, tmp_path / "report").read_text()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from factorllm.errors import FactorLLMError
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-RECIPE = "S2A2E8"
 
 
 def demo_model() -> str:

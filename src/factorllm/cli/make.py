@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from factorllm.cli import terminal
 from factorllm.cli.options import IS_PATH, FileType, Keep, Memory, Speed, Text, Time
 from factorllm.errors import FactorLLMError
 from factorllm.planning.wish import Wish
+
+if TYPE_CHECKING:
+    from factorllm.making.run import Made
 
 
 def make(
@@ -40,5 +43,13 @@ def make(
         raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
     else:
         made = run(model, out, wish=wish, text=text, effort=effort, file_type=file_type, console=console)
-    for line in (*made.numbers.lines(), "", *made.commands):
-        terminal.say(line)
+    show_made(made)
+
+
+def show_made(made: Made) -> None:
+    """The numbers that count, and how to use what was made."""
+    for value, what in made.numbers:
+        terminal.say(f"{value:>10}  {what}")
+    terminal.say(f"report: {made.out / 'report' / 'index.html'}")
+    for command in made.commands:
+        terminal.say(command)

@@ -20,7 +20,7 @@ def advance_held_out(
 ) -> dict[str, float]:
     """Write a student's stream after a layer; of each kind of token, the squared error of its FFN's output relative to
     the dense FFN's on the same inputs, mean over tokens."""
-    device, down = layer.ffn.gate.device, student.ffn.down.float()
+    device, down = layer.ffn.up.device, student.ffn.down.float()
     totals = torch.zeros(len(KINDS), 2, dtype=torch.float64, device=device)
     for run in before.runs():
         stream, beside = before.read(run, device), sequences.beside(run)

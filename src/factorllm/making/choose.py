@@ -13,6 +13,7 @@ from factorllm.engines import installed
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
 from factorllm.making.plan_file import ExportStep, MakePlan, SampleStep
+from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.speed.plan import Plan
 from factorllm.planning.outlook import plan as foretell
 from factorllm.planning.pace import Pace
@@ -40,6 +41,7 @@ class _Work:
     healed: int
     tune: int
     rounds: int
+    front: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -61,8 +63,10 @@ class _Work:
 
 EFFORTS: dict[str, _Work] = {
     "quick": _Work(calibrated=24_576, held_out=8_192, healed=0, tune=0, rounds=3),
-    "standard": _Work(calibrated=49_152, held_out=16_384, healed=100_000, tune=0, rounds=5),
-    "best": _Work(calibrated=240_000, held_out=16_384, healed=500_000, tune=2, rounds=7),
+    "standard": _Work(calibrated=49_152, held_out=16_384, healed=100_000, tune=0, rounds=5, front=("q8_0", "q4_0")),
+    "best": _Work(
+        calibrated=240_000, held_out=16_384, healed=500_000, tune=2, rounds=7, front=("q8_0", "q6_k", "q4_0", "iq4_nl")
+    ),
 }
 
 
@@ -100,12 +104,18 @@ def choose_plan(
         heal=HealSettings(tokens=work.healed) if work.healed else None,
         export=ExportStep(type=file_type),
         bench=_bench(model, work.rounds) if installed("llamacpp") else None,
+        front=_front(work) if work.front and installed("llamacpp") else None,
     )
 
 
 def _bench(model: str, rounds: int) -> Plan:
     plan = Plan(rounds=rounds, prompts=(512,), batches=(1,))
     return plan.within(read_dense_config(model).max_position_embeddings)
+
+
+def _front(work: _Work) -> FrontPlan:
+    """Of few tokens: what is weighed by them is the same for all files."""
+    return FrontPlan(types=work.front, importance_tokens=8192, perplexity_tokens=2048, rounds=work.rounds)
 
 
 def _tokens_in(text: str, model: str, most: int) -> int:

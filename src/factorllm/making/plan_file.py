@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.settings import HealSettings
+from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.plan import Plan
 from factorllm.runs.settings import Settings, Tokens
@@ -52,6 +53,7 @@ class MakePlan(BaseModel):
         export: the GGUF file.
         evaluate: tasks; perplexity and agreement on the held-out text are measured always.
         bench: what is timed; null to leave it out.
+        front: the student's files beside those of the quantised dense model; null to leave it out.
 
     Example:
         >>> MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt").export.type
@@ -69,6 +71,7 @@ class MakePlan(BaseModel):
     export: ExportStep = ExportStep()
     evaluate: EvalSettings = EvalSettings(tasks=())
     bench: Plan | None = None
+    front: FrontPlan | None = None
     engine: Literal["llamacpp"] = "llamacpp"
 
     def write(self, path: Path) -> None:

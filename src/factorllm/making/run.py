@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from factorllm.errors import FactorLLMError
-from factorllm.making.card import Numbers, commands, read_numbers
+from factorllm.making.card import commands, numbers
 from factorllm.making.choose import Effort, choose_plan
 from factorllm.making.plan_file import NAME, MakePlan, read_plan
 from factorllm.making.steps import Place, Progress, steps_of
@@ -24,13 +24,13 @@ class Made:
     """What `make` made.
 
     Attributes:
-        numbers: what was gained and kept.
+        numbers: how fast, how much is kept, how large, each with what it is.
         commands: how to use it.
     """
 
     out: Path
     plan: MakePlan
-    numbers: Numbers
+    numbers: list[tuple[str, str]]
     commands: list[str]
 
 
@@ -99,8 +99,8 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
         >>> few = Settings(tokens=4096, held_out_tokens=512, length=64)
         >>> plan = MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt", factorize=few)
         >>> plan.write(Path("plan.yaml"))
-        >>> print(make_planned("plan.yaml", "made").numbers.speed)
-        None
+        >>> [what for value, what in make_planned("plan.yaml", "made").numbers]
+        ['kept of the likeliest next tokens', 'in the file']
     """
     path, console = located(path), console or Console(quiet=True)
     plan, out = read_plan(path), located(out) if out else path.parent
@@ -114,7 +114,7 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
     with explain_full_disk(out):
         at.steps.mkdir(parents=True, exist_ok=True)
         _run(plan, out, console)
-    return Made(out, plan, read_numbers(at), commands(plan, at))
+    return Made(out, plan, numbers(plan, at), commands(plan, at))
 
 
 def _run(plan: MakePlan, out: Path, console: Console) -> None:

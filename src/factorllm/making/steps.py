@@ -16,9 +16,11 @@ from factorllm.healing.run import heal
 from factorllm.making.card import write_card
 from factorllm.making.modelfile import write_modelfile
 from factorllm.making.plan_file import MakePlan
+from factorllm.measure.front.run import NUMBERS, run_front
 from factorllm.measure.scores import evaluate
 from factorllm.measure.speed.run import run_bench
 from factorllm.report.findings import gather
+from factorllm.report.measured import Measured, read_measured
 from factorllm.report.page import check_report_folder, write_report
 from factorllm.runs.digest import digest_of
 from factorllm.runs.identity import versions
@@ -63,6 +65,15 @@ class Place:
     def speed(self) -> Path:
         return self.out / "speed"
 
+    @property
+    def front(self) -> Path:
+        return self.out / "front"
+
+    def measured(self, plan: MakePlan) -> Measured:
+        """What the steps of a plan measured."""
+        speed = self.speed / "speed.json" if plan.bench else None
+        return read_measured(self.scores, speed, self.front / NUMBERS if plan.front else None)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -96,8 +107,7 @@ def steps_of(plan: MakePlan, out: Path, console: Console) -> list[Step]:
 
     def report() -> None:
         check_report_folder(at.out / "report")
-        speed = at.speed / "speed.json" if plan.bench else None
-        found = gather(at.checkpoint, plan.model, at.scores, speed, plan.evaluate.device, console)
+        found = gather(at.checkpoint, plan.model, at.measured(plan), plan.evaluate.device, console)
         write_report(at.out.name, found, at.out / "report")
 
     steps = []
@@ -121,6 +131,10 @@ def steps_of(plan: MakePlan, out: Path, console: Console) -> list[Step]:
     if plan.bench:
         timed = (plan.engine, plan.export.type, plan.bench, at.speed, console)
         steps.append(Step("bench", said["bench"], lambda: run_bench(str(at.checkpoint), [plan.model], *timed)))
+    if plan.front:
+        front = (text, at.front, plan.front)
+        measured = [str(at.checkpoint)], [plan.model]
+        steps.append(Step("front", said["front"], lambda: run_front(*measured, *front, console=console)))
     steps.append(Step("report", {}, report))
     steps.append(Step("card", {}, lambda: (write_modelfile(at.gguf, at.out), write_card(plan, at))))
     return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 from matplotlib import pyplot
@@ -10,9 +11,11 @@ from matplotlib.figure import Figure
 from factorllm.measure.tasks import TASKS, Score, in_mean, retention
 from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
+from factorllm.report.measured import Scores
 from factorllm.report.plots import (
     as_svg,
     error_figure,
+    front_figure,
     healing_figure,
     kinds_figure,
     load_figure,
@@ -29,7 +32,7 @@ SPECIALISED = 1.5
 """From this many times the difference within one text on, experts are said to depend on the kind."""
 
 PAGE = "index.html"
-FIGURES = ("quality", "routing", "error", "load", "kinds", "healing")
+FIGURES = ("front", "quality", "routing", "error", "load", "kinds", "healing")
 _SIGN = ": FactorLLM report</title>"
 
 
@@ -75,8 +78,11 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         specialisation=found.specialisation,
         specialised=SPECIALISED,
         samples=found.samples,
-        tasks=_task_rows(found.scores),
-        measured_speed=found.speed is not None,
+        tasks=_task_rows(found.measured.scores),
+        numbers=found.measured.numbers(),
+        front=found.measured.front,
+        sort_script=files("factorllm.report").joinpath("sort.js").read_text(encoding="utf-8"),
+        measured_speed=found.measured.speed is not None,
     )
     write_text(folder / PAGE, page)
     return folder / PAGE
@@ -86,8 +92,16 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     """Each figure by the name of its file, with what it shows, for those who do not see it."""
     made = found.made
     layers, results = made["layers"], made["results"]
-    figures = {
-        "quality": (quality_figure(results, found.speed), "Perplexity of each model against its speed"),
+    figures = {}
+    if found.measured.front:
+        described = "Perplexity of each file against its speed, and the hull of what quantisation alone gives"
+        figures["front"] = (front_figure(found.measured.front.points), described)
+    speed = found.measured.speed
+    figures |= {
+        "quality": (
+            quality_figure(results, speed.decoding() if speed else None),
+            "Perplexity of each model against its speed",
+        ),
         "routing": (routing_figure(layers), "Router agreement and energy kept for each layer"),
         "error": (error_figure(layers), "Relative squared error of the residual stream after each layer"),
     }
@@ -99,11 +113,11 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     return figures
 
 
-def _task_rows(scores: dict[str, dict[str, Score]] | None) -> list[dict] | None:
+def _task_rows(measured: Scores | None) -> list[dict] | None:
     """A row a task, and all of them: dense, student, retention."""
-    if not scores or not scores["student"]:
+    if not measured or not measured.scores["student"]:
         return None
-    student, dense = scores["student"], scores.get("dense", {})
+    student, dense = measured.scores["student"], measured.scores.get("dense", {})
     rows = [
         {"task": task, "metric": TASKS[task].metric, "student": score, "dense": dense.get(task)}
         | _kept({task: score}, dense)

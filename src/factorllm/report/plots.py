@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from factorllm.measure.front.points import Point
+from factorllm.measure.front.show import draw_by_speed
 from factorllm.measure.routing import Specialisation
 from factorllm.report.summary import LABELS
 
@@ -38,6 +40,13 @@ def quality_figure(results: dict[str, dict], speed: dict[str, float] | None) -> 
     axes.set_xlabel("measured decode speed, x dense" if speed else "dense FLOPs per token / its own")
     axes.set_ylabel("perplexity, x dense")
     axes.margins(0.25)
+    return figure
+
+
+def front_figure(points: list[Point]) -> Figure:
+    """Perplexity of each file against its decode speed, with the hull of what quantisation alone gives."""
+    figure, axes = _figure()
+    draw_by_speed(axes, points)
     return figure
 
 

@@ -126,18 +126,23 @@ def write_picture(points: list[Point], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (speed, size) = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    _draw(speed, points, decode_time, lambda time: 1 / time)
-    speed.set_xlabel("decode speed, x the dense model's q8_0")
-    speed.set_ylabel("perplexity")
-    speed.legend(frameon=False)
+    draw_by_speed(speed, points)
     _draw(size, points, mebibytes, lambda room: room)
     size.set_xlabel("file, MiB")
     size.invert_xaxis()  # better is to the right in both panels
-    speed.margins(0.12)
     size.margins(0.12)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def draw_by_speed(axes, points: list[Point]) -> None:
+    """A panel of matplotlib: perplexity against decode speed, with the hull of what quantisation alone gives."""
+    _draw(axes, points, decode_time, lambda time: 1 / time)
+    axes.set_xlabel("decode speed, x the dense model's q8_0")
+    axes.set_ylabel("perplexity")
+    axes.legend(frameon=False)
+    axes.margins(0.12)
 
 
 def _draw(axes, points: list[Point], cost: Callable[[Point], float], shown: Callable[[float], float]) -> None:
