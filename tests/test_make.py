@@ -232,3 +232,32 @@ def test_a_template_that_is_no_sequence_of_turns_is_left_to_ollama(template, den
     said = parsed(modelfile("made-q8_0.gguf", tokenizer))
     assert "TEMPLATE" not in said
     assert said["FROM"] == ["./made-q8_0.gguf"]
+
+
+@pytest.mark.engine
+def test_a_conversation_in_the_terminal_with_both_models(made, dense):
+    pytest.importorskip("xllamacpp")
+    command = [sys.executable, "-m", "factorllm", "chat", str(made.out), "--against", str(dense), "--context", "200"]
+    said = subprocess.run(command, input="hi\nand now?\n\n", capture_output=True, text=True, timeout=200, check=True)
+    assert said.stdout.count("[student]") == said.stdout.count("[dense]") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["MODEL"], "say where to write with -o"),
+        (["MODEL", "-o", "OUT", "--effort", "heroic"], "no effort 'heroic'; efforts: quick, standard, best"),
+        (["plan.yaml", "--speed", "2"], "edit it there"),
+        (["MODEL", "-o", "OUT", "--time", "soon"], "--time: Value error, 'soon' is not understood"),
+        (["MODEL", "-o", "OUT", "--speed", "0.5"], "--speed: Input should be greater than 1"),
+        (["missing.yaml"], "missing.yaml cannot be used"),
+    ],
+)
+def test_what_make_cannot_take_is_one_line(arguments, said, dense, tmp_path):
+    places = {"MODEL": str(dense), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "factorllm", "make", *(places.get(one, one) for one in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

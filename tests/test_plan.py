@@ -1,6 +1,8 @@
 """What `factorllm plan` foretells: stand-ins are laid out as the real files, and a shape's time is its terms' sum."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,3 +174,15 @@ def test_quality_is_of_the_same_model_where_there_is_any():
     assert known_quality(parse_recipe("S2A2E8"), "some-other-model").recipe == "S2A2E8"
     assert known_quality(parse_recipe("S3A1E8"), "some-other-model").model == "SmolLM2-135M-Instruct"  # as sparse
     assert known_quality(parse_recipe("S7A0E8"), "some-other-model") is None
+
+
+@pytest.mark.engine
+def test_the_command_prints_json_for_programs(tmp_path):
+    pytest.importorskip("xllamacpp")
+    LlamaConfig(**BASE | {"max_position_embeddings": 256}).save_pretrained(tmp_path / "dense")
+    command = [sys.executable, "-m", "factorllm", "plan", str(tmp_path / "dense"), "--types", "q8_0", "--json"]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert [one["name"] for one in said["choices"]] == ["dense", *forecasting.RECIPES]
+    assert said["choices"][0]["decode_ratio"] == 1
+    assert all(one["file_bytes"] < one["memory_bytes"] for one in said["choices"])
+    assert said["chosen"] == []
