@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,13 +12,15 @@ from unittest.mock import ANY
 
 import pytest
 import yaml
-from conftest import BASE, served
+from conftest import BASE, save_dense, served
+from rich.console import Console
 from test_export import save_model
 from transformers import LlamaConfig
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
+from factorllm.making.steps import Progress, Work
 
 PLAN = {
     "recipe": "S2A2E8",
@@ -115,13 +118,36 @@ def test_an_edited_plan_is_made_instead(plan, tmp_path):
     assert "LlamaForCausalLM" in (out / "checkpoint" / "config.json").read_text()
 
 
+def test_a_model_or_a_text_that_changed_is_worked_on_again(tmp_path):
+    save_model(LlamaConfig(**BASE), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("words")
+    plan = MakePlan(model=str(tmp_path / "dense"), text=str(tmp_path / "text.txt"), **PLAN | {"heal": None})
+    (tmp_path / "steps").mkdir()
+
+    def is_done() -> bool:
+        work = Work(plan, tmp_path, Console(quiet=True))
+        return Progress(work, work.steps()).is_done(work.steps()[0])
+
+    work = Work(plan, tmp_path, Console(quiet=True))
+    Progress(work, work.steps()).mark(work.steps()[0])
+    assert not is_done()  # what it leaves is not there
+    work.at.checkpoint.mkdir()
+    assert is_done()
+    (tmp_path / "text.txt").write_text("other words")
+    assert not is_done()
+    (tmp_path / "text.txt").write_text("words")
+    assert is_done()
+    save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "dense", seed=1)
+    assert not is_done()
+
+
 def test_the_same_plan_elsewhere_gives_the_same_model(made, tmp_path):
     again = make_planned(made.out / "plan.yaml", tmp_path / "made")
     assert model_bytes(again.out) == model_bytes(made.out)
 
 
 def test_a_wish_is_written_down_before_the_work(dense, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorllm.making.run._run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("factorllm.making.run._run", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make(str(dense), tmp_path / "made", text=str(text_file), effort="quick")
     written = read_plan(tmp_path / "made" / "plan.yaml")
@@ -158,6 +184,7 @@ def test_a_folder_of_the_users_is_left_alone(dense, text_file, tmp_path):
         ("recipe: S2A2E8", "model: Field required"),
         ("model: m\nrecipe: S2A2E8\nspeeed: 2", "speeed"),
         ("model: m\nrecipe: S2A2E8\nheal: {tokens: -1}", r"heal\.tokens"),
+        ("model: m\nrecipe: S2A2E8", "there is neither a text nor how to sample one"),
         ("- a list", "holds no keys"),
         ("model: [", "plan.yaml"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.settings import HealSettings
@@ -74,6 +74,14 @@ class MakePlan(BaseModel):
     front: FrontPlan | None = None
     engine: Literal["llamacpp"] = "llamacpp"
 
+    @model_validator(mode="after")
+    def _has_text(self) -> MakePlan:
+        if self.text is None and self.sample is None:
+            raise ValueError(
+                "there is neither a text nor how to sample one: give `text:` or `sample: {tokens: 100000}`"
+            )
+        return self
+
     def write(self, path: Path) -> None:
         """Write it, with every number that was chosen."""
         content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -96,5 +104,6 @@ def read_plan(path: Path) -> MakePlan:
         return MakePlan(**content)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise FactorLLMError(f"{path}: {where}: {problem['msg']}; mend it there") from None
+        where = ".".join(map(str, problem["loc"])) or "as a whole"
+        said = problem["msg"].removeprefix("Value error, ")
+        raise FactorLLMError(f"{path}: {where}: {said}; mend it there") from None

@@ -11,7 +11,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.making.card import commands, numbers
 from factorllm.making.choose import Effort, choose_plan
 from factorllm.making.plan_file import NAME, MakePlan, read_plan
-from factorllm.making.steps import Place, Progress, steps_of
+from factorllm.making.steps import Progress, Work
 from factorllm.planning.wish import Wish
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import located, read_json
@@ -110,16 +110,16 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
         plan.write(out / NAME)
     elif out != path.parent and read_plan(out / NAME) != plan:
         raise FactorLLMError(f"{out / NAME} is another plan; choose another -o")
-    at = Place(out, plan.export.type)
+    work = Work(plan, out, console)
     with explain_full_disk(out):
-        at.steps.mkdir(parents=True, exist_ok=True)
-        _run(plan, out, console)
-    return Made(out, plan, numbers(plan, at), commands(plan, at))
+        work.at.steps.mkdir(parents=True, exist_ok=True)
+        _run(work, console)
+    return Made(out, plan, numbers(plan, work.at), commands(plan, work.at))
 
 
-def _run(plan: MakePlan, out: Path, console: Console) -> None:
-    steps = steps_of(plan, out, console)
-    progress = Progress(plan, out, steps)
+def _run(work: Work, console: Console) -> None:
+    steps = work.steps()
+    progress = Progress(work, steps)
     missing = [step for step in steps if not progress.is_done(step)]
     if not missing:
         console.print("made already, by the same plan")

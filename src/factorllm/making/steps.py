@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from factorllm.convert.factorize import factorize
+from factorllm.dense import open_model
 from factorllm.exporting import export_gguf
 from factorllm.healing.run import heal
 from factorllm.making.card import write_card
@@ -80,79 +81,105 @@ class Step:
     """A part of the work.
 
     Attributes:
+        leaves: the file or folder that is there when it is done.
         key: what decides its result, beside the steps before.
         run: does it; called again after it was killed, it goes on.
     """
 
     name: str
-    key: dict[str, Any]
+    leaves: Path
+    key: Any
     run: Callable[[], object]
 
 
-def steps_of(plan: MakePlan, out: Path, console: Console) -> list[Step]:
-    """All steps of a plan, in their order."""
-    at = Place(out, plan.export.type)
-    text = plan.text or str(at.sampled)
-    converted = at.converted if plan.heal else at.checkpoint
-    again: dict[str, Any] = {"overwrite": True, "console": console}
-    said = plan.model_dump(mode="json")
+class Work:
+    """A plan, carried out in a folder."""
 
-    def export() -> object:
-        weighed = {"text": text, "gptq": plan.export.gptq} if plan.export.weighed or plan.export.gptq else {}
-        return export_gguf(str(at.checkpoint), at.gguf, plan.export.type, say=console.print, **weighed, **again)
+    def __init__(self, plan: MakePlan, out: Path, console: Console):
+        self.plan, self.at = plan, Place(out, plan.export.type)
+        self._console = console
+        self._text = plan.text or str(self.at.sampled)
+        self._converted = self.at.converted if plan.heal else self.at.checkpoint
+        # What is unfinished, of the same plan, goes on; what an older plan left there is replaced.
+        self._again: dict[str, Any] = {"overwrite": True, "console": console}
 
-    def measure() -> None:
-        found = evaluate(at.checkpoint, against=plan.model, text=text, settings=plan.evaluate, console=console)
-        write_json(at.scores, asdict(found))
+    def steps(self) -> list[Step]:
+        """All steps, in their order."""
+        plan, at, said = self.plan, self.at, self.plan.model_dump(mode="json")
+        converts = {"recipe": plan.recipe, "settings": said["factorize"], "text": plan.text and file_digest(plan.text)}
+        found = [
+            Step("sample", at.sampled, said["sample"], self._sample) if plan.text is None else None,
+            Step("factorize", self._converted, converts, self._factorize),
+            Step("heal", at.checkpoint, said["heal"], self._heal) if plan.heal else None,
+            Step("export", at.gguf, said["export"], self._export),
+            Step("eval", at.scores, said["evaluate"], self._evaluate),
+            Step("bench", at.speed, said["bench"], self._bench) if plan.bench else None,
+            Step("front", at.front, said["front"], self._front) if plan.front else None,
+            Step("report", at.out / "report", None, self._report),
+            Step("card", at.out / "README.md", None, self._card),
+        ]
+        return [step for step in found if step is not None]
 
-    def report() -> None:
-        check_report_folder(at.out / "report")
-        found = gather(at.checkpoint, plan.model, at.measured(plan), plan.evaluate.device, console)
-        write_report(at.out.name, found, at.out / "report")
+    def _sample(self) -> None:
+        assert self.plan.sample  # a plan without a text has it
+        settings = self.plan.factorize.model_copy(update={"tokens": self.plan.sample.tokens})
+        how = self.plan.sample.model_dump(include={"chat", "temperature"})
+        sample(self.plan.model, self.at.sampled, settings=settings, **how, **self._again)
 
-    steps = []
-    if plan.text is None and plan.sample:
-        how = plan.sample
-        settings = plan.factorize.model_copy(update={"tokens": how.tokens})
-        told = {"chat": how.chat, "temperature": how.temperature, "settings": settings}
-        steps.append(Step("sample", said["sample"], lambda: sample(plan.model, at.sampled, **told, **again)))
-    fit = {"text": text, "settings": plan.factorize}
-    steps.append(
-        Step(
-            "factorize",
-            {"recipe": plan.recipe, "settings": said["factorize"], "text": plan.text and file_digest(plan.text)},
-            lambda: factorize(plan.model, converted, plan.recipe, **fit, **again),
+    def _factorize(self) -> None:
+        plan = self.plan
+        factorize(plan.model, self._converted, plan.recipe, text=self._text, settings=plan.factorize, **self._again)
+
+    def _heal(self) -> None:
+        plan = self.plan
+        heal(self._converted, plan.model, self.at.checkpoint, text=self._text, settings=plan.heal, **self._again)
+
+    def _export(self) -> None:
+        how = self.plan.export
+        weighed = {"text": self._text, "gptq": how.gptq} if how.weighed or how.gptq else {}
+        say = self._console.print
+        export_gguf(str(self.at.checkpoint), self.at.gguf, how.type, say=say, **weighed, **self._again)
+
+    def _evaluate(self) -> None:
+        measured = {"text": self._text, "settings": self.plan.evaluate, "console": self._console}
+        write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self.plan.model, **measured)))
+
+    def _bench(self) -> None:
+        plan = self.plan
+        timed = (plan.engine, plan.export.type, plan.bench, self.at.speed, self._console)
+        run_bench(str(self.at.checkpoint), [plan.model], *timed)
+
+    def _front(self) -> None:
+        models = [str(self.at.checkpoint)], [self.plan.model]
+        run_front(*models, self._text, self.at.front, self.plan.front, console=self._console)
+
+    def _report(self) -> None:
+        folder = self.at.out / "report"
+        check_report_folder(folder)
+        measured, device = self.at.measured(self.plan), self.plan.evaluate.device
+        write_report(
+            self.at.out.name, gather(self.at.checkpoint, self.plan.model, measured, device, self._console), folder
         )
-    )
-    if plan.heal:
-        fine = {"text": text, "settings": plan.heal}
-        steps.append(Step("heal", said["heal"], lambda: heal(converted, plan.model, at.checkpoint, **fine, **again)))
-    steps += [Step("export", said["export"], export), Step("eval", said["evaluate"], measure)]
-    if plan.bench:
-        timed = (plan.engine, plan.export.type, plan.bench, at.speed, console)
-        steps.append(Step("bench", said["bench"], lambda: run_bench(str(at.checkpoint), [plan.model], *timed)))
-    if plan.front:
-        front = (text, at.front, plan.front)
-        measured = [str(at.checkpoint)], [plan.model]
-        steps.append(Step("front", said["front"], lambda: run_front(*measured, *front, console=console)))
-    steps.append(Step("report", {}, report))
-    steps.append(Step("card", {}, lambda: (write_modelfile(at.gguf, at.out), write_card(plan, at))))
-    return steps
+
+    def _card(self) -> None:
+        write_modelfile(self.at.gguf, self.at.out)
+        write_card(self.plan, self.at)
 
 
 class Progress:
-    """Which steps are done, kept on disk. A step whose plan changed, or one before it, is to be done again."""
+    """Which steps are done, kept on disk. A step is to be done again where its plan, one before it, or the dense model
+    changed, or what it left is gone."""
 
-    def __init__(self, plan: MakePlan, out: Path, steps: list[Step]):
-        self._path = Place(out, plan.export.type).steps / "done.json"
+    def __init__(self, work: Work, steps: list[Step]):
+        self._path = work.at.steps / "done.json"
         self._done: dict[str, str] = read_json(self._path) or {}
-        self._keys, so_far = {}, json.dumps({"model": plan.model, "versions": versions()})
+        self._keys, so_far = {}, json.dumps({"model": open_model(work.plan.model).fingerprint, "versions": versions()})
         for step in steps:
             so_far = digest_of((), json.dumps([so_far, step.name, step.key], sort_keys=True).encode())
             self._keys[step.name] = so_far
 
     def is_done(self, step: Step) -> bool:
-        return self._done.get(step.name) == self._keys[step.name]
+        return step.leaves.exists() and self._done.get(step.name) == self._keys[step.name]
 
     def mark(self, step: Step) -> None:
         self._done[step.name] = self._keys[step.name]
