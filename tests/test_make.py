@@ -88,11 +88,11 @@ def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):
     command = [sys.executable, "-m", "factorllm", "make", str(out / "plan.yaml")]
     for _ in range(5):
         before = files_in(out)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while files_in(out) == before and process.poll() is None:
             time.sleep(0.02)
         time.sleep(chooser.uniform(0, 3))
-        assert process.poll() in (None, 0)
+        assert process.poll() in (None, 0), process.stderr.read()
         process.kill()
         process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -108,7 +108,7 @@ def test_a_config_without_weights_is_enough(tmp_path):
 
 def test_a_family_that_is_not_read_is_refused_by_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
-    with pytest.raises(FactorLLMError, match="its FFN has no gate"):
+    with pytest.raises(FactorLLMError, match="its FFN has biases"):
         read_dense_config(str(tmp_path))
 
 

@@ -38,18 +38,16 @@ class Chat:
         except RuntimeError as error:
             raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {error}") from None
         self._messages: list[dict[str, str]] = []
+        self._longest = max(settings.context // 4, 1)  # of an answer, so that there is room for some turns
 
-    def ask(self, question: str, most: int = 512) -> Iterator[str]:
+    def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece; it is part of the conversation once all of it has come.
-
-        Args:
-            most: tokens of the answer.
 
         Raises:
             FactorLLMError: when the server refuses, as for a conversation that has grown too long.
         """
         asked = [*self._messages, {"role": "user", "content": question}]
-        body = {"messages": asked, "stream": True, "max_tokens": most}
+        body = {"messages": asked, "stream": True, "max_tokens": self._longest}
         request = Request(
             f"{self._server.listening_address}/v1/chat/completions",
             json.dumps(body).encode(),
@@ -62,7 +60,10 @@ class Chat:
                     answer += piece
                     yield piece
         except HTTPError as error:
-            raise FactorLLMError(f"llama.cpp refused: {json.load(error)['error']['message']}; begin anew") from None
+            said = json.load(error)["error"]["message"]
+            raise FactorLLMError(
+                f"llama.cpp refused: {said}; begin a new conversation, or give more --context"
+            ) from None
         self._messages = [*asked, {"role": "assistant", "content": answer}]
 
 

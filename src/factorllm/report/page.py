@@ -13,6 +13,7 @@ from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
 from factorllm.report.measured import Scores
 from factorllm.report.plots import (
+    as_png,
     as_svg,
     error_figure,
     front_figure,
@@ -21,7 +22,6 @@ from factorllm.report.plots import (
     load_figure,
     quality_figure,
     routing_figure,
-    save_png,
 )
 from factorllm.report.summary import LABELS, kind_rows, mean_agreement
 from factorllm.report.template import read_template
@@ -57,9 +57,9 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    drawn, pictures = {}, {}
     for figure_name, (figure, description) in _figures(found).items():
-        save_png(figure, folder / f"{figure_name}.png")
+        pictures[f"{figure_name}.png"] = as_png(figure)
         drawn[figure_name] = as_svg(figure, figure_name, description)
         pyplot.close(figure)
     made = found.made
@@ -84,7 +84,10 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         sort_script=files("factorllm.report").joinpath("sort.js").read_text(encoding="utf-8"),
         measured_speed=found.measured.speed is not None,
     )
+    # The page goes first: by it a folder is known as a report's, also one that was left half written.
     write_text(folder / PAGE, page)
+    for file_name, picture in pictures.items():
+        (folder / file_name).write_bytes(picture)
     return folder / PAGE
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import Path
 
 import matplotlib
 
@@ -113,8 +112,10 @@ def healing_figure(curve: list[dict]) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+def as_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def as_svg(figure: Figure, name: str, description: str) -> str:
