@@ -17,7 +17,7 @@ def plan(
     speed: Speed = None,
     keep: Keep = None,
     memory: Memory = None,
-    types: Annotated[str, typer.Option(help="File types to look at, separated by commas.")] = "q8_0,q4_0,iq4_nl",
+    types: Annotated[str, typer.Option(help="File types to look at, separated by commas.")] = "q8_0,q4_0",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Foretell what the usual shapes of a dense MODEL would cost and give here, before anything is made."""

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import gguf
-
 from factorllm.engines.base import Engine, Options, random_tokens
 
 
@@ -39,9 +37,9 @@ class LlamaCpp(Engine):
         params.cache_ram_mib = 0
         params.ui = False
         self._server, self._batch = xllamacpp.Server(params), options.batch
-        vocabulary = gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].contents()
-        self._vocabulary = len(vocabulary)
-        self._plain_token = vocabulary.index("a")
+        # Of the server, for reading a large vocabulary from the file takes seconds.
+        with urlopen(f"{self._server.listening_address}/v1/models") as reply:
+            self._vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
         self._seeds = itertools.count(1000)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
@@ -50,7 +48,8 @@ class LlamaCpp(Engine):
     def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
         # The server keeps back tokens that end within a character, and their probabilities with them. So the sampler is
         # made to take a plain one; the log-probabilities are those before sampling.
-        answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[self._plain_token, 1000]])
+        plain = self.tokenize("a")[-1]
+        answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[plain, 1000]])
         found = answer["completion_probabilities"][0]["top_logprobs"]
         return [(item["id"], _number(item["logprob"])) for item in found]
 

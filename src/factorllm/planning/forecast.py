@@ -31,10 +31,10 @@ from factorllm.runs.progress import meter
 RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8")
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
 
-TYPES = ("q8_0", "q4_0", "iq4_nl")
+TYPES = ("q8_0", "q4_0")
 
 _TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
-_LAYER_BYTES = 192 << 20
+_LAYER_BYTES = 128 << 20
 """Weights of layers that a stand-in has at least, so that they do not fit in a processor's cache where the model's do
 not."""
 
@@ -127,10 +127,11 @@ def _shapes(config: PreTrainedConfig) -> list[tuple[Recipe | None, Shape]]:
 
 
 def _brief_plan(config: PreTrainedConfig) -> Plan:
-    """Turns of a few seconds each: fewer tokens of larger layers."""
+    """Turns of a second each: fewer of them, and of fewer tokens, where layers are large."""
     large = config.hidden_size * ffn_width(config) > 1 << 24
-    cores = len(os.sched_getaffinity(0))
-    brief = Plan(rounds=3, prompts=(128 if large else 256,), context=128, steps=16, batches=(1,), threads=(cores,))
+    tokens, steps, rounds = (32, 8, 4) if large else (128, 16, 6)
+    threads = (len(os.sched_getaffinity(0)),)
+    brief = Plan(rounds=rounds, prompts=(tokens,), context=tokens // 2, steps=steps, batches=(1,), threads=threads)
     return brief.within(config.max_position_embeddings)
 
 

@@ -17,7 +17,9 @@ _WIDTH, _SECONDS = 2048, 1.0
 _PASSES = 9
 """Times that each calibration token goes through a layer, or as much work on its activations, in a conversion without
 tuning: what Qwen2.5-Coder-0.5B and SmolLM2-135M took on two cores, in products (docs/experiments/2026-11.md)."""
-_TRAINED = 8  # FLOPs for each weight and token: forward and backward of the student, forward of the teacher
+_TRAINED = 16
+"""FLOPs for each weight and token in healing: 8 for the student's forward and backward and the teacher's forward, and
+as much again for all else, by what both models took on two cores."""
 
 
 @dataclass(frozen=True)
