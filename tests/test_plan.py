@@ -181,7 +181,9 @@ def test_the_command_prints_json_for_programs(tmp_path):
     pytest.importorskip("xllamacpp")
     LlamaConfig(**BASE | {"max_position_embeddings": 256}).save_pretrained(tmp_path / "dense")
     command = [sys.executable, "-m", "factorllm", "plan", str(tmp_path / "dense"), "--types", "q8_0", "--json"]
-    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
     assert [one["name"] for one in said["choices"]] == ["dense", *forecasting.RECIPES]
     assert said["choices"][0]["decode_ratio"] == 1
     assert all(one["file_bytes"] < one["memory_bytes"] for one in said["choices"])

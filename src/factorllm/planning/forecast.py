@@ -153,7 +153,7 @@ def _fit(config: PreTrainedConfig, file_type: str, plan: Plan, console: Console)
 
 def _settle(what: str, measures: dict[str, Measure], half: Measure, shapes: dict[str, Shape], depth: int) -> _Step:
     seconds = {name: 1 / measure.speed(what) for name, measure in measures.items()}
-    layer = (seconds["dense"] - 1 / half.speed(what)) / (depth - depth // 2)
+    layer = max((seconds["dense"] - 1 / half.speed(what)) / (depth - depth // 2), 0.0)  # noise may be larger
     outside = max(seconds["dense"] - depth * layer, 0.0)
     terms = np.stack([_terms(shapes[name]) for name in seconds])
     target = np.array([(its - outside) / depth for its in seconds.values()])
