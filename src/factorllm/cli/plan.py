@@ -9,6 +9,7 @@ import typer
 
 from factorllm.cli import terminal
 from factorllm.cli.options import Keep, Memory, Model, Speed, names_in
+from factorllm.planning import TYPES
 from factorllm.planning.wish import Wish
 
 
@@ -17,7 +18,7 @@ def plan(
     speed: Speed = None,
     keep: Keep = None,
     memory: Memory = None,
-    types: Annotated[str, typer.Option(help="File types to look at, separated by commas.")] = "q8_0,q4_0",
+    types: Annotated[str, typer.Option(help="File types to look at, separated by commas.")] = ",".join(TYPES),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Foretell what the usual shapes of a dense MODEL would cost and give here, before anything is made."""

@@ -141,6 +141,13 @@ def set_ffn_width(config: PreTrainedConfig, width: int) -> None:
         config.block_auto_adjust_ff_dim = False
 
 
+def keep_first_layers(config: PreTrainedConfig, count: int) -> None:
+    """Leave out all layers but the first."""
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+
+
 def residual_factor(config: PreTrainedConfig) -> float:
     """What an FFN's output is multiplied with before it is added to the residual stream."""
     if config.model_type == "minicpm3":

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense.ends import Ends
+from factorllm.dense.families import keep_first_layers
 from factorllm.dense.gguf.file import GGUFSource
 from factorllm.dense.layer import LayerLoader
 from factorllm.dense.model import ModelSource
@@ -79,9 +80,7 @@ def _shortened(source: ModelSource) -> PreTrainedConfig:
     config = copy.deepcopy(source.config)
     parameters = sum(shape.numel() for shape in map(torch.Size, source.parameter_shapes().values()))
     if 4 * parameters > available_memory() // 2:
-        config.num_hidden_layers = min(_FEW_LAYERS, config.num_hidden_layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        keep_first_layers(config, min(_FEW_LAYERS, config.num_hidden_layers))
     return config
 
 

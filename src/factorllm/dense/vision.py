@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from factorllm.dense.ends import Ends
+from factorllm.dense.families import keep_first_layers
 from factorllm.dense.layer import Call, LayerLoader
 from factorllm.dense.model import ModelSource
 from factorllm.dense.modules import forwarding
@@ -230,9 +231,7 @@ def shortened(wrapper: Wrapper) -> PreTrainedConfig:
     config = copy.deepcopy(wrapper.config)
     text = config.get_text_config()
     layers = 2 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-    text.num_hidden_layers = min(layers, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    keep_first_layers(text, min(layers, text.num_hidden_layers))
     return config
 
 

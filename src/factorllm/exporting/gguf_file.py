@@ -238,13 +238,19 @@ def _writer(
     job: dict[str, Any],
 ) -> gguf.GGUFWriter:
     """All of the file but the tensors' data; nothing is on disk yet."""
-    writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
-    add_keys(writer, checkpoint, file_type)
+    writer = start_file(partial, checkpoint, file_type, plan)
     add_job(writer, job)
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     else:
         add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size)
+    return writer
+
+
+def start_file(path: Path, model: Layout, file_type: str, plan: dict[str, Planned]) -> gguf.GGUFWriter:
+    """What a file says of a model and its tensors; nothing is on disk yet, and of the tokenizer nothing is said."""
+    writer = gguf.GGUFWriter(path, model.host.gguf(model.config))
+    _add_keys(writer, model, file_type)
     for name, planned in plan.items():
         writer.add_tensor_info(name, planned.shape, np.dtype(np.float32), planned.size, raw_dtype=planned.kind)
     return writer
@@ -276,8 +282,7 @@ def _quantized(name: str, tensor: Tensor, kind: Type, importance: Importance | N
     return gguf.quants.quantize(data, kind)
 
 
-def add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> None:
-    """Say in a file what the model is, but for its tokenizer."""
+def _add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> None:
     config, architecture = checkpoint.config, checkpoint.host.gguf(checkpoint.config)
     writer.add_type("model")
     writer.add_name(checkpoint.name)

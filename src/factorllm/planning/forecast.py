@@ -17,12 +17,13 @@ from rich.console import Console
 from scipy.optimize import nnls
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import ffn_width, head_dim
+from factorllm.dense.families import ffn_width, head_dim, key_value_heads
 from factorllm.errors import FactorLLMError
 from factorllm.measure.cost import dense_shape
 from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import Subject
 from factorllm.measure.speed.timing import Measure, measure_speed
+from factorllm.planning import TYPES
 from factorllm.planning.stand_in import StandIn, with_layers
 from factorllm.recipe import Recipe, Shape, parse_recipe
 from factorllm.runs.disk import IN_TMPDIR, require_space
@@ -30,8 +31,6 @@ from factorllm.runs.progress import meter
 
 RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8")
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
-
-TYPES = ("q8_0", "q4_0")
 
 _TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
 _LAYER_BYTES = 128 << 20
@@ -86,14 +85,13 @@ class _Step:
 
 
 def forecast(
-    config: PreTrainedConfig, types: tuple[str, ...] = TYPES, plan: Plan | None = None, console: Console | None = None
+    config: PreTrainedConfig, types: tuple[str, ...] = TYPES, console: Console | None = None
 ) -> list[Expected]:
     """The speed and size of each shape of `RECIPES` and of the dense model, in llama.cpp on this machine.
 
     Args:
         config: of the dense model; nothing else of it is read.
         types: GGUF file types.
-        plan: how stand-ins are timed; by default briefly.
 
     Raises:
         FactorLLMError: when llama.cpp is not installed or has no such architecture, or no shape is possible.
@@ -105,9 +103,10 @@ def forecast(
         raise FactorLLMError(
             f"its speed in llama.cpp cannot be foretold: {reason}; factorize it, and measure with factorllm bench"
         )
+    timed = _timed_shapes(config, shapes)
     found = []
     for file_type in types:
-        steps = _fit(config, file_type, plan or _brief_plan(config), console)
+        steps = _fit(config, timed, file_type, console)
         found += [_expected(config, recipe, shape, file_type, steps) for recipe, shape in shapes]
     return found
 
@@ -135,11 +134,10 @@ def _brief_plan(config: PreTrainedConfig) -> Plan:
     return brief.within(config.max_position_embeddings)
 
 
-def _fit(config: PreTrainedConfig, file_type: str, plan: Plan, console: Console) -> dict[str, _Step]:
+def _fit(config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, console: Console) -> dict[str, _Step]:
     """Time the stand-ins of one type, and settle a token's seconds of prefill and of decoding."""
-    depth = _depth(config)
+    depth, plan = _depth(config), _brief_plan(config)
     few = with_layers(config, depth)
-    shapes = {"dense": dense_shape(config)} | _timed_shapes(few)
     with tempfile.TemporaryDirectory(prefix="factorllm-plan-") as work:
         models = {name: StandIn.of(few, shape) for name, shape in shapes.items()}
         models["half"] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
@@ -168,9 +166,11 @@ def _terms(shape: Shape) -> np.ndarray:
     return np.array([1.0, shape.shared_width, routed, float(shape.experts > 0)])
 
 
-def _timed_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
-    found = {name: shape for recipe, shape in _shapes(config) if recipe and (name := recipe.name) in _TIMED}
-    if not found:
+def _timed_shapes(config: PreTrainedConfig, shapes: list[tuple[Recipe | None, Shape]]) -> dict[str, Shape]:
+    """Those that are timed, the dense model first."""
+    named = {recipe.name if recipe else "dense": shape for recipe, shape in shapes}
+    found = {name: shape for name, shape in named.items() if name in ("dense", *_TIMED)}
+    if len(found) == 1:
         raise FactorLLMError(
             f"its FFN of {ffn_width(config)} neurons does not divide by 8, so none of the usual shapes is possible; "
             "factorllm prune keeps any share of it"
@@ -199,7 +199,7 @@ def _expected(
     prefill, decode = (step.seconds(shape, layers) for step in steps.values())
     dense_prefill, dense_decode = (step.seconds(dense_shape(config), layers) for step in steps.values())
     size = StandIn.of(config, shape).file_size(file_type)
-    cache = 2 * layers * config.num_key_value_heads * head_dim(config) * _KV_BYTES * _CONTEXT
+    cache = 2 * layers * key_value_heads(config) * head_dim(config) * _KV_BYTES * _CONTEXT
     return Expected(
         name=recipe.name if recipe else "dense",
         recipe=recipe,

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.headers import read_dense_config
 from factorllm.errors import FactorLLMError
-from factorllm.planning.forecast import TYPES, Expected, forecast
+from factorllm.planning import TYPES
+from factorllm.planning.forecast import Expected, forecast
 from factorllm.planning.pace import Pace
 from factorllm.planning.quality import Measured, known_quality
 from factorllm.planning.wish import Wish

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import activation, family_of
+from factorllm.dense.families import activation, family_of, keep_first_layers
 from factorllm.dense.ffn import FFN
 from factorllm.dense.names import EMBEDDINGS, HEAD, LAYERS, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.dense.wrappers import Wrapper
+from factorllm.exporting.files import publishing
 from factorllm.exporting.ggml import ONLY_GGML, quantize
-from factorllm.exporting.gguf_file import add_keys
+from factorllm.exporting.gguf_file import start_file
 from factorllm.exporting.plan import Planned, plan_layout
 from factorllm.hosts import HOSTS, Host, StudentFFN, choose_host
 from factorllm.hosts.base import GGUFForm
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Shape
+from factorllm.runs.disk import IN_TMPDIR
 
 _TILE = 1 << 16  # numbers that are random; the rest of a tensor repeats them
 _SPREAD = 0.02  # of the weights, as models are initialised: nothing overflows or becomes denormal
@@ -51,7 +53,7 @@ class StandIn:
     wrapper: Wrapper | None = None
 
     @classmethod
-    def of(cls, dense: PreTrainedConfig, shape: Shape, host: str = "auto") -> StandIn:
+    def of(cls, dense: PreTrainedConfig, shape: Shape) -> StandIn:
         """The student of a shape.
 
         Args:
@@ -61,7 +63,7 @@ class StandIn:
         Raises:
             FactorLLMError: when no host holds it.
         """
-        chosen = choose_host(host, dense, shape) if shape.experts else HOSTS["dense"]
+        chosen = choose_host("auto", dense, shape) if shape.experts else HOSTS["dense"]
         return cls(chosen.config(dense, shape), chosen, _student_shapes(dense, shape, chosen))
 
     @property
@@ -90,26 +92,18 @@ class StandIn:
     def write(self, path: Path, file_type: str) -> None:
         """Write it as a GGUF file of random weights, with a vocabulary of no words."""
         plan = self.layout(file_type)
-        writer = gguf.GGUFWriter(path, self.host.gguf(self.config))
-        add_keys(writer, self, file_type)
+        partial, tile = path.with_suffix(".partial"), _tiles()
+        writer = start_file(partial, self, file_type, plan)
         _add_vocabulary(writer, self.config.vocab_size)
-        for name, planned in plan.items():
-            writer.add_tensor_info(name, planned.shape, np.dtype(np.float32), planned.size, raw_dtype=planned.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        tile = _tiles()
-        for planned in plan.values():
-            writer.write_tensor_data(np.resize(tile(planned), planned.size))
-        writer.close()
+        with publishing(writer, partial, path, IN_TMPDIR):
+            for planned in plan.values():
+                writer.write_tensor_data(np.resize(tile(planned), planned.size))
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same model with its first layers only."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    keep_first_layers(config, layers)
     return config
 
 
