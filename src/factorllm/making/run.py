@@ -10,12 +10,14 @@ from rich.console import Console
 from factorllm.errors import FactorLLMError
 from factorllm.making.card import commands, numbers
 from factorllm.making.choose import Effort, choose_plan
+from factorllm.making.expected import expected_seconds
 from factorllm.making.plan_file import NAME, MakePlan, read_plan
 from factorllm.making.steps import Progress, Work
 from factorllm.planning.wish import Wish
+from factorllm.runs.course import Course
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import located, read_json
-from factorllm.runs.progress import Clock, minutes
+from factorllm.runs.progress import minutes, show_course
 from factorllm.runs.workspace import write_json
 
 
@@ -123,13 +125,16 @@ def _run(work: Work, console: Console) -> None:
     missing = [step for step in steps if not progress.is_done(step)]
     if not missing:
         console.print("made already, by the same plan")
-    clock = Clock()
-    for step in missing:
-        number = steps.index(step) + 1
-        console.print(f"step {number} of {len(steps)}: {step.name}", highlight=False)
-        step.run()
-        progress.mark(step)
-        console.print(f"step {number} of {len(steps)}: {step.name} took {minutes(clock.lap())}", highlight=False)
+        return
+    course = Course(expected_seconds(work.plan, [step.name for step in missing]))
+    with show_course(console, "all steps", course):
+        for step in missing:
+            place = f"step {steps.index(step) + 1} of {len(steps)}: {step.name}"
+            console.print(f"{place}; all is done in about {minutes(course.left())}", highlight=False)
+            course.start(step.name)
+            step.run()
+            progress.mark(step)
+            console.print(f"{place} took {minutes(course.end())}", highlight=False)
 
 
 def _check_free(out: Path) -> None:

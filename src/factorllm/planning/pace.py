@@ -1,4 +1,4 @@
-"""How long converting and healing will take, from the products that this machine does in a second."""
+"""How long work on a model will take, from the products that this machine does in a second."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _TRAINED = 16
 """FLOPs for each weight and token in healing: 8 for the student's forward and backward and the teacher's forward, and
 as much again for all else, by what both models took on two cores."""
 
+_FULL_PRECISION = 3
+"""Times as long as in the dtype that conversions compute in, where that is bfloat16."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -39,6 +42,14 @@ class Pace:
             one @ one
             count += 1
         return cls(2 * _WIDTH**3 * count / (time.perf_counter() - start))
+
+    def forward_seconds(self, config: PreTrainedConfig, tokens: int) -> float:
+        """Of the dense model's pass over tokens, in fp32.
+
+        Args:
+            config: of the dense model.
+        """
+        return tokens * _FULL_PRECISION * cost_of(config, dense_shape(config)).flops_per_token / self.flops
 
     def convert_seconds(self, config: PreTrainedConfig, tokens: int) -> float:
         """Of the closed forms of one student.
