@@ -169,7 +169,8 @@ def run(*arguments: object) -> Ended:
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = ["factorllm", *map(str, arguments)], io.StringIO("y\n" * 9)
-    terminal.console = Console()  # one that could not say something keeps it, and tries again
+    # One that could not say something keeps it, and tries again.
+    terminal.console = Console(markup=False, emoji=False)
     code = 0
     try:
         with redirect_stdout(out), redirect_stderr(err), patience():

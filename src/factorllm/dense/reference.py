@@ -129,7 +129,7 @@ def _compare_with_llamacpp(
     try:
         engine = EngineProcess("llamacpp", source.files[0], Options(context=4 * _LENGTH))
     except FactorLLMError as error:
-        console.print(f"not compared with llama.cpp: {error}", highlight=False, soft_wrap=True)
+        console.print(f"not compared with llama.cpp: {error}", highlight=False, soft_wrap=True, markup=False)
         return
     with engine:
         for text in _SAMPLES:

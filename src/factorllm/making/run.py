@@ -82,7 +82,7 @@ def make(
             (out / "steps").mkdir(parents=True, exist_ok=True)
             write_json(out / "steps" / "asked.json", asked)
             plan.write(path)
-        console.print(f"planned: {path}", soft_wrap=True, highlight=False)
+        console.print(f"planned: {path}", soft_wrap=True, highlight=False, markup=False)
     return make_planned(path, console=console)
 
 

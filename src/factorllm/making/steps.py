@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Work:
     def _export(self) -> None:
         how = self.plan.export
         weighed = {"text": self._text, "gptq": how.gptq} if how.weighed or how.gptq else {}
-        say = self._console.print
+        say = partial(self._console.print, soft_wrap=True, highlight=False, markup=False)
         export_gguf(str(self.at.checkpoint), self.at.gguf, how.type, say=say, **weighed, **self._again)
 
     def _evaluate(self) -> None:

@@ -39,7 +39,12 @@ class _Bars(Progress):
     """The bars of a terminal; nothing is drawn elsewhere."""
 
     def __init__(self, console: Console):
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         left = (TextColumn("left"), _TimeLeft(elapsed_when_finished=False))
         super().__init__(*columns, *left, console=console, disable=not console.is_terminal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def open_subject(
     path = Path(model)
     if engine == "llamacpp":
         path = work / f"{name.replace(' ', '-')}-{file_type}.gguf"
-        console.print(f"writing {model} as {path.name}", highlight=False, soft_wrap=True)
-        export_gguf(model, path, file_type, say=console.print, console=console, when_full=when_full, **weighted)
+        say = partial(console.print, highlight=False, soft_wrap=True, markup=False)  # brackets are parts of names
+        say(f"writing {model} as {path.name}")
+        export_gguf(model, path, file_type, say=say, console=console, when_full=when_full, **weighted)
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
