@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -31,6 +32,7 @@ class Family:
         width: the config's key of the FFN's width.
         norm_follows: whether a norm comes between the FFN and the residual stream.
         kinds: of layers, beside full and sliding attention.
+        ffn_kinds: of layers that have an FFN, where the others have none.
         no_host: why no architecture with experts reproduces it, where none does. A static prune needs none.
     """
 
@@ -41,6 +43,7 @@ class Family:
     width: str = "intermediate_size"
     norm_follows: bool = False
     kinds: tuple[str, ...] = ()
+    ffn_kinds: tuple[str, ...] = ()
     no_host: str | None = None
 
 
@@ -118,6 +121,18 @@ def has_experts(config: PreTrainedConfig) -> bool:
     known = type(config)()
     counts = [getattr(config, key) for key in _EXPERT_COUNTS if hasattr(known, key)]
     return any(isinstance(count, int) and count > 1 for count in counts)
+
+
+def ffn_layers(config: PreTrainedConfig) -> Sequence[int]:
+    """The layers that have an FFN, in their order: of most families, all.
+
+    Args:
+        config: of a dense model or of a student.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.ffn_kinds:
+        return range(config.num_hidden_layers)
+    return [index for index, kind in enumerate(config.layer_types) if kind in family.ffn_kinds]
 
 
 def activation(config: PreTrainedConfig) -> str:

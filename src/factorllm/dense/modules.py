@@ -9,11 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from factorllm.dense.families import ffn_layers
+
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a causal language model."""
     layers: nn.ModuleList = model.get_decoder().layers
     return layers
+
+
+def layers_with_ffn(model: PreTrainedModel) -> list[nn.Module]:
+    """Those of them that have an FFN."""
+    return [decoder_layers(model)[index] for index in ffn_layers(model.config)]
 
 
 def has_weights(module: nn.Module) -> bool:

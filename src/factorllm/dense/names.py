@@ -11,6 +11,9 @@ def layer_prefix(index: int) -> str:
     return f"{LAYERS}{index}."
 
 
-def part_of_layer(name: str) -> str | None:
-    """The part of a decoder layer that a tensor is in, such as `mlp`; None for one outside the layers."""
-    return name.removeprefix(LAYERS).split(".")[1] if name.startswith(LAYERS) else None
+def place_in_layers(name: str) -> tuple[int, str] | None:
+    """The decoder layer that a tensor is in and its part there, such as `mlp`; None for one outside the layers."""
+    if not name.startswith(LAYERS):
+        return None
+    index, part, *_ = name.removeprefix(LAYERS).split(".")
+    return int(index), part

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, key_value_heads, rope_of
+from factorllm.dense.families import ffn_layers, head_dim, key_value_heads, rope_of
 from factorllm.dense.gguf.rope import rope_factors
 from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
 from factorllm.exporting.checkpoints import Layout
@@ -46,11 +47,15 @@ def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     if (factors := rope_factors(rope_of(config), head_dim(config))) is not None:
         yield "rope_freqs.weight", factors.float()
     for layer in range(config.num_hidden_layers):
-        for name, tensor in _layer_tensors(checkpoint, layer_prefix(layer)):
+        prefix = layer_prefix(layer)
+        tensors = chain(
+            _outside_ffn(checkpoint, prefix), _ffn(checkpoint, prefix) if layer in ffn_layers(config) else ()
+        )
+        for name, tensor in tensors:
             yield f"blk.{layer}.{name}", tensor.float()
 
 
-def _layer_tensors(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _outside_ffn(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
     form, names = checkpoint.form, checkpoint.names
     others = ATTENTION | {"post_attention_layernorm": form.gguf_ffn_norm} | form.gguf_names
     for source, target in others.items():
@@ -62,6 +67,9 @@ def _layer_tensors(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tenso
                 if kind == "weight":
                     tensor = form.gguf_content(source, tensor, checkpoint.config)
                 yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
+
+
+def _ffn(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for target, stored in checkpoint.host.gguf_ffn_of(checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)

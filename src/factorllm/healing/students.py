@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
-from factorllm.dense.names import part_of_layer
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
 from factorllm.hosts import host_of
@@ -43,8 +42,8 @@ def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     """
     if settings.train == "lora":
         return _with_adapters(model, settings.lora_rank)
-    parts = host_of(model.config).ffn_parts(model.config)
-    learns = _LEARNS.get(settings.train, lambda name: part_of_layer(name) in parts)
+    host = host_of(model.config)
+    learns = _LEARNS.get(settings.train, lambda name: host.is_of_ffn(name, model.config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns(name))
     return model

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.families import (
     activation,
+    ffn_layers,
     head_dim,
     normalises_heads,
     rope_of,
@@ -22,6 +23,7 @@ from factorllm.dense.families import (
 from factorllm.dense.ffn import FFN
 from factorllm.dense.fused import unfused
 from factorllm.dense.gguf.rope import reason_against_rope
+from factorllm.dense.names import place_in_layers
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
 
@@ -165,8 +167,13 @@ class Host(GGUFForm, ABC):
         return Shape(shared + experts * width, shared, experts, width, top_k)
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        """The parts of a decoder layer in transformers that are the FFN."""
+        """The parts of a decoder layer in transformers that are the FFN, in a layer that has one."""
         return ("mlp",)
+
+    def is_of_ffn(self, name: str, config: PreTrainedConfig) -> bool:
+        """Whether a tensor, by its name in transformers, is an FFN's."""
+        place = place_in_layers(name)
+        return place is not None and place[0] in ffn_layers(config) and place[1] in self.ffn_parts(config)
 
     def matrices(self, config: PreTrainedConfig) -> int:
         """In which a neuron has a row or a column."""
