@@ -29,11 +29,8 @@ def has_weights(module: nn.Module) -> bool:
 
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm after the last layer: what has weights and is neither the embeddings nor a layer."""
-    (norm,) = (
-        module
-        for name, module in decoder.named_children()
-        if name not in ("embed_tokens", "layers") and has_weights(module)
-    )
+    others = (decoder.get_input_embeddings(), decoder.layers)
+    (norm,) = (module for module in decoder.children() if module not in others and has_weights(module))
     return norm
 
 
@@ -64,6 +61,9 @@ class _Output:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
 
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from factorllm.dense.families import ffn_layers, head_dim, key_value_heads, rope_of
 from factorllm.dense.gguf.rope import rope_factors
-from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
+from factorllm.dense.names import HEAD, embeddings, layer_prefix
 from factorllm.exporting.checkpoints import Layout
 from factorllm.hosts.base import Stored
 
@@ -35,7 +35,7 @@ _WITH_HEAD = ("qwen2moe", "olmo2", "stablelm", "nemotron")
 def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     """Name and content, fp32, of each tensor of the file, in its order."""
     config, read, form = checkpoint.config, checkpoint.read, checkpoint.form
-    yield "token_embd.weight", read(EMBEDDINGS).float()
+    yield "token_embd.weight", read(embeddings(config)).float()
     norm, target = form.gguf_final_norm
     yield f"{target}.weight", form.gguf_content(norm, read(f"model.{norm}.weight").float(), config)
     if f"model.{norm}.bias" in checkpoint.names:
@@ -43,7 +43,7 @@ def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     if not config.tie_word_embeddings:
         yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) in _WITH_HEAD:
-        yield "output.weight", read(EMBEDDINGS).float()
+        yield "output.weight", read(embeddings(config)).float()
     if (factors := rope_factors(rope_of(config), head_dim(config))) is not None:
         yield "rope_freqs.weight", factors.float()
     for layer in range(config.num_hidden_layers):

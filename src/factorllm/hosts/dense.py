@@ -50,6 +50,10 @@ class DenseHost(Host):
     def matrices(self, config: PreTrainedConfig) -> int:
         return 2 if family_of(config).ffn.gate is None else 3
 
+    def _unfit_engines(self, config: PreTrainedConfig) -> set[str]:
+        # It knows other names of Nemotron-H's kinds of layers than transformers writes.
+        return {"sglang"} if config.model_type == "nemotron_h" else set()
+
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         if config.model_type not in _WRITTEN:
             return f"GGUF files of {config.model_type} are not supported yet"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from factorllm.dense.families import ffn_layers, ffn_width
-from factorllm.dense.names import EMBEDDINGS, HEAD
+from factorllm.dense.names import HEAD, embeddings
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
@@ -43,7 +43,7 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
     """
     d, host, ffns = config.hidden_size, host_of(config), len(ffn_layers(config))
     outside = {name: size for name, size in parameter_shapes(config).items() if not host.is_of_ffn(name, config)}
-    table = outside.pop(EMBEDDINGS).numel()
+    table = outside.pop(embeddings(config)).numel()
     head = outside.pop(HEAD).numel() if HEAD in outside else table
     matrices = sum(size.numel() for size in outside.values() if len(size) > 1)
     vectors = sum(size.numel() for size in outside.values() if len(size) == 1)

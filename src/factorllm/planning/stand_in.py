@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.families import activation, family_of, ffn_layers, keep_first_layers
 from factorllm.dense.ffn import FFN
-from factorllm.dense.names import EMBEDDINGS, HEAD, LAYERS, layer_prefix
+from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.dense.wrappers import Wrapper
 from factorllm.exporting.files import publishing
@@ -112,7 +112,7 @@ def _student_shapes(dense: PreTrainedConfig, shape: Shape, host: Host) -> dict[s
     empty = {name: torch.empty(size, device="meta") for name, size in parameter_shapes(dense).items()}
     found = {name: tensor for name, tensor in empty.items() if not name.startswith(LAYERS)}
     if not host.ties_embeddings and HEAD not in found:
-        found[HEAD] = found[EMBEDDINGS]
+        found[HEAD] = found[embeddings(dense)]
     ffn, having = _empty_ffn(dense, shape), ffn_layers(dense)
     for layer in range(dense.num_hidden_layers):
         prefix = layer_prefix(layer)
