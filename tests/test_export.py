@@ -171,6 +171,7 @@ OF_OTHER_FAMILIES = {
     "stablelm": [],
     "arcee": [PRUNE],
     "nemotron": [],
+    "nemotron_h": [("nemotron_h", "S2A2E8"), PRUNE],
 }
 """What is made of a dense model, whose own file is written too: students with two of many experts on, and prunes."""
 

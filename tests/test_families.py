@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
 from families import TINY, WHOLE_HEADS
+from matplotlib import pyplot
 from test_hosts import HOSTS_OF
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,10 @@ from factorllm.dense.modules import final_norm, layers_with_ffn
 from factorllm.dense.safetensors import open_folder
 from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
-from factorllm.student.read import read_partitions
+from factorllm.measure.routing import route_prompt
+from factorllm.report.plots import error_figure, routing_figure
+from factorllm.report.summary import layer_table
+from factorllm.student.read import read_partitions, read_provenance
 from factorllm.student.routers import Routers, router_weight
 
 
@@ -89,6 +93,19 @@ def test_only_layers_that_have_an_ffn_are_cut_counted_and_healed(tmp_path, text_
     before, after = (open_folder(tmp_path / name, name)[2] for name in ("out", "healed"))
     changed = {name for name in before.names() if not torch.equal(before.read(name), after.read(name))}
     assert changed == {f"model.layers.{i}.mixer.{name}_proj.weight" for i in (1, 3) for name in ("up", "down")}
+
+
+def test_layers_with_experts_keep_their_numbers(tmp_path, text_file, small):
+    factorized("nemotron_h", "nemotron_h", "S2A2E8", tmp_path, text_file, small)
+    assert route_prompt(tmp_path / "out", "words").layer == 3
+    assert route_prompt(tmp_path / "out", "words", 1).layer == 1
+    with pytest.raises(FactorLLMError, match=r"no layer 2 with experts; those of .* are 1, 3: give one"):
+        route_prompt(tmp_path / "out", "words", 2)
+    layers = read_provenance(tmp_path / "out")["layers"]
+    assert list(layer_table(layers).columns[0].cells) == ["1", "3"]
+    for figure in (error_figure(layers), routing_figure(layers)):
+        assert list(figure.axes[0].lines[0].get_xdata()) == [1, 3]
+        pyplot.close(figure)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere", "stablelm", "nemotron", "nemotron_h"])

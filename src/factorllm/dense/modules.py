@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from factorllm.dense.families import ffn_layers
@@ -51,6 +52,15 @@ def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Ite
     finally:
         for module in modules:
             del module.forward
+
+
+def expert_hidden(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
+    """What goes into the down projection of one of a layer's experts: (n, d) -> (n, width)."""
+    if not experts.has_gate:
+        active: Tensor = experts.act_fn(linear(hidden, experts.up_proj[expert]))
+        return active
+    gate, up = linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
 
 
 class _Output:

@@ -14,7 +14,15 @@ from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, key_value_heads, rope_of, rope_type, rotary_share, sliding_window
+from factorllm.dense.families import (
+    ffn_layers,
+    head_dim,
+    key_value_heads,
+    rope_of,
+    rope_type,
+    rotary_share,
+    sliding_window,
+)
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
@@ -328,4 +336,8 @@ def _keys(checkpoint: Layout) -> GGUFKeys:
             keys["rope.freq_base_swa"] = float(within["rope_theta"])
     if checkpoint.wrapper:
         keys |= checkpoint.wrapper.gguf_keys
-    return keys | rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)
+    keys |= rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)
+    layers, having = range(config.num_hidden_layers), ffn_layers(config)
+    if len(having) < len(layers):
+        keys["feed_forward_length"] = [keys["feed_forward_length"] * (layer in having) for layer in layers]
+    return keys

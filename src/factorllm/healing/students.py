@@ -58,10 +58,13 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
         for name, parameter in model.named_parameters()
         if ".experts." in name and parameter.dim() == 3
     }
+    without = {"lm_head", "shared_expert_gate"}
+    if model.config.model_type == "nemotron_h":
+        without.add("out_proj")  # peft refuses it: kernels of Mamba read its weight past an adapter
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted(linear - {"lm_head", "shared_expert_gate"}),
+        target_modules=sorted(linear - without),
         target_parameters=sorted(experts) or None,
         task_type="CAUSAL_LM",
     )

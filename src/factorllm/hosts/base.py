@@ -332,7 +332,8 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def one_expert(ffn: FFN, prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
     """An expert on disk, as most hosts name its matrices, or by other names of gate, up and down."""
-    return {f"{prefix}.{name}.weight": matrix for name, matrix in zip(names, (ffn.gate, ffn.up, ffn.down), strict=True)}
+    name = dict(zip(("gate", "up", "down"), names, strict=True))
+    return {f"{prefix}.{name[which]}.weight": matrix for which, matrix in ffn.matrices.items()}
 
 
 def per_expert(experts: list[FFN], prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:

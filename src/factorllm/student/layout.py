@@ -50,6 +50,7 @@ def _outside_ffns(config: PreTrainedConfig, host: MoeHost) -> Shapes:
 def _ffn(config: PreTrainedConfig, host: MoeHost) -> Shapes:
     shape, d = host.shape(config), config.hidden_size
     with torch.device("meta"):
-        ffn = FFN(torch.empty(shape.kept_width, d), torch.empty(shape.kept_width, d), torch.empty(d, shape.kept_width))
+        inward = torch.empty(shape.kept_width, d)
+        ffn = FFN(inward if host.matrices(config) == 3 else None, inward, inward.T)
         student = StudentFFN(ffn, torch.empty(shape.experts, d), shape)
         return {name: tuple(tensor.shape) for name, tensor in host.ffn_tensors(student, config).items()}
