@@ -12,6 +12,8 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried,
 from factorllm.hosts.gates import SIGMOID
 from factorllm.recipe import Shape
 
+_USUAL_STEP = 0.001
+
 
 class NemotronHHost(MoeHost):
     name = "nemotron_h"
@@ -130,4 +132,7 @@ def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
     """What llama.cpp has not of a Nemotron-H, with experts or without."""
     if config.use_bias:
         return "the projections of Mamba have no biases"
+    # As its makers have it, and vLLM. transformers bounds them at the usual value, where it hardly matters.
+    if config.time_step_min > _USUAL_STEP:
+        return f"Mamba's time steps have no lower bound, such as time_step_min = {config.time_step_min}"
     return None if config.mamba_hidden_act == "silu" else "the convolutions of Mamba are followed by silu"
