@@ -144,8 +144,8 @@ def ffn_layers(config: PreTrainedConfig) -> Sequence[int]:
 
 def activation(config: PreTrainedConfig) -> str:
     """The FFN's activation, by its name in transformers."""
-    keys = ("hidden_activation", "mlp_hidden_act", "hidden_act")
-    return next((said for key in keys if (said := getattr(config, key, None))), "silu")
+    own = getattr(config, "hidden_activation", None) or getattr(config, "mlp_hidden_act", None)
+    return own or getattr(config, "hidden_act", "silu")
 
 
 def ffn_width(config: PreTrainedConfig) -> int:
@@ -216,9 +216,9 @@ def rotates(config: PreTrainedConfig) -> bool:
 def ropes(config: PreTrainedConfig) -> list:
     """How positions are rotated: as `rope_parameters` says for all layers, or for each kind of them; nothing where
     they are not."""
-    rope = getattr(config, "rope_parameters", None)
     if not rotates(config):
         return []
+    rope = config.rope_parameters
     of_kinds = isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values())
     return list(rope.values()) if of_kinds else [rope]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,16 +46,12 @@ def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     if (factors := rope_factors(rope_of(config), head_dim(config))) is not None:
         yield "rope_freqs.weight", factors.float()
     for layer in range(config.num_hidden_layers):
-        prefix = layer_prefix(layer)
-        tensors = chain(
-            _outside_ffn(checkpoint, prefix), _ffn(checkpoint, prefix) if layer in ffn_layers(config) else ()
-        )
-        for name, tensor in tensors:
+        for name, tensor in _layer_tensors(checkpoint, layer):
             yield f"blk.{layer}.{name}", tensor.float()
 
 
-def _outside_ffn(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    form, names = checkpoint.form, checkpoint.names
+def _layer_tensors(checkpoint: Layout, layer: int) -> Iterator[tuple[str, Tensor]]:
+    form, names, prefix = checkpoint.form, checkpoint.names, layer_prefix(layer)
     others = ATTENTION | {"post_attention_layernorm": form.gguf_ffn_norm} | form.gguf_names
     for source, target in others.items():
         if f"{prefix}{source}" in names:
@@ -67,9 +62,8 @@ def _outside_ffn(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]
                 if kind == "weight":
                     tensor = form.gguf_content(source, tensor, checkpoint.config)
                 yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
-
-
-def _ffn(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if layer not in ffn_layers(checkpoint.config):
+        return
     for target, stored in checkpoint.host.gguf_ffn_of(checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)
