@@ -57,7 +57,7 @@ class NemotronHHost(MoeHost):
 
     def _reason_against_shape(self, shape: Shape) -> str | None:
         if shape.experts < 2:
-            return "its router looks at the two best experts, whatever its top-k"
+            return "its router needs two routed experts at least"  # whatever its top-k
         return super()._reason_against_shape(shape)
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
