@@ -61,6 +61,11 @@ SPECIAL: dict[str, dict] = {
     "stablelm": {"rope_parameters": _PARTIAL["rope_parameters"]},
     "arcee": {"pad_token_id": 0},
     "nemotron": {"head_dim": 8, "pad_token_id": 0},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"], "head_dim": 16,
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 16,
+        "rms_norm_eps": 1e-3,  # real ones say it too, and nothing reads it
+    },
     "minicpm3": {
         "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8, "pad_token_id": 0,

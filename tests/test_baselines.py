@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import BASE, CONFIGS, save_dense, some_tokens
+from families import TINY
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError
@@ -24,7 +25,9 @@ def logits(model, tokens):
         return model(tokens, use_cache=False).logits
 
 
-def test_flap_that_keeps_every_neuron_changes_nothing(model):
+@pytest.mark.parametrize("family", ["llama", "nemotron_h"])
+def test_flap_that_keeps_every_neuron_changes_nothing(family, tmp_path):
+    model = save_dense(TINY[family], tmp_path / "dense")
     tokens = some_tokens(model.config)
     before = logits(model, tokens)
     flap_prune(model, tokens, BASE["intermediate_size"])

@@ -171,6 +171,7 @@ OF_OTHER_FAMILIES = {
     "stablelm": [],
     "arcee": [PRUNE],
     "nemotron": [],
+    "nemotron_h": [("nemotron_h", "S2A2E8"), PRUNE],
 }
 """What is made of a dense model, whose own file is written too: students with two of many experts on, and prunes."""
 
@@ -218,6 +219,9 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
         (varied("cohere", tie_word_embeddings=False), "the output head of llama.cpp's command-r is its embedding"),
         (varied("cohere", use_qk_norm=True), "queries and keys are not normalised"),
         (varied("gemma2", attn_logit_softcapping=None), "attention and logits are always capped"),
+        (varied("nemotron_h", use_bias=True), "the projections of Mamba have no biases"),
+        (varied("nemotron_h", mamba_hidden_act="gelu"), "the convolutions of Mamba are followed by silu"),
+        (varied("nemotron_h", time_step_min=0.05), "have no lower bound, such as time_step_min = 0.05"),
         (varied("gemma3_text", query_pre_attn_scalar=8), "queries are scaled by 16, not by query_pre_attn_scalar = 8"),
     ],
 )

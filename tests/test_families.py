@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CONFIGS, SLIDING_WINDOW, edit_json, relative_error, save_dense, some_tokens
 from families import TINY, WHOLE_HEADS
+from matplotlib import pyplot
 from test_hosts import HOSTS_OF
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -16,10 +17,14 @@ from factorllm.dense import open_model
 from factorllm.dense.ends import Ends
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.layer import ffn_of
-from factorllm.dense.modules import decoder_layers, final_norm
+from factorllm.dense.modules import final_norm, layers_with_ffn
+from factorllm.dense.safetensors import open_folder
 from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
-from factorllm.student.read import read_partitions
+from factorllm.measure.routing import route_prompt
+from factorllm.report.plots import error_figure, routing_figure
+from factorllm.report.summary import layer_table
+from factorllm.student.read import read_partitions, read_provenance
 from factorllm.student.routers import Routers, router_weight
 
 
@@ -30,7 +35,7 @@ def test_there_is_a_tiny_model_of_each_family():
 def pruned_by_hand(model, orders: list[list[int]]) -> None:
     """Zero the down columns of all neurons but those that a prune kept."""
     layout = family_of(model.config).ffn
-    for layer, kept in zip(decoder_layers(model), orders, strict=True):
+    for layer, kept in zip(layers_with_ffn(model), orders, strict=True):
         down = layer.get_submodule(f"{layout.slot}.{layout.down}").weight.data
         dropped = torch.ones(down.shape[1], dtype=torch.bool)
         dropped[kept] = False
@@ -70,7 +75,40 @@ def test_a_prune_is_restored_where_the_ffn_is_not_llamas(family, tmp_path, text_
     assert errors["stream"] < errors["none"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere", "stablelm", "nemotron"])
+def test_only_layers_that_have_an_ffn_are_cut_counted_and_healed(tmp_path, text_file, small):
+    """Of Nemotron-H, whose other layers are Mamba or attention: a prune and its healing leave them as they were."""
+    dense = save_dense(TINY["nemotron_h"], tmp_path / "dense")
+    summary = factorize(str(tmp_path / "dense"), tmp_path / "out", "S4A0E8", text=str(text_file), settings=small)
+    assert [layer["layer"] for layer in summary.layers] == [1, 3]
+    cut = 2 * 2 * 32 * 32  # in two FFNs, of up and down, half of 64 neurons
+    assert summary.row("dense").cost.total_parameters == sum(p.numel() for p in dense.parameters())
+    assert summary.row("student").cost.total_parameters == summary.row("dense").cost.total_parameters - cut
+    settings = HealSettings(
+        tokens=2048, validation_tokens=256, evaluations=1, learning_rate=1e-3, train="ffn", precision="float32"
+    )
+    healed = heal(
+        tmp_path / "out", str(tmp_path / "dense"), tmp_path / "healed", text=str(text_file), settings=settings
+    )
+    assert "nothing was gained" not in healed.outcome
+    before, after = (open_folder(tmp_path / name, name)[2] for name in ("out", "healed"))
+    changed = {name for name in before.names() if not torch.equal(before.read(name), after.read(name))}
+    assert changed == {f"model.layers.{i}.mixer.{name}_proj.weight" for i in (1, 3) for name in ("up", "down")}
+
+
+def test_layers_with_experts_keep_their_numbers(tmp_path, text_file, small):
+    factorized("nemotron_h", "nemotron_h", "S2A2E8", tmp_path, text_file, small)
+    assert route_prompt(tmp_path / "out", "words").layer == 3
+    assert route_prompt(tmp_path / "out", "words", 1).layer == 1
+    with pytest.raises(FactorLLMError, match=r"no layer 2 with experts; those of .* are 1, 3: give one"):
+        route_prompt(tmp_path / "out", "words", 2)
+    layers = read_provenance(tmp_path / "out")["layers"]
+    assert list(layer_table(layers).columns[0].cells) == ["1", "3"]
+    for figure in (error_figure(layers), routing_figure(layers)):
+        assert list(figure.axes[0].lines[0].get_xdata()) == [1, 3]
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere", "stablelm", "nemotron", "nemotron_h"])
 def test_each_kind_of_final_norm_carries_a_scale(family, tmp_path):
     dense = save_dense(TINY[family], tmp_path)
     norm, states = final_norm(dense.get_decoder()), torch.randn(3, dense.config.hidden_size)
@@ -145,7 +183,7 @@ def test_the_picked_experts_of_each_host_count_once(family, host, shared, tmp_pa
     splits = read_partitions(tmp_path / "out", recipe.shape(64))
     routers = [router_weight(module) for module in Routers(student).modules]
     assert {tuple(weight.shape) for weight in routers} == {(8 - shared, 32)}
-    for layer, split, weight in zip(decoder_layers(dense), splits, routers, strict=True):
+    for layer, split, weight in zip(layers_with_ffn(dense), splits, routers, strict=True):
         ffn, slot = ffn_of(layer, dense.config), family_of(dense.config).ffn.slot
         setattr(layer, slot, PickedExperts(ffn, split, weight))
     tokens = some_tokens(dense.config, length=min(48, student.config.max_position_embeddings))

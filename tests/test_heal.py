@@ -20,15 +20,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_export import median_differences, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, NemotronHConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.convert.route import pa_loss
 from factorllm.dense import open_model
 from factorllm.dense.safetensors import TensorFolder
 from factorllm.healing import rate, run
-from factorllm.healing.experts import use_autocast
+from factorllm.healing.experts import _padded, use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
 from factorllm.healing.rate import FRACTION, STEPS, choose, typical_weight
@@ -141,6 +142,14 @@ def test_autocast_reaches_the_experts(student, device):
         model.zero_grad()
     assert gradients[1].dtype == torch.float32
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_experts_without_a_gate_are_padded_too():
+    experts = NemotronHExperts(NemotronHConfig(hidden_size=32, n_routed_experts=4, moe_intermediate_size=16))
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    hidden, picks, gates = torch.randn(70, 32), torch.randn(70, 4).topk(2).indices, torch.rand(70, 2)
+    assert relative_error(_padded(experts, hidden, picks, gates), experts(hidden, picks, gates)) < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

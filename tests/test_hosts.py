@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import ATTENTION_BIAS, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, relative_error, save_dense, some_tokens
+from families import TINY
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
@@ -142,6 +143,8 @@ def test_every_experts_backend_gives_the_same_logits(backend, tmp_path, text_fil
         (SLIDING_WINDOW, "S2A2E8", "granitemoeshared", "no sliding window"),
         (CONFIGS["qwen3"], "S2A2E8", "granitemoeshared", "does not normalise queries and keys"),
         (CONFIGS["qwen2"], "S0A2E4", "qwen3_moe", "it normalises queries and keys"),
+        (TINY["nemotron_h"], "S0A2E8", "nemotron_h", "always has a shared expert"),
+        (TINY["nemotron_h"], "S1A1E2", "nemotron_h", "needs two routed experts at least"),
         (CONFIGS["mha"], "S4A2E16", "auto", "experts of 4 neurons, but transformers' grouped_mm needs multiples of 8"),
     ],
 )

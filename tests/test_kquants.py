@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, CONFIGS, some_tokens, words
+from families import TINY
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from test_export import PROMPTS, save_model
@@ -90,10 +91,14 @@ def seen_by_hand(model, tokens) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def experts_by_hand(experts, hidden, picks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which tokens an expert ran for, (tokens, N), and what went into and out of its gate, for all tokens."""
+    """Which tokens an expert ran for, (tokens, N), and what went into it and into its down, for all tokens."""
     ran = torch.nn.functional.one_hot(picks, len(experts.down_proj)).sum(1).double()
-    gate, up = torch.einsum("td,ehd->teh", hidden, experts.gate_up_proj).chunk(2, -1)
-    return ran, hidden.double().square(), (torch.nn.functional.silu(gate) * up).double().square()
+    if hasattr(experts, "gate_up_proj"):
+        gate, up = torch.einsum("td,ehd->teh", hidden, experts.gate_up_proj).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+    else:
+        inner = torch.einsum("td,ehd->teh", hidden, experts.up_proj).relu().square()
+    return ran, hidden.double().square(), inner.double().square()
 
 
 def log_probs(model, prompt) -> torch.Tensor:
@@ -281,6 +286,25 @@ def test_the_importance_file_of_each_host(family, config, host, recipe, tmp_path
             found = read[f"blk.{index}.{name}.weight.in_sum2"].data
             np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-6 * wanted.max())
         assert (read[f"blk.{index}.ffn_down_exps.weight.counts"].data[:, 0] == ran.sum(0).numpy()).all()
+
+
+def test_what_goes_into_experts_without_a_gate_and_into_layers_without_an_ffn(tmp_path, text_file):
+    save_model(TINY["nemotron_h"], tmp_path / "dense")
+    factorize(str(tmp_path / "dense"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=SMALL)
+    sums = read_importance(open_checkpoint(str(tmp_path / "out")), str(text_file), TOKENS).sums
+    ffn = ["ffn_gate_inp", "ffn_up_exps", "ffn_down_exps", "ffn_up_shexp", "ffn_down_shexp"]
+    mamba, attention = ["ssm_in", "ssm_out"], ["attn_q", "attn_k", "attn_v", "attn_output"]
+    assert sums.keys() == {
+        f"blk.{index}.{name}.weight"
+        for index, names in enumerate((mamba, ffn, attention, ffn, mamba))
+        for name in names
+    }
+    model = load_student(tmp_path / "out")
+    inputs = seen_by_hand(model, tokens_of(tmp_path / "out", text_file, SMALL))
+    hidden, picks, _ = inputs["model.layers.3.mixer.experts"]
+    ran, into, inner = experts_by_hand(model.model.layers[3].mixer.experts, hidden, picks)
+    for name, wanted in (("up", ran.T @ into), ("down", torch.einsum("te,teh->eh", ran, inner))):
+        torch.testing.assert_close(sums[f"blk.3.ffn_{name}_exps.weight"], wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_the_importance_file_is_llamacpps(dense, long_text, tmp_path):

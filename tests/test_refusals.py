@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, CONFIGS, edit_json, save_dense
+from families import TINY
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig, NemotronHConfig, Starcoder2Config
 
+from factorllm import FactorLLMError
+from factorllm.baselines import layers_to_drop
 from factorllm.cli import main
+from factorllm.planning.forecast import forecast
 
 
 @pytest.fixture
@@ -72,12 +76,24 @@ def test_unsupported_family_names_the_supported_ones(refused, tmp_path):
     assert "at once; supported: llama (Llama" in line
 
 
-def test_layers_that_are_an_ffn_or_attention_are_refused_as_such(refused, tmp_path):
-    kinds = ["linear_attention", "mlp", "full_attention", "mlp"]
-    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "head_dim": 8}
-    config = {key: value for key, value in BASE.items() if key != "num_hidden_layers"}
-    save_dense(NemotronHConfig(**config | sizes, layers_block_type=kinds), tmp_path / "dense")
-    assert "each of its layers is an FFN, or attention, or Mamba alone" in refused(tmp_path / "dense")
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        (["linear_attention", "full_attention"], "says no layer with an FFN, so there is nothing to cut"),
+        (["linear_attention", "moe"], "is a Mixture of Experts already (nemotron_h)"),
+    ],
+)
+def test_layers_of_which_none_has_a_dense_ffn_are_refused(kinds, says, refused, tmp_path):
+    config = TINY["nemotron_h"].to_dict() | {"layers_block_type": kinds, "moe_intermediate_size": 32}
+    save_dense(NemotronHConfig(**config), tmp_path / "dense")
+    assert says in refused(tmp_path / "dense")
+
+
+def test_what_takes_layers_as_alike_is_refused_where_they_are_not():
+    with pytest.raises(FactorLLMError, match="each layer of nemotron_h is one thing alone"):
+        layers_to_drop(TINY["nemotron_h"], 1000)
+    with pytest.raises(FactorLLMError, match="not each layer of nemotron_h has an FFN"):
+        forecast(TINY["nemotron_h"])
 
 
 def test_a_mixture_of_experts_is_told_that_it_is_one(refused, tmp_path):

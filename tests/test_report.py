@@ -281,7 +281,7 @@ def test_the_coloured_prompt_is_the_prompt(student):
     assert legend(routed, in_colour=True).plain.startswith("layer 1, share of tokens:  expert 0 ")
 
 
-@pytest.mark.parametrize(("prompt", "layer", "says"), [("", None, "prompt is empty"), ("words", 3, "0 to 2")])
+@pytest.mark.parametrize(("prompt", "layer", "says"), [("", None, "prompt is empty"), ("words", 3, "0, 1, 2")])
 def test_prompts_that_cannot_be_shown_are_refused(student, prompt, layer, says):
     with pytest.raises(FactorLLMError, match=says):
         route_prompt(student, prompt, layer)

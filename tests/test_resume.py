@@ -10,10 +10,12 @@ import time
 
 import pytest
 from conftest import BASE, save_dense
+from families import TINY
 from test_factorize import contents
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
+from factorllm.convert.factorize import _commit_layer
 from factorllm.runs.settings import Settings
 
 LAYERS = 8
@@ -102,6 +104,30 @@ def test_a_torn_journal_line_is_written_again(deep_folder, text_file, whole, kil
         file.write('{"layer": 4, "sec')
     run(deep_folder, killed, text_file)
     assert contents(killed) == contents(whole)
+
+
+@pytest.mark.parametrize("done", [1, 3], ids=("no FFN yet", "after one without"))
+def test_a_run_goes_on_after_a_layer_without_an_ffn(done, tmp_path, text_file, small, monkeypatch):
+    """Layers 1 and 3 of this Nemotron-H have an FFN, 0, 2 and 4 have none."""
+    save_dense(TINY["nemotron_h"], tmp_path / "dense")
+    commit = _commit_layer
+
+    def killed(job, index, *rest):
+        if index == done:
+            raise KeyboardInterrupt
+        commit(job, index, *rest)
+
+    def made(name):
+        out = tmp_path / name / "student"
+        factorize(str(tmp_path / "dense"), out, "S4A0E8", text=str(text_file), settings=small)
+        return contents(out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("factorllm.convert.factorize._commit_layer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made("killed")
+    assert journal_lines(tmp_path / "killed/student") == done
+    assert made("killed") == made("whole")
 
 
 def test_another_job_does_not_resume(deep_folder, text_file, killed):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from factorllm import FactorLLMError
 from factorllm.convert.route import FLATTEN
+from factorllm.dense.families import ffn_layers
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.engines.process import python_of
 from factorllm.hosts import HOSTS, MoeHost, host_of
@@ -46,13 +47,14 @@ HOSTED = [
     ("hunyuan_v1_dense", "hunyuan_v1_moe", "S1A2E8"),
     ("ernie4_5", "ernie4_5_moe", "S0A2E8"),
     ("ernie4_5", "ernie4_5_moe", "S2A2E8"),
+    ("nemotron_h", "nemotron_h", "S2A2E8"),
 ]
 
 QWEN3_5 = [("qwen3_5_text", "qwen3_5_moe_text", "S0A2E8"), ("qwen3_5_text", "qwen3_5_moe_text", "S2A2E8")]
 
 _WIDTHS = (
     "hidden_size", "intermediate_size", "shared_intermediate_size", "head_dim", "global_head_dim", "mamba_d_head",
-    "linear_key_head_dim", "linear_value_head_dim",
+    "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def wide(name: str) -> PreTrainedConfig:
     for key in _WIDTHS:
         if width := getattr(config, key, None):
             setattr(config, key, 4 * width)
-    if sections := (config.rope_parameters or {}).get("mrope_section"):
+    if sections := (getattr(config, "rope_parameters", None) or {}).get("mrope_section"):
         config.rope_parameters["mrope_section"] = [4 * section for section in sections]
     return config
 
@@ -78,7 +80,7 @@ def sharpen(folder: Path) -> None:
             if tensor.shape == shape:
                 tensors[name], routers = tensor / FLATTEN, routers + 1
         save_file(tensors, path, metadata={"format": "pt"})
-    assert routers == config.num_hidden_layers
+    assert routers == len(ffn_layers(config))
 
 
 def student(name: str, host: str, recipe: str, tmp_path, text_file, small) -> Path:

@@ -11,7 +11,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
+from factorllm.dense.families import ffn_layers
 from factorllm.dense.modules import decoder_layers
+from factorllm.errors import FactorLLMError
 from factorllm.measure.cost import Cost, cost_of, dense_shape
 
 
@@ -41,7 +43,11 @@ def depth_prune(model: PreTrainedModel, influence: Tensor, count: int) -> None:
 
     Args:
         influence: (layers,), of `block_influence`.
+
+    Raises:
+        FactorLLMError: when layers are not alike.
     """
+    _refuse_unlike(model.config)
     dropped = set(influence.topk(count, largest=False).indices.tolist())
     kept = [index for index in range(len(influence)) if index not in dropped]
     layers = decoder_layers(model)
@@ -53,8 +59,21 @@ def depth_prune(model: PreTrainedModel, influence: Tensor, count: int) -> None:
     model.config.num_hidden_layers = len(kept)
 
 
+def _refuse_unlike(config: PreTrainedConfig) -> None:
+    if len(ffn_layers(config)) < config.num_hidden_layers:
+        raise FactorLLMError(
+            f"a depth prune drops layers of attention and FFN; each layer of {config.model_type} is one thing alone: "
+            "compare with factorllm prune"
+        )
+
+
 def layers_to_drop(config: PreTrainedConfig, active_parameters: int) -> int:
-    """How many layers must go so that about `active_parameters` remain; at least one layer stays."""
+    """How many layers must go so that about `active_parameters` remain; at least one layer stays.
+
+    Raises:
+        FactorLLMError: when layers are not alike.
+    """
+    _refuse_unlike(config)
     counts = range(config.num_hidden_layers)
     return min(counts, key=lambda count: abs(shortened_cost(config, count).active_parameters - active_parameters))
 

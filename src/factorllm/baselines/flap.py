@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
+from factorllm.dense.families import family_of
 from factorllm.dense.layer import ffn_of
-from factorllm.dense.modules import decoder_layers
+from factorllm.dense.modules import layers_with_ffn
 from factorllm.errors import FactorLLMError
 
 
@@ -29,8 +30,8 @@ def flap_prune(model: PreTrainedModel, tokens: Tensor, width: int) -> None:
     """
     if not hasattr(model.config, "mlp_bias"):
         raise FactorLLMError(f"FLAP leaves a bias in each FFN, which {model.config.model_type} has no place for")
-    layers = decoder_layers(model)
-    modules = [layer.mlp for layer in layers]
+    layers = layers_with_ffn(model)
+    modules = [layer.get_submodule(family_of(model.config).ffn.slot) for layer in layers]
     for layer, module, (mean, variance) in zip(layers, modules, _moments(model, modules, tokens), strict=True):
         ffn = ffn_of(layer, model.config)
         neurons = (variance * ffn.neuron_gain()).topk(width).indices.sort().values

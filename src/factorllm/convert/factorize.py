@@ -18,7 +18,8 @@ from factorllm.convert.partition import Partition
 from factorllm.convert.task import TOO_LARGE, LayerTask, Streams, Workplace
 from factorllm.convert.write import check_dtype, temper, write_companions, write_layer, write_outer_shards
 from factorllm.dense.ends import Ends
-from factorllm.dense.layer import DenseLayer, LayerLoader
+from factorllm.dense.families import ffn_layers
+from factorllm.dense.layer import DecoderLayer, DenseLayer, LayerLoader
 from factorllm.errors import FactorLLMError
 from factorllm.hosts import StudentFFN
 from factorllm.recipe import Recipe, parse_recipe
@@ -100,7 +101,7 @@ def compare(
         visit: called with the row of the dense model and the model itself, then with those of each student.
 
     Returns:
-        A row for the dense model and for each recipe, and for each recipe the statistics of its layers.
+        A row for the dense model and for each recipe, and for each recipe the statistics of the layers with an FFN.
     """
     with open_job(model, work, recipes, text, settings or Settings(), False, console) as job:
         if job is None:
@@ -108,7 +109,7 @@ def compare(
         _convert_layers(job)
         temper(job)
         rows = measure_students(job, visit)
-        layers = {name: [entry["statistics"][name] for entry in job.work.journal] for name in recipes}
+        layers = {name: job.statistics(name) for name in recipes}
         job.work.discard()
         return rows, layers
 
@@ -123,9 +124,8 @@ def _convert_layers(job: Job) -> None:
     if job.ranks.is_main:
         write_outer_shards(job)
 
-    steps = len(job.calibration) * (1 + passes(settings.tune) * len(job.students))
-    done = job.work.layers_done
-    with meter(job.console, "factorising", job.layers * steps, done * steps) as bar:
+    done, steps = job.work.layers_done, _steps(job)
+    with meter(job.console, "factorising", sum(steps), sum(steps[:done])) as bar:
         scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
         limit, bearable = settings.memory_limit, job.bears_rounding
         workplace = Workplace(device, job.ranks, scratch, limit, bearable, settings.tune, bar.advance)
@@ -133,17 +133,27 @@ def _convert_layers(job: Job) -> None:
             bar.describe(f"layer {index + 1}/{job.layers}")
             clock = Clock()
             layer = loader.load(index)
-            _advance_teacher(job, layer, index, bar)
+            _advance(job, "teacher", layer, index, bar.advance)
             seconds, statistics, neurons = {"teacher": clock.lap()}, {}, {}
             for student in job.students:
-                ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
-                if job.mixed:
-                    statistics[student.name]["ffn_error"] = _advance_held_out(job, student, layer, index, ffn)
-                neurons[student.name] = split.order.tolist()
+                ffn = None
+                if isinstance(layer, DenseLayer):
+                    ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
+                    neurons[student.name] = split.order.tolist()
+                else:
+                    _advance_student(job, student, layer, index, bar)
                 if job.ranks.is_main:
                     write_layer(job, student, index, ffn)
                 seconds[student.name] = clock.lap()
             _commit_layer(job, index, statistics, neurons, seconds)
+
+
+def _steps(job: Job) -> list[int]:
+    """Times that a sequence goes through each layer, over all sequences."""
+    having, each = ffn_layers(job.source.config), passes(job.settings.tune)
+    return [
+        len(job.calibration) * (1 + (each if layer in having else 1) * len(job.students)) for layer in range(job.layers)
+    ]
 
 
 def _convert(
@@ -157,8 +167,9 @@ def _convert(
     )
     generator = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + index)
     # The journal, so that a resumed run looks where the killed one would have.
-    done = job.work.journal[-1]["statistics"].get(student.name) if job.work.journal else None
-    return convert_layer(
+    entries = job.ffn_entries
+    done = entries[-1]["statistics"].get(student.name) if entries else None
+    ffn, split, statistics = convert_layer(
         LayerTask(
             layer,
             streams,
@@ -170,6 +181,9 @@ def _convert(
             strength_before=done and done["ridge_strength"],
         )
     )
+    if job.mixed:
+        statistics["ffn_error"] = _advance_held_out(job, student, layer, index, ffn)
+    return ffn, split, statistics
 
 
 def _advance_held_out(job: Job, student: Student, layer: DenseLayer, index: int, ffn: StudentFFN) -> dict[str, float]:
@@ -178,15 +192,25 @@ def _advance_held_out(job: Job, student: Student, layer: DenseLayer, index: int,
     return advance_held_out(layer, ffn, student.host, job.sequences(name), before, after, job.ranks)
 
 
-def _advance_teacher(job: Job, layer: DenseLayer, index: int, bar: Meter) -> None:
-    before, after = job.stream("teacher", index), job.stream("teacher", index + 1)
+def _advance_student(job: Job, student: Student, layer: DecoderLayer, index: int, bar: Meter) -> None:
+    """Through a layer without an FFN, which is the dense model's."""
+    _advance(job, student.name, layer, index, bar.advance)
+    if job.mixed:
+        _advance(job, job.held_out_name(student), layer, index)
+
+
+def _advance(
+    job: Job, name: str, layer: DecoderLayer, index: int, tick: Callable[[int], None] = lambda sequences: None
+) -> None:
+    """Write the hidden states of `name` after a whole dense layer."""
+    before, after = job.stream(name, index), job.stream(name, index + 1)
     for run in before.runs():
         with fast_products(job.settings.torch_device, job.bears_rounding):
-            states = layer.forward(before.read(run, job.settings.torch_device), job.calibration.beside(run))
+            states = layer.forward(before.read(run, job.settings.torch_device), job.sequences(name).beside(run))
         if not is_finite(states):
             raise FactorLLMError(f"layer {index} of {job.source.label} computes NaN or infinity: {TOO_LARGE}")
         after.write(run, states)
-        bar.advance(run.stop - run.start)
+        tick(run.stop - run.start)
 
 
 def _start_streams(job: Job) -> None:

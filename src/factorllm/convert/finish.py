@@ -45,12 +45,12 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         held_out_tokens=job.text.held_out.numel(),
         rows=rows,
         logit_scale=logit_scales[student.name],
-        layers=[entry["statistics"][student.name] for entry in job.work.journal],
+        layers=job.statistics(student.name),
         images={"origin": job.images, **job.mixed.counts()} if job.mixed else None,
     )
     made = _provenance(job, summary)
     write_json(student.folder / PROVENANCE, made)
-    write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.work.journal])
+    write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.ffn_entries])
     write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.licence))
     spent = _spent(job)
     # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.

@@ -57,11 +57,18 @@ def write_outer_shards(job: Job) -> None:
             write_shard(path, as_stored(tensors, job.settings.stored_dtype, TOO_LARGE))
 
 
-def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None:
+def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN | None) -> None:
+    """The shard of a layer.
+
+    Args:
+        ffn: None for a layer without one.
+    """
     source, prefix = job.source, layer_prefix(index)
-    names = [name.removeprefix(prefix) for name in job.tensor_names if name.startswith(prefix)]
-    others = [name for name in names if not family_of(source.config).ffn.holds(name)]
-    tensors = student.host.ffn_tensors(ffn, source.config)
+    others = [name.removeprefix(prefix) for name in job.tensor_names if name.startswith(prefix)]
+    tensors = {}
+    if ffn is not None:
+        others = [name for name in others if not family_of(source.config).ffn.holds(name)]
+        tensors = student.host.ffn_tensors(ffn, source.config)
     tensors |= student.host.other_tensors(source.config, {name: source.tensor(prefix + name) for name in others})
     tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)

@@ -7,7 +7,17 @@ import math
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from factorllm.dense.families import FAMILIES, OTHERS, activation, family_of, has_experts, ropes, sliding_window
+from factorllm.dense.families import (
+    FAMILIES,
+    OTHERS,
+    activation,
+    family_of,
+    ffn_layers,
+    has_experts,
+    ropes,
+    rotates,
+    sliding_window,
+)
 from factorllm.dense.wrappers import WRAPPERS
 from factorllm.errors import FactorLLMError
 
@@ -105,7 +115,7 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
             raise FactorLLMError(
                 f"the config of {label} says {key} = {getattr(config, key)!r}, not true or false; mend it"
             )
-    for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps"):
+    for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         if not 0 < getattr(config, key, 1.0) < math.inf:
             raise FactorLLMError(f"the config of {label} says {key} = {getattr(config, key)}, not above 0; mend it")
     attention = getattr(config, "_attn_implementation", None)
@@ -131,6 +141,8 @@ def _check_layer_types(label: str, config: PreTrainedConfig) -> None:
     known = {"full_attention", "sliding_attention", *family_of(config).kinds}
     if others := sorted(map(str, kinds - known)):
         raise FactorLLMError(f"the config of {label} says layer_types with {others[0]}, which is not supported")
+    if not ffn_layers(config):
+        raise FactorLLMError(f"the config of {label} says no layer with an FFN, so there is nothing to cut; mend it")
     if "sliding_attention" in kinds and not sliding_window(config):
         raise FactorLLMError(
             f"the config of {label} says layer_types with sliding_attention and no sliding_window in use; give the "
@@ -151,14 +163,15 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
 
 
 def _check_rope(label: str, config: PreTrainedConfig) -> None:
-    rope = config.rope_parameters
     for one in ropes(config):
         theta = one.get("rope_theta") if isinstance(one, dict) else None
         if not isinstance(theta, int | float) or not 0 < theta < math.inf:
             raise FactorLLMError(
                 f"the config of {label} says no rope_theta above 0, by which positions are rotated; mend it"
             )
-    share = rope.get("partial_rotary_factor", 1)
+    if not rotates(config):
+        return
+    share = config.rope_parameters.get("partial_rotary_factor", 1)
     if share != 1 and "partial_rotary_factor" not in type(config)().rope_parameters:
         raise FactorLLMError(
             f"the config of {label} says partial_rotary_factor = {share}, but a {config.model_type} rotates its heads "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -13,6 +14,7 @@ _LLAMA = FFNLayout()
 _FUSED = FFNLayout(gate="gate_up_proj", up="gate_up_proj")
 _LFM2 = FFNLayout("feed_forward", "w1", "w3", "w2")
 _UNGATED = FFNLayout(gate=None)
+_NEMOTRON_H = FFNLayout("mixer", None, "up_proj", "down_proj")
 _GRANITE = FFNLayout("shared_mlp", "input_linear", "input_linear", "output_linear")
 
 _SANDWICHED = "a norm follows its FFN, and hosts with such a norm normalise queries and keys, or values, otherwise"
@@ -31,6 +33,7 @@ class Family:
         width: the config's key of the FFN's width.
         norm_follows: whether a norm comes between the FFN and the residual stream.
         kinds: of layers, beside full and sliding attention.
+        ffn_kinds: of layers that have an FFN, where the others have none.
         no_host: why no architecture with experts reproduces it, where none does. A static prune needs none.
     """
 
@@ -41,6 +44,7 @@ class Family:
     width: str = "intermediate_size"
     norm_follows: bool = False
     kinds: tuple[str, ...] = ()
+    ffn_kinds: tuple[str, ...] = ()
     no_host: str | None = None
 
 
@@ -79,6 +83,13 @@ FAMILIES = {
     "stablelm": Family("StableLM", "stablelm", no_host="its norms have biases, and those of hosts have none"),
     "arcee": Family("Arcee AFM", "arcee", ffn=_UNGATED, no_host=_NO_POSITIONS),
     "nemotron": Family("Nemotron-4, Minitron", "nemotron", ffn=_UNGATED, no_host=_NO_POSITIONS),
+    "nemotron_h": Family(
+        "Nemotron-H, Nemotron Nano 2",
+        "nemotron_h",
+        ffn=_NEMOTRON_H,
+        kinds=("linear_attention", "mlp"),
+        ffn_kinds=("mlp", "moe"),
+    ),
     "minicpm3": Family("MiniCPM 3", no_host="its attention is latent (MLA) with multipliers that no host has"),
 }
 """Dense families by transformers' `model_type`."""
@@ -91,7 +102,6 @@ _WITH_BIASES = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "
 OTHERS = {
     **dict.fromkeys(_WITH_BIASES, "its FFN has biases, which belong to all neurons at once"),
     "apertus": "the activation of its FFN has parameters of its own",
-    "nemotron_h": "each of its layers is an FFN, or attention, or Mamba alone, and here each layer must have an FFN",
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "it has no FFN"),
     "bitnet": "a norm inside its FFN reads all neurons at once, so they cannot be told apart",
     "gemma3n": "its layers have several streams (AltUp)",
@@ -120,9 +130,22 @@ def has_experts(config: PreTrainedConfig) -> bool:
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 
+def ffn_layers(config: PreTrainedConfig) -> Sequence[int]:
+    """The layers that have an FFN, in their order: of most families, all.
+
+    Args:
+        config: of a dense model or of a student.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.ffn_kinds:
+        return range(config.num_hidden_layers)
+    return [index for index, kind in enumerate(config.layer_types) if kind in family.ffn_kinds]
+
+
 def activation(config: PreTrainedConfig) -> str:
     """The FFN's activation, by its name in transformers."""
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    own = getattr(config, "hidden_activation", None) or getattr(config, "mlp_hidden_act", None)
+    return own or getattr(config, "hidden_act", "silu")
 
 
 def ffn_width(config: PreTrainedConfig) -> int:
@@ -185,16 +208,24 @@ def normalises_heads(config: PreTrainedConfig) -> bool:
     return config.model_type in ("qwen3", "qwen3_5_text", "qwen3_vl_text", "hunyuan_v1_dense", "olmo2", "olmo3")
 
 
+def rotates(config: PreTrainedConfig) -> bool:
+    """Whether attention rotates queries and keys by their positions."""
+    return config.model_type != "nemotron_h"
+
+
 def ropes(config: PreTrainedConfig) -> list:
-    """How positions are rotated: as `rope_parameters` says for all layers, or for each kind of them."""
+    """How positions are rotated: as `rope_parameters` says for all layers, or for each kind of them; nothing where
+    they are not."""
+    if not rotates(config):
+        return []
     rope = config.rope_parameters
     of_kinds = isinstance(rope, dict) and rope and all(isinstance(value, dict) for value in rope.values())
     return list(rope.values()) if of_kinds else [rope]
 
 
 def rope_of(config: PreTrainedConfig, kind: str = "full_attention") -> dict:
-    """How positions are rotated in layers of a kind."""
-    rope: dict = config.rope_parameters
+    """How positions are rotated in layers of a kind; empty where they are not."""
+    rope: dict = config.rope_parameters if rotates(config) else {}
     return rope.get(kind, rope)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from factorllm.dense.families import activation, family_of, residual_factor
+from factorllm.dense.families import activation, family_of, ffn_layers, residual_factor
 from factorllm.dense.ffn import FFN
 from factorllm.dense.model import ModelSource
 from factorllm.dense.modules import decoder_layers, final_norm, forwarding, has_weights
@@ -29,8 +29,25 @@ def ffn_of(layer: nn.Module, config: PreTrainedConfig) -> FFN:
     return family.ffn.of_layer(layer, activation(config))
 
 
-class DenseLayer:
-    """One decoder layer of the dense model, with its weights on the device.
+class DecoderLayer:
+    """One decoder layer of the dense model, with its weights on the device."""
+
+    def __init__(self, module: nn.Module, index: int, calls: Calls):
+        self._module, self._index, self._calls = module, index, calls
+
+    def forward(self, stream: Tensor, beside: Beside = TEXT) -> Tensor:
+        """The whole dense layer, and what the model adds after it: (sequences, length, d) -> the same.
+
+        Args:
+            beside: what the layer is told of the sequences.
+        """
+        output = self._calls(stream, beside.positions)[self._index](self._module, stream)
+        added = beside.added(self._index)
+        return output if added is None else output + added.to(output)
+
+
+class DenseLayer(DecoderLayer):
+    """One that has an FFN.
 
     Attributes:
         ffn: its FFN.
@@ -39,8 +56,8 @@ class DenseLayer:
     """
 
     def __init__(self, module: nn.Module, index: int, calls: Calls, config: PreTrainedConfig):
+        super().__init__(module, index, calls)
         family = family_of(config)
-        self._module, self._index, self._calls = module, index, calls
         self._ffn_module = module.get_submodule(family.ffn.slot)
         self.ffn = ffn_of(module, config)
         self.residual, self.norm_follows = residual_factor(config), family.norm_follows
@@ -65,12 +82,6 @@ class DenseLayer:
         with forwarding([self._ffn_module], record):
             middle = self.forward(stream, beside)
         return middle, seen[0].flatten(0, 1)
-
-    def forward(self, stream: Tensor, beside: Beside = TEXT) -> Tensor:
-        """The whole dense layer, and what the model adds after it: (sequences, length, d) -> the same."""
-        output = self._calls(stream, beside.positions)[self._index](self._module, stream)
-        added = beside.added(self._index)
-        return output if added is None else output + added.to(output)
 
     def after(self, stream: Tensor, middle: Tensor, output: Tensor, beside: Beside = TEXT) -> Tensor:
         """The stream after the layer, were `output` what the FFN gives.
@@ -125,11 +136,13 @@ class LayerLoader:
             return self._of_text
         return record_calls(self._model, stream, position_ids=positions.to(self._device))
 
-    def load(self, index: int) -> DenseLayer:
-        """Decoder layer `index`; its weights are freed with the returned object."""
+    def load(self, index: int) -> DecoderLayer:
+        """Decoder layer `index`, a `DenseLayer` where it has an FFN; its weights are freed with the returned object."""
         # A copy of the empty one, so that nothing outlives the layer.
         module = copy.deepcopy(decoder_layers(self._model)[index])
         self._source.fill(module, self._dtype, self._device, layer_prefix(index))
+        if index not in ffn_layers(self._source.config):
+            return DecoderLayer(module, index, self.calls)
         return DenseLayer(module, index, self.calls, self._source.config)
 
 

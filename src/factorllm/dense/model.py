@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from factorllm.dense.config_checks import check_config
-from factorllm.dense.names import EMBEDDINGS, HEAD
+from factorllm.dense.names import HEAD, embeddings
 from factorllm.dense.pretrained import shapes_of, skeleton, stored_tensors
 from factorllm.dense.tensor_checks import check_ffn, check_finite, check_names, check_shapes, check_tokenizer
 from factorllm.dense.wrappers import Wrapper
@@ -127,7 +127,7 @@ class ModelSource(ABC):
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""
-        return self.tensor(EMBEDDINGS if self.config.tie_word_embeddings else HEAD)
+        return self.tensor(embeddings(self.config) if self.config.tie_word_embeddings else HEAD)
 
     def load_model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The whole dense model, for evaluation and for sampling text."""

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from factorllm.dense.families import ffn_layers
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -16,17 +19,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def layers_with_ffn(model: PreTrainedModel) -> list[nn.Module]:
+    """Those of them that have an FFN."""
+    return [decoder_layers(model)[index] for index in ffn_layers(model.config)]
+
+
 def has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm after the last layer: what has weights and is neither the embeddings nor a layer."""
-    (norm,) = (
-        module
-        for name, module in decoder.named_children()
-        if name not in ("embed_tokens", "layers") and has_weights(module)
-    )
+    others = (decoder.get_input_embeddings(), decoder.layers)
+    (norm,) = (module for module in decoder.children() if module not in others and has_weights(module))
     return norm
 
 
@@ -49,6 +54,15 @@ def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Ite
             del module.forward
 
 
+def expert_hidden(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
+    """What goes into the down projection of one of a layer's experts: (n, d) -> (n, width)."""
+    if not experts.has_gate:
+        active: Tensor = experts.act_fn(linear(hidden, experts.up_proj[expert]))
+        return active
+    gate, up = linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
 class _Output:
     """What a decoder gives: its last states, and nothing of what it could give as well."""
 
@@ -57,6 +71,9 @@ class _Output:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
 
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:

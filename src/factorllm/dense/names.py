@@ -1,9 +1,22 @@
 """Names of the tensors that all causal language models of transformers have, of every family that is read."""
 
+from transformers import PreTrainedConfig
+
 LAYERS = "model.layers."
 """What the names of a decoder layer's tensors begin with."""
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_BACKBONE = "backbone."
+HEAD = "lm_head.weight"
+
+
+def embeddings(config: PreTrainedConfig) -> str:
+    """The name of the embedding table."""
+    return f"model.{'embeddings' if config.model_type == 'nemotron_h' else 'embed_tokens'}.weight"
+
+
+def without_backbone(stored: str) -> str:
+    """The name in transformers of a tensor of Nemotron-H, whose makers call the decoder otherwise."""
+    return f"model.{stored.removeprefix(_BACKBONE)}" if stored.startswith(_BACKBONE) else stored
 
 
 def layer_prefix(index: int) -> str:
@@ -11,6 +24,9 @@ def layer_prefix(index: int) -> str:
     return f"{LAYERS}{index}."
 
 
-def part_of_layer(name: str) -> str | None:
-    """The part of a decoder layer that a tensor is in, such as `mlp`; None for one outside the layers."""
-    return name.removeprefix(LAYERS).split(".")[1] if name.startswith(LAYERS) else None
+def place_in_layers(name: str) -> tuple[int, str] | None:
+    """The decoder layer that a tensor is in and its part there, such as `mlp`; None for one outside the layers."""
+    if not name.startswith(LAYERS):
+        return None
+    index, part, *_ = name.removeprefix(LAYERS).split(".")
+    return int(index), part

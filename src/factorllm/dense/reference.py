@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from factorllm.dense.ends import Ends
 from factorllm.dense.families import keep_first_layers
 from factorllm.dense.gguf.file import GGUFSource
-from factorllm.dense.layer import LayerLoader
+from factorllm.dense.layer import DenseLayer, LayerLoader
 from factorllm.dense.model import ModelSource
 from factorllm.engines import EngineProcess, Options, installed
 from factorllm.errors import FactorLLMError
@@ -93,8 +93,11 @@ def _stream(source: ModelSource, layers: int, length: int, device: torch.device)
     hidden = [ends.embed(tokens)]
     for index in range(layers):
         layer, stream = loader.load(index), hidden[-1]
-        middle, inputs = layer.attend(stream)
-        hidden.append(layer.after(stream, middle, layer.ffn.hidden(inputs) @ layer.ffn.down.T))
+        if isinstance(layer, DenseLayer):
+            middle, inputs = layer.attend(stream)
+            hidden.append(layer.after(stream, middle, layer.ffn.hidden(inputs) @ layer.ffn.down.T))
+        else:
+            hidden.append(layer.forward(stream))
     logits = ends.logits(hidden[-1].flatten(0, 1)).view(*tokens.shape, -1)
     return _Streamed(tokens, hidden, logits)
 

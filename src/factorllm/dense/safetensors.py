@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from factorllm.dense.config_checks import check_depth, check_family
 from factorllm.dense.model import ModelSource
-from factorllm.dense.names import EMBEDDINGS, HEAD
+from factorllm.dense.names import HEAD, embeddings, without_backbone
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
@@ -53,10 +53,14 @@ class TensorFolder:
         self._stored = {name: name for name in self._where}
         self.others: list[str] = []
 
-    def show_text_part(self, wrapper: Wrapper) -> None:
+    def show(self, text_name: Callable[[str], str | None]) -> None:
         """Show the tensors of the text model only, by their names there; the names in the files of what is not of it
-        are in `others`."""
-        text = {name: wrapper.text_name(name) for name in self._where}
+        are in `others`.
+
+        Args:
+            text_name: of a name in the files, None for what is not of the text model.
+        """
+        text = {name: text_name(name) for name in self._where}
         self._stored = {shown: name for name, shown in text.items() if shown}
         self.others = [name for name, shown in text.items() if shown is None]
 
@@ -206,7 +210,9 @@ def open_folder(folder: Path, label: str) -> tuple[PreTrainedConfig, Wrapper | N
     with refusing(f"{label}/config.json", "it is damaged: use another copy"):
         config, wrapper = unwrapped(whole, tensors.names())
     if wrapper:
-        tensors.show_text_part(wrapper)
+        tensors.show(wrapper.text_name)
+    elif config.model_type == "nemotron_h":
+        tensors.show(without_backbone)
     return config, wrapper, tensors
 
 
@@ -226,11 +232,11 @@ def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
 
     transformers decides so too; the engines that believe the config would throw the head away.
     """
-    names = set(tensors.names())
+    names, table = set(tensors.names()), embeddings(config)
     tied = bool(getattr(config, "tie_word_embeddings", False))  # a text model's config may leave it to the whole one's
-    if not tied or HEAD not in names or EMBEDDINGS not in names:
+    if not tied or HEAD not in names or table not in names:
         return tied
-    return torch.equal(tensors.read(EMBEDDINGS), tensors.read(HEAD))
+    return torch.equal(tensors.read(table), tensors.read(HEAD))
 
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:

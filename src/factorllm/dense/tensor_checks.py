@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from factorllm.dense.families import family_of
-from factorllm.dense.names import HEAD, LAYERS
+from factorllm.dense.families import family_of, ffn_layers
+from factorllm.dense.names import HEAD, layer_prefix
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.finite import is_finite
 
@@ -53,7 +53,8 @@ def check_ffn(label: str, config: PreTrainedConfig, names: Iterable[str]) -> Non
         FactorLLMError: naming what else it has.
     """
     layout = family_of(config).ffn
-    inside = {name.removeprefix(LAYERS).partition(".")[2] for name in names if name.startswith(LAYERS)}
+    prefixes = tuple(layer_prefix(index) for index in ffn_layers(config))
+    inside = {name.split(".", 3)[3] for name in names if name.startswith(prefixes)}
     if extra := sorted(name for name in inside if layout.holds(name) and name not in layout.names):
         raise FactorLLMError(
             f"{label} has {extra[0]} in its FFN, which belongs to all of its neurons at once; only FFNs of an up "

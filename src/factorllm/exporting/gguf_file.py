@@ -14,7 +14,15 @@ from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, key_value_heads, rope_of, rope_type, rotary_share, sliding_window
+from factorllm.dense.families import (
+    ffn_layers,
+    head_dim,
+    key_value_heads,
+    rope_of,
+    rope_type,
+    rotary_share,
+    sliding_window,
+)
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
@@ -297,10 +305,6 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Layout, file_type: str) -> No
     writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if eps := getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None):
-        writer.add_layer_norm_rms_eps(eps)
-    if eps := getattr(config, "layer_norm_eps", None):
-        writer.add_layer_norm_eps(eps)
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -321,6 +325,10 @@ def _keys(checkpoint: Layout) -> GGUFKeys:
         "attention.head_count_kv": key_value_heads(config),
         "rope.dimension_count": width if rope_type(config) == "proportional" else int(width * rotary_share(config)),
     }
+    if eps := getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None):
+        keys["attention.layer_norm_rms_epsilon"] = float(eps)
+    if eps := getattr(config, "layer_norm_eps", None):
+        keys["attention.layer_norm_epsilon"] = float(eps)
     if form.gguf_has_windows:
         keys["attention.sliding_window"] = sliding_window(config) or config.max_position_embeddings
         keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
@@ -328,4 +336,8 @@ def _keys(checkpoint: Layout) -> GGUFKeys:
             keys["rope.freq_base_swa"] = float(within["rope_theta"])
     if checkpoint.wrapper:
         keys |= checkpoint.wrapper.gguf_keys
-    return keys | rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)
+    keys |= rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)
+    layers, having = range(config.num_hidden_layers), ffn_layers(config)
+    if len(having) < len(layers):
+        keys["feed_forward_length"] = [keys["feed_forward_length"] * (layer in having) for layer in layers]
+    return keys

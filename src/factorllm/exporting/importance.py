@@ -155,7 +155,7 @@ class _Sums:
         for prefix in (name.removesuffix(ROUTER) for name in self.sums if name.endswith(ROUTER)):
             out, into = prefix + OUT_OF_EXPERTS, prefix + ROUTER
             idle, tokens = self.counts[out][:, None] == 0, self.counts[into]
-            for name in INTO_EXPERTS:
+            for name in [name for name in INTO_EXPERTS if prefix + name in self.sums]:
                 found[prefix + name] = torch.where(idle, self.sums[into] / tokens, 0.0)
             spare = self._idle.get(prefix, torch.zeros_like(self.sums[out]))
             found[out] = torch.where(idle, spare / tokens, 0.0)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from factorllm.dense.families import head_dim, key_value_heads, rope_of
+from factorllm.dense.families import ffn_layers, head_dim, key_value_heads, rope_of
 from factorllm.dense.gguf.rope import rope_factors
-from factorllm.dense.names import EMBEDDINGS, HEAD, layer_prefix
+from factorllm.dense.names import HEAD, embeddings, layer_prefix
 from factorllm.exporting.checkpoints import Layout
 from factorllm.hosts.base import Stored
 
@@ -34,7 +34,7 @@ _WITH_HEAD = ("qwen2moe", "olmo2", "stablelm", "nemotron")
 def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     """Name and content, fp32, of each tensor of the file, in its order."""
     config, read, form = checkpoint.config, checkpoint.read, checkpoint.form
-    yield "token_embd.weight", read(EMBEDDINGS).float()
+    yield "token_embd.weight", read(embeddings(config)).float()
     norm, target = form.gguf_final_norm
     yield f"{target}.weight", form.gguf_content(norm, read(f"model.{norm}.weight").float(), config)
     if f"model.{norm}.bias" in checkpoint.names:
@@ -42,16 +42,16 @@ def gguf_tensors(checkpoint: Layout) -> Iterator[tuple[str, Tensor]]:
     if not config.tie_word_embeddings:
         yield "output.weight", read(HEAD).float()
     elif checkpoint.host.gguf(config) in _WITH_HEAD:
-        yield "output.weight", read(EMBEDDINGS).float()
+        yield "output.weight", read(embeddings(config)).float()
     if (factors := rope_factors(rope_of(config), head_dim(config))) is not None:
         yield "rope_freqs.weight", factors.float()
     for layer in range(config.num_hidden_layers):
-        for name, tensor in _layer_tensors(checkpoint, layer_prefix(layer)):
+        for name, tensor in _layer_tensors(checkpoint, layer):
             yield f"blk.{layer}.{name}", tensor.float()
 
 
-def _layer_tensors(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    form, names = checkpoint.form, checkpoint.names
+def _layer_tensors(checkpoint: Layout, layer: int) -> Iterator[tuple[str, Tensor]]:
+    form, names, prefix = checkpoint.form, checkpoint.names, layer_prefix(layer)
     others = ATTENTION | {"post_attention_layernorm": form.gguf_ffn_norm} | form.gguf_names
     for source, target in others.items():
         if f"{prefix}{source}" in names:
@@ -62,6 +62,8 @@ def _layer_tensors(checkpoint: Layout, prefix: str) -> Iterator[tuple[str, Tenso
                 if kind == "weight":
                     tensor = form.gguf_content(source, tensor, checkpoint.config)
                 yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
+    if layer not in ffn_layers(checkpoint.config):
+        return
     for target, stored in checkpoint.host.gguf_ffn_of(checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)

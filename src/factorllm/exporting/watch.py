@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from factorllm.dense.modules import decoder_layers
+from factorllm.dense.modules import decoder_layers, expert_hidden
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.tensors import ATTENTION
 
@@ -77,7 +77,8 @@ def _watching(
             for name, module in _linears(layer, checkpoint).items():
                 hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}")))
     if prefixes:
-        experts = _Experts(prefixes, watcher)
+        ffn = checkpoint.host.gguf_ffn_of(checkpoint.config)
+        experts = _Experts(prefixes, [name for name in INTO_EXPERTS if name in ffn], watcher)
         ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
         model.set_experts_implementation(_NAME)
     try:
@@ -99,10 +100,11 @@ class _Experts:
 
     Args:
         prefixes: of the layer's tensors, by the module's id; None where nobody watches.
+        into: those of `INTO_EXPERTS` that there are.
     """
 
-    def __init__(self, prefixes: dict[int, str | None], watcher: Watcher):
-        self._prefixes, self._watcher = prefixes, watcher
+    def __init__(self, prefixes: dict[int, str | None], into: list[str], watcher: Watcher):
+        self._prefixes, self._into, self._watcher = prefixes, into, watcher
 
     def __call__(self, experts: nn.Module, hidden: Tensor, picks: Tensor, gates: Tensor) -> Tensor:
         """What the layer's experts give.
@@ -119,21 +121,15 @@ class _Experts:
         for expert in range(count):
             rows, place = torch.where(picks == expert)
             own = hidden[rows]
-            inner = _inner(experts, expert, own)
+            inner = expert_hidden(experts, expert, own)
             if prefix:
-                for name in INTO_EXPERTS:
+                for name in self._into:
                     self._watcher.see(prefix + name, expert, count, own)
                 self._watcher.see(prefix + OUT_OF_EXPERTS, expert, count, inner)
-                self._watcher.see_idle(prefix, expert, count, partial(_inner, experts, expert, hidden))
+                self._watcher.see_idle(prefix, expert, count, partial(expert_hidden, experts, expert, hidden))
             made = linear(inner, experts.down_proj[expert]) * gates[rows, place, None]
             out.index_add_(0, rows, made.to(out.dtype))
         return out
-
-
-def _inner(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
-    """What goes into an expert's down projection: (n, d) -> (n, width)."""
-    gate, up = linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return experts.act_fn(gate) * up
 
 
 def _linears(layer: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:

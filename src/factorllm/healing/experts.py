@@ -10,6 +10,8 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from factorllm.dense.modules import expert_hidden
+
 _NAME = "factorllm_autocast"
 _ROWS = 64
 
@@ -44,13 +46,13 @@ def _padded(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
     each is compiled once (docs/experiments.md).
     """
     output = torch.zeros_like(hidden_states)
-    for expert in range(len(experts.gate_up_proj)):
+    for expert in range(len(experts.down_proj)):
         rows, slots = (top_k_index == expert).nonzero(as_tuple=True)
         filling = (0, -len(rows) % _ROWS)
         weights = pad(top_k_weights[rows, slots], filling)[:, None]
         rows = pad(rows, filling)
-        gate, up = linear(hidden_states.index_select(0, rows), experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        found = linear(experts.act_fn(gate) * up * weights, experts.down_proj[expert])
+        inner = expert_hidden(experts, expert, hidden_states.index_select(0, rows))
+        found = linear(inner * weights, experts.down_proj[expert])
         output = output.index_add(0, rows, found.to(output.dtype))
     return output
 

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
-from factorllm.dense.names import part_of_layer
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
 from factorllm.hosts import host_of
@@ -43,8 +42,8 @@ def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     """
     if settings.train == "lora":
         return _with_adapters(model, settings.lora_rank)
-    parts = host_of(model.config).ffn_parts(model.config)
-    learns = _LEARNS.get(settings.train, lambda name: part_of_layer(name) in parts)
+    host = host_of(model.config)
+    learns = _LEARNS.get(settings.train, lambda name: host.is_of_ffn(name, model.config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns(name))
     return model
@@ -59,10 +58,13 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
         for name, parameter in model.named_parameters()
         if ".experts." in name and parameter.dim() == 3
     }
+    without = {"lm_head", "shared_expert_gate"}
+    if model.config.model_type == "nemotron_h":
+        without.add("out_proj")  # peft refuses it: kernels of Mamba read its weight past an adapter
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted(linear - {"lm_head", "shared_expert_gate"}),
+        target_modules=sorted(linear - without),
         target_parameters=sorted(experts) or None,
         task_type="CAUSAL_LM",
     )

@@ -18,7 +18,7 @@ from factorllm.convert.route import expert_scores, prior_distribution
 from factorllm.dense.families import family_of
 from factorllm.dense.ffn import FFN
 from factorllm.dense.layer import ffn_of
-from factorllm.dense.modules import decoder_layers, head_logits
+from factorllm.dense.modules import head_logits, layers_with_ffn
 from factorllm.healing.losses import matched_streams, top_log_probs
 from factorllm.runs.workspace import write_shard
 
@@ -36,7 +36,7 @@ class Asked:
         bfloat16: whether matrix products before the output head are computed in bfloat16.
         vocabulary: most likely tokens that are kept for each position.
         temperature: of their probabilities.
-        partitions: for each layer, the student's experts; empty for a student without routers.
+        partitions: for each FFN, the student's experts; empty for a student without routers.
         top_k, prior: of the student's recipe.
         streams: layers whose residual stream is kept.
         batch: sequences that the teacher runs at once.
@@ -56,7 +56,7 @@ class Targets(Dataset):
     """Sequences with the teacher's targets, read from disk one at a time.
 
     An item has `input_ids` (length,) int64, `top_ids` (length, K) int32, `top_log_probs` (length, K) fp16; if the
-    student has routers, `priors` (length, layers, N) fp16; if they are matched, `streams` (length, layers, d) bf16.
+    student has routers, `priors` (length, FFNs, N) fp16; if they are matched, `streams` (length, layers, d) bf16.
     """
 
     def __init__(self, tokens: Tensor, folder: Path, part: str):
@@ -118,10 +118,10 @@ def ask(teacher: PreTrainedModel, tokens: Tensor, asked: Asked) -> dict[str, Ten
 
 @contextmanager
 def _recorded_priors(teacher: PreTrainedModel, asked: Asked) -> Iterator[list[Tensor]]:
-    """The prior (tokens, N) of each layer, filled while the teacher runs."""
+    """The prior (tokens, N) of each FFN, filled while the teacher runs."""
     priors, hooks = [], []
     layout = family_of(teacher.config).ffn
-    layers = decoder_layers(teacher)[: len(asked.partitions)]
+    layers = layers_with_ffn(teacher) if asked.partitions else []
     ffns = [ffn_of(layer, teacher.config) for layer in layers]
     for layer, ffn, split in zip(layers, ffns, asked.partitions, strict=True):
 

@@ -20,6 +20,7 @@ from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
 from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
 from factorllm.hosts.lfm2_moe import Lfm2MoeHost
 from factorllm.hosts.mixtral import MixtralHost
+from factorllm.hosts.nemotron_h import NemotronHHost
 from factorllm.hosts.qwen2_moe import Qwen2MoeHost
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
 from factorllm.hosts.qwen3_moe import Qwen3MoeHost
@@ -31,7 +32,7 @@ __all__ = ["HOSTS", "Host", "MoeHost", "StudentFFN", "choose_host", "host_of"]
 _HOSTS = (
     MixtralHost(), GraniteMoeSharedHost(), GraniteMoeHost(), Qwen3MoeHost(), Qwen2MoeHost(), Glm4MoeHost(),
     GraniteMoeSWAHost(), Qwen35MoeHost(), GraniteMoeHybridHost(), Lfm2MoeHost(), Gemma4Host(), FlexOlmoHost(),
-    Cohere2MoeHost(), HunYuanMoeHost(), Ernie45MoeHost(), Qwen3VLMoeHost(), DenseHost(),
+    Cohere2MoeHost(), HunYuanMoeHost(), Ernie45MoeHost(), Qwen3VLMoeHost(), NemotronHHost(), DenseHost(),
 )  # fmt: skip
 
 HOSTS: dict[str, Host] = {host.name: host for host in _HOSTS}

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.families import (
     activation,
+    ffn_layers,
     head_dim,
     normalises_heads,
     rope_of,
@@ -22,6 +23,7 @@ from factorllm.dense.families import (
 from factorllm.dense.ffn import FFN
 from factorllm.dense.fused import unfused
 from factorllm.dense.gguf.rope import reason_against_rope
+from factorllm.dense.names import place_in_layers
 from factorllm.hosts.gates import Gates
 from factorllm.recipe import Shape
 
@@ -165,8 +167,13 @@ class Host(GGUFForm, ABC):
         return Shape(shared + experts * width, shared, experts, width, top_k)
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        """The parts of a decoder layer in transformers that are the FFN."""
+        """The parts of a decoder layer in transformers that are the FFN, in a layer that has one."""
         return ("mlp",)
+
+    def is_of_ffn(self, name: str, config: PreTrainedConfig) -> bool:
+        """Whether a tensor, by its name in transformers, is an FFN's."""
+        place = place_in_layers(name)
+        return place is not None and place[0] in ffn_layers(config) and place[1] in self.ffn_parts(config)
 
     def matrices(self, config: PreTrainedConfig) -> int:
         """In which a neuron has a row or a column."""
@@ -325,7 +332,8 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def one_expert(ffn: FFN, prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
     """An expert on disk, as most hosts name its matrices, or by other names of gate, up and down."""
-    return {f"{prefix}.{name}.weight": matrix for name, matrix in zip(names, (ffn.gate, ffn.up, ffn.down), strict=True)}
+    name = dict(zip(("gate", "up", "down"), names, strict=True))
+    return {f"{prefix}.{name[which]}.weight": matrix for which, matrix in ffn.matrices.items()}
 
 
 def per_expert(experts: list[FFN], prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:

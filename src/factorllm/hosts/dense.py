@@ -25,6 +25,8 @@ from factorllm.hosts.granitemoe import GraniteMoeHost
 from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost
 from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
 from factorllm.hosts.lfm2_moe import Lfm2MoeHost
+from factorllm.hosts.nemotron_h import NemotronHHost
+from factorllm.hosts.nemotron_h import unlike_llamacpp as unlike_nemotron_h
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
 from factorllm.hosts.qwen3_vl_moe import Qwen3VLMoeHost
 from factorllm.recipe import Shape
@@ -49,6 +51,10 @@ class DenseHost(Host):
 
     def matrices(self, config: PreTrainedConfig) -> int:
         return 2 if family_of(config).ffn.gate is None else 3
+
+    def _unfit_engines(self, config: PreTrainedConfig) -> set[str]:
+        # It knows other names of Nemotron-H's kinds of layers than transformers writes.
+        return {"sglang"} if config.model_type == "nemotron_h" else set()
 
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         if config.model_type not in _WRITTEN:
@@ -241,5 +247,6 @@ _WRITTEN = {
     "stablelm": _Written(misfits=(_normalised_queries,)),
     "arcee": _Written(activation=_RELU2),
     "nemotron": _Written(_Nemotron(), activation=_RELU2, output_bias=True, misfits=(uneven_heads,)),
+    "nemotron_h": _Written(NemotronHHost(), activation=_RELU2, misfits=(unlike_nemotron_h,)),
 }
 """Families by `model_type`."""

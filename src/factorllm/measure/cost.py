@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import ffn_width
-from factorllm.dense.names import EMBEDDINGS, HEAD, part_of_layer
+from factorllm.dense.families import ffn_layers, ffn_width
+from factorllm.dense.names import HEAD, embeddings
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
@@ -41,16 +41,16 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
         config: of the dense model, or of the student.
         head_apart: whether the student's host holds the output head apart from the embeddings, tied or not.
     """
-    d, layers, parts = config.hidden_size, config.num_hidden_layers, host_of(config).ffn_parts(config)
-    outside = {name: size for name, size in parameter_shapes(config).items() if part_of_layer(name) not in parts}
-    table = outside.pop(EMBEDDINGS).numel()
+    d, host, ffns = config.hidden_size, host_of(config), len(ffn_layers(config))
+    outside = {name: size for name, size in parameter_shapes(config).items() if not host.is_of_ffn(name, config)}
+    table = outside.pop(embeddings(config)).numel()
     head = outside.pop(HEAD).numel() if HEAD in outside else table
     matrices = sum(size.numel() for size in outside.values() if len(size) > 1)
     vectors = sum(size.numel() for size in outside.values() if len(size) == 1)
-    neuron, router = host_of(config).matrices(config) * d, shape.experts * d
+    neuron, router = host.matrices(config) * d, shape.experts * d
 
-    active = matrices + layers * (neuron * shape.active_width + router) + head
-    held = matrices + layers * (neuron * shape.kept_width + router) + head
+    active = matrices + ffns * (neuron * shape.active_width + router) + head
+    held = matrices + ffns * (neuron * shape.kept_width + router) + head
     return Cost(
         ffn_sparsity=shape.sparsity,
         total_parameters=held + vectors + (0 if config.tie_word_embeddings and not head_apart else table),

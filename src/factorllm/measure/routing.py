@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from factorllm.dense.families import ffn_layers
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.student.read import load_student
@@ -23,9 +24,9 @@ class Specialisation:
     """How much the experts that run depend on the kind of text.
 
     Attributes:
-        loads: for each kind of text, each expert's share of the tokens: (layers, N), fp32.
+        loads: for each kind of text, each expert's share of the tokens: (FFNs, N), fp32.
         between: how far the loads of two texts of different kinds are apart, 0 to 1: their total variation as
-            distributions over experts, mean over layers and pairs.
+            distributions over experts, mean over FFNs and pairs.
         within: the same for the two halves of one text, which are as long as the texts of `between`.
     """
 
@@ -36,7 +37,7 @@ class Specialisation:
 
 @torch.inference_mode()
 def expert_picks_for(model: PreTrainedModel, routers: Routers, tokens: Tensor) -> Tensor:
-    """Which experts run for each token of one text: (n,) -> (n, layers, N), bool."""
+    """Which experts run for each token of one text: (n,) -> (n, FFNs, N), bool."""
     routers.start()
     model(tokens[None].to(model.device), use_cache=False)
     return routers.picks().cpu()
@@ -61,10 +62,10 @@ class RoutedPrompt:
 
 @torch.inference_mode()
 def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> RoutedPrompt:
-    """Run a checkpoint on a prompt and see which experts run in a layer, by default the middle one.
+    """Run a checkpoint on a prompt and see which experts run in a layer, by default the middle one with experts.
 
     Raises:
-        FactorLLMError: for a static prune, which has no experts, an empty prompt, or a layer that is not there.
+        FactorLLMError: for a static prune, which has no experts, an empty prompt, or a layer without experts.
     """
     tokenizer = read_tokenizer(checkpoint, str(checkpoint))
     with refusing(f"the prompt {prompt[:40]!r}", "give --prompt other words"):
@@ -73,14 +74,17 @@ def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> Rou
         raise FactorLLMError("the prompt is empty; give --prompt some words")
     model = load_student(checkpoint)
     routers = Routers(model)
-    layers = len(routers.modules)
-    if not layers:
+    if not routers.modules:
         raise FactorLLMError(f"{checkpoint} is a static prune: it has no experts to show")
-    layer = layers // 2 if layer is None else layer
-    if not 0 <= layer < layers:
-        raise FactorLLMError(f"no layer {layer}; the layers of {checkpoint} are 0 to {layers - 1}")
-    picks = expert_picks_for(model, routers, tokens)[:, layer]
-    first = routers.logits(soft=True)[:, layer].argmax(-1)
+    having = ffn_layers(model.config)
+    layer = having[len(having) // 2] if layer is None else layer
+    if layer not in having:
+        raise FactorLLMError(
+            f"no layer {layer} with experts; those of {checkpoint} are {', '.join(map(str, having))}: give one of them"
+        )
+    place = having.index(layer)
+    picks = expert_picks_for(model, routers, tokens)[:, place]
+    first = routers.logits(soft=True)[:, place].argmax(-1)
     return RoutedPrompt([tokenizer.decode(token) for token in tokens], picks, first, layer)
 
 
@@ -88,7 +92,7 @@ def specialisation(picks: dict[str, Tensor]) -> Specialisation:
     """Compare the loads of kinds of text with each other, and those of the two halves of one kind.
 
     Args:
-        picks: for each kind of text, (n, layers, N) of `expert_picks_for`.
+        picks: for each kind of text, (n, FFNs, N) of `expert_picks_for`.
     """
     halves = {kind: [half.float().mean(0) for half in rows.chunk(2)] for kind, rows in picks.items()}
     between = [_apart(halves[one][0], halves[other][1]) for one, other in permutations(halves, 2)]
@@ -98,5 +102,5 @@ def specialisation(picks: dict[str, Tensor]) -> Specialisation:
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """Total variation of two loads (layers, N), as distributions over experts, mean over layers."""
+    """Total variation of two loads (FFNs, N), as distributions over experts, mean over FFNs."""
     return ((one - other).abs().sum(1) / (2 * one.sum(1))).mean().item()

@@ -17,7 +17,7 @@ from rich.console import Console
 from scipy.optimize import nnls
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import ffn_width, head_dim, key_value_heads
+from factorllm.dense.families import ffn_layers, ffn_width, head_dim, key_value_heads
 from factorllm.errors import FactorLLMError
 from factorllm.measure.cost import dense_shape
 from factorllm.measure.speed.plan import Plan
@@ -94,9 +94,15 @@ def forecast(
         types: GGUF file types.
 
     Raises:
-        FactorLLMError: when llama.cpp is not installed or has no such architecture, or no shape is possible.
+        FactorLLMError: when llama.cpp is not installed or has no such architecture, no shape is possible, or
+            some layers have no FFN.
     """
     console = console or Console(quiet=True)
+    if len(ffn_layers(config)) < config.num_hidden_layers:
+        raise FactorLLMError(
+            f"its speed in llama.cpp cannot be foretold, for not each layer of {config.model_type} has an FFN; "
+            "factorize it, and measure with factorllm bench"
+        )
     shapes = _shapes(config)
     dense = StandIn.of(config, dense_shape(config))
     if reason := dense.host.reason_against_gguf(config):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import ffn_width
+from factorllm.dense.families import ffn_layers, ffn_width
 from factorllm.measure.cost import cost_of, dense_shape
 from factorllm.recipe import Recipe
 from factorllm.runs.device import has_bfloat16
@@ -57,9 +57,9 @@ class Pace:
         Args:
             config: of the dense model.
         """
-        layers, width = config.num_hidden_layers, ffn_width(config)
+        ffns, width = len(ffn_layers(config)), ffn_width(config)
         weights = cost_of(config, dense_shape(config)).flops_per_token / 2 - config.vocab_size * config.hidden_size
-        return tokens * 2 * (_PASSES * weights + layers * width**2) / self.flops
+        return tokens * 2 * (_PASSES * weights + ffns * width**2) / self.flops
 
     def heal_seconds(self, config: PreTrainedConfig, recipe: Recipe, tokens: int) -> float:
         """Of healing, the teacher's pass among it."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import activation, family_of, keep_first_layers
+from factorllm.dense.families import activation, family_of, ffn_layers, keep_first_layers
 from factorllm.dense.ffn import FFN
-from factorllm.dense.names import EMBEDDINGS, HEAD, LAYERS, layer_prefix
+from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.dense.wrappers import Wrapper
 from factorllm.exporting.files import publishing
@@ -112,13 +112,16 @@ def _student_shapes(dense: PreTrainedConfig, shape: Shape, host: Host) -> dict[s
     empty = {name: torch.empty(size, device="meta") for name, size in parameter_shapes(dense).items()}
     found = {name: tensor for name, tensor in empty.items() if not name.startswith(LAYERS)}
     if not host.ties_embeddings and HEAD not in found:
-        found[HEAD] = found[EMBEDDINGS]
-    ffn = _empty_ffn(dense, shape)
+        found[HEAD] = found[embeddings(dense)]
+    ffn, having = _empty_ffn(dense, shape), ffn_layers(dense)
     for layer in range(dense.num_hidden_layers):
         prefix = layer_prefix(layer)
         names = [name.removeprefix(prefix) for name in empty if name.startswith(prefix)]
-        others = {name: empty[prefix + name] for name in names if not family_of(dense).ffn.holds(name)}
-        tensors = host.ffn_tensors(ffn, dense) | host.other_tensors(dense, others)
+        tensors = {name: empty[prefix + name] for name in names}
+        if layer in having:
+            tensors = {name: tensor for name, tensor in tensors.items() if not family_of(dense).ffn.holds(name)}
+            found |= {prefix + name: tensor for name, tensor in host.ffn_tensors(ffn, dense).items()}
+        tensors = host.other_tensors(dense, tensors)
         found |= {prefix + name: tensor for name, tensor in tensors.items()}
     return {name: tuple(tensor.shape) for name, tensor in found.items()}
 

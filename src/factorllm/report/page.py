@@ -23,7 +23,7 @@ from factorllm.report.plots import (
     quality_figure,
     routing_figure,
 )
-from factorllm.report.summary import LABELS, kind_rows, mean_agreement
+from factorllm.report.summary import LABELS, kind_rows, layer_numbers, mean_agreement
 from factorllm.report.template import read_template
 from factorllm.runs.output import check_own_files
 from factorllm.runs.workspace import write_text
@@ -72,6 +72,7 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         labels=LABELS,
         last="healed" if "healed" in made["results"] else "student",
         agreement=mean_agreement(made["layers"]),
+        numbered=list(zip(layer_numbers(made["layers"]), made["layers"], strict=True)),
         images=images,
         kinds=kind_rows(images, made["layers"]) if images else [],
         figures=drawn,
@@ -105,11 +106,11 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
             quality_figure(results, speed.decoding() if speed else None),
             "Perplexity of each model against its speed",
         ),
-        "routing": (routing_figure(layers), "Router agreement and energy kept for each layer"),
-        "error": (error_figure(layers), "Relative squared error of the residual stream after each layer"),
+        "routing": (routing_figure(layers), "Router agreement and energy kept for each FFN"),
+        "error": (error_figure(layers), "Relative squared error of the residual stream after each FFN"),
     }
     if found.specialisation:
-        figures["load"] = (load_figure(layers), "Share of tokens that run each expert, for each layer")
+        figures["load"] = (load_figure(layers), "Share of tokens that run each expert, for each FFN")
         figures["kinds"] = (kinds_figure(found.specialisation), "Change of each expert's load with the kind of text")
     if "healing" in made:
         figures["healing"] = (healing_figure(made["healing"]["curve"]), "KL to the dense model while healing")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from factorllm.measure.front.points import Point
 from factorllm.measure.front.show import draw_by_speed
 from factorllm.measure.routing import Specialisation
-from factorllm.report.summary import LABELS
+from factorllm.report.summary import LABELS, layer_numbers
 
 _NARROW = (4.2, 3.0)  # inches; its text can still be read on a phone
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -50,12 +50,12 @@ def front_figure(points: list[Point]) -> Figure:
 
 
 def routing_figure(layers: list[dict]) -> Figure:
-    """Router agreement and energy kept, layer by layer."""
+    """Router agreement and energy kept in each layer that has an FFN."""
     figure, axes = _figure()
     for key, label in (("router_agreement", "picks as the prior's"), ("energy_kept", "energy kept")):
         values = [layer.get(key) for layer in layers]
         if None not in values:
-            axes.plot([100 * value for value in values], marker=".", label=label)
+            axes.plot(layer_numbers(layers), [100 * value for value in values], marker=".", label=label)
     axes.set_ylim(0, 100)
     axes.set_xlabel("layer")
     axes.set_ylabel("%")
@@ -64,9 +64,9 @@ def routing_figure(layers: list[dict]) -> Figure:
 
 
 def error_figure(layers: list[dict]) -> Figure:
-    """Relative squared error of the stream after each layer."""
+    """Relative squared error of the stream after each layer that has an FFN."""
     figure, axes = _figure()
-    axes.plot([layer["stream_error"] for layer in layers], marker=".")
+    axes.plot(layer_numbers(layers), [layer["stream_error"] for layer in layers], marker=".")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
     axes.set_ylabel("squared error / squared norm")
@@ -137,5 +137,5 @@ def _figure() -> tuple[Figure, pyplot.Axes]:
 
 def _expert_axes(axes: pyplot.Axes, experts: int) -> None:
     axes.set_yticks([expert + 0.5 for expert in range(experts)], [str(expert) for expert in range(experts)])
-    axes.set_xlabel("layer")
+    axes.set_xlabel("FFN")
     axes.set_ylabel("expert")

@@ -49,7 +49,7 @@ class Summary:
     Attributes:
         base_model: name of the dense model, fit to publish.
         logit_scale: factor on the student's logits (`temperature.fit_logit_scale`), 1 when nothing was restored.
-        layers: per layer, the student's statistics (see `convert.LayerConversion.run`).
+        layers: for each layer that has an FFN, its number and the student's statistics (see `convert.convert_layer`).
         images: where images were looked at, their folder's name, and images and tokens of each part and kind.
         spent: what the run took, once it has ended.
         done_already: whether it was made before, by a call with the same arguments.
@@ -146,15 +146,20 @@ def result_table(results: dict[str, dict[str, Any]], title: str = "") -> Table:
     return table
 
 
+def layer_numbers(layers: list[dict[str, Any]]) -> list[int]:
+    """Which layers the statistics are of. Where it is not said, as in older checkpoints, it is all of them."""
+    return [layer.get("layer", index) for index, layer in enumerate(layers)]
+
+
 def layer_table(layers: list[dict[str, Any]]) -> Table:
     """Per layer: router agreement with the prior, evenness of expert load, stream error, ridge strength."""
     table = Table(title="layers", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("layer", "router\nagrees", "expert load\nmin - max", "stream\nerror", "ridge\nstrength"):
         table.add_column(column, justify="right", no_wrap=True)
-    for index, layer in enumerate(layers):
+    for number, layer in zip(layer_numbers(layers), layers, strict=True):
         load = layer["expert_load"]
         table.add_row(
-            str(index),
+            str(number),
             "-" if layer["router_agreement"] is None else f"{layer['router_agreement']:.0%}",
             f"{min(load):.0%} - {max(load):.0%}" if load else "-",
             f"{layer['stream_error']:.3f}",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
+from factorllm.dense.families import ffn_layers
 from factorllm.dense.ffn import FFN
-from factorllm.dense.names import HEAD, layer_prefix, part_of_layer
+from factorllm.dense.names import HEAD, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.dense.safetensors import TensorFolder
 from factorllm.errors import FactorLLMError
@@ -22,7 +23,7 @@ def check_layout(tensors: TensorFolder, config: PreTrainedConfig, host: MoeHost)
         FactorLLMError: naming the first tensor that is missing, of another shape, or left over.
     """
     needed = _outside_ffns(config, host)
-    for index in range(config.num_hidden_layers):
+    for index in ffn_layers(config):
         needed |= {layer_prefix(index) + name: shape for name, shape in _ffn(config, host).items()}
     have = set(tensors.names())
     if config.tie_word_embeddings:
@@ -42,13 +43,14 @@ def _refusal(tensors: TensorFolder, what: str) -> FactorLLMError:
 
 def _outside_ffns(config: PreTrainedConfig, host: MoeHost) -> Shapes:
     """What is not an FFN's has the same names on disk as in transformers."""
-    shapes, parts = parameter_shapes(config), host.ffn_parts(config)
-    return {name: tuple(shape) for name, shape in shapes.items() if part_of_layer(name) not in parts}
+    shapes = parameter_shapes(config)
+    return {name: tuple(shape) for name, shape in shapes.items() if not host.is_of_ffn(name, config)}
 
 
 def _ffn(config: PreTrainedConfig, host: MoeHost) -> Shapes:
     shape, d = host.shape(config), config.hidden_size
     with torch.device("meta"):
-        ffn = FFN(torch.empty(shape.kept_width, d), torch.empty(shape.kept_width, d), torch.empty(d, shape.kept_width))
+        inward = torch.empty(shape.kept_width, d)
+        ffn = FFN(inward if host.matrices(config) == 3 else None, inward, inward.T)
         student = StudentFFN(ffn, torch.empty(shape.experts, d), shape)
         return {name: tuple(tensor.shape) for name, tensor in host.ffn_tensors(student, config).items()}

@@ -61,6 +61,7 @@ class _FFNError(TypedDict):
 
 
 class _Layer(TypedDict):
+    layer: NotRequired[NonNegativeInt]
     router_agreement: _Share | None
     energy_kept: _Finite
     expert_load: list[_Share]

@@ -17,7 +17,7 @@ from factorllm.runs.output import PROVENANCE, workspace_folder
 from factorllm.student.provenance import check_provenance
 
 PARTITION_FILE = "factorllm.partition.json"
-"""For each layer, which neuron of the dense FFN each of the student's is: shared ones first, then expert by expert."""
+"""For each FFN, which neuron of the dense one each of the student's is: shared ones first, then expert by expert."""
 
 
 def read_provenance(folder: Path) -> dict:
@@ -71,7 +71,7 @@ def check_shape(folder: Path, shape: Shape) -> None:
 
 
 def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
-    """Each layer's partition of the dense FFN's neurons.
+    """The partition of each dense FFN's neurons, in the order of layers.
 
     Raises:
         FactorLLMError: when the checkpoint does not say it, or says something that is no partition of this shape.

@@ -39,7 +39,7 @@ class Routers:
         self._logits.clear()
 
     def logits(self, soft: bool) -> Tensor:
-        """Unflattened router logits of the last forward pass: (tokens, layers, N), fp32.
+        """Unflattened router logits of the last forward pass: (tokens, FFNs, N), fp32.
 
         Args:
             soft: whether the router's weights are unflattened already. If not, the gradient is passed straight through
@@ -49,7 +49,7 @@ class Routers:
         return logits if soft else logits + (logits / FLATTEN - logits).detach()
 
     def picks(self) -> Tensor:
-        """Which experts ran in the last forward pass: (tokens, layers, N), bool."""
+        """Which experts ran in the last forward pass: (tokens, FFNs, N), bool."""
         logits = self.logits(soft=True)
         return expert_picks(logits.flatten(0, 1), self.top_k).view_as(logits).bool()
 

@@ -127,10 +127,12 @@ def _frequencies(theta: float, head_dim: int) -> Tensor:
 
 
 def rope_keys(rope: dict) -> dict[str, Any]:
-    """What a GGUF file must say of `rope_parameters`, without the prefix of the architecture.
+    """What a GGUF file must say of `rope_parameters`, where there are some, without the prefix of the architecture.
 
     llama3 scaling and proportional RoPE are a tensor, `rope_factors`, and no key.
     """
+    if not rope:
+        return {}
     keys: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
