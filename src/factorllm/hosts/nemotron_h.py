@@ -21,7 +21,7 @@ class NemotronHHost(MoeHost):
     shared = "always"
     activation = "relu2"
     gates = SIGMOID
-    # SGLang knows other names of the kinds of layers than transformers writes.
+    # vLLM on GPUs only. SGLang knows other names of the kinds of layers than transformers writes.
     all_engines = ("transformers", "vllm", "llama.cpp")
     ties_embeddings = False
     gguf_architecture = "nemotron_h_moe"
