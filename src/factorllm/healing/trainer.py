@@ -8,12 +8,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.utils import ModelOutput
 
 from factorllm.convert.route import FLATTEN, pa_loss
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams
+from factorllm.healing.memory import MicroBatch, is_out_of_memory
 from factorllm.healing.settings import HealSettings
 from factorllm.student.routers import Routers, is_router
 
@@ -34,12 +37,24 @@ class FactorTrainer(Trainer):
         model: the student, with its parameters frozen as wanted (`students.set_learning`).
         settings: how to heal.
         routers: the student's; without routers the loss has no `L_PA` and no `L_balance`.
+        micro_batch: how many sequences run at once.
         bfloat16: whether matrix products are computed in bfloat16.
 
     All else goes to `Trainer`.
+
+    Attributes:
+        left_out: steps, counted from 1, whose batches are not trained on.
     """
 
-    def __init__(self, model: nn.Module, settings: HealSettings, routers: Routers, bfloat16: bool, **options):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: HealSettings,
+        routers: Routers,
+        micro_batch: MicroBatch,
+        bfloat16: bool,
+        **options,
+    ):
         super().__init__(model=model, **options)
         # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
         self.model_accepts_loss_kwargs = False
@@ -52,6 +67,64 @@ class FactorTrainer(Trainer):
             "hidden": settings.hidden_weight,
         }
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self.micro_batch, self.left_out = micro_batch, set[int]()
+        self._step_inputs: list[dict[str, Tensor]] = []
+        self._step_losses: list[Tensor] = []
+        self._step_terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As `Trainer`'s; where memory ends, the step begins anew in smaller parts.
+
+        It does nothing in a step of `left_out`: without a gradient weights and moments stay. `Trainer` leaves a loss
+        that is not a number out of its mean.
+        """
+        if self.state.global_step + 1 in self.left_out:
+            return torch.tensor(torch.nan, device=self.args.device)
+        self._step_inputs.append(inputs)
+        pending = [inputs]
+        while True:
+            try:
+                for each in pending:
+                    self._step_losses.append(self._in_parts(model, each))
+                return self._step_losses[-1]
+            except Exception as error:
+                # In another process, or another library's engine, a backward pass that broke off cannot begin anew.
+                smaller = is_out_of_memory(error) and self.micro_batch.halve()
+                if not smaller or self.accelerator.distributed_type != DistributedType.NO:
+                    raise
+            clear_device_cache(garbage_collection=True)
+            model.zero_grad()
+            self._begin_step()
+            pending = self._step_inputs
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        parts, step, count = (
+            self.micro_batch.parts(inputs),
+            super().training_step,
+            self.current_gradient_accumulation_steps,
+        )
+        self.current_gradient_accumulation_steps = count * len(parts)
+        try:
+            return torch.stack([step(model, part) for part in parts]).sum()
+        finally:
+            self.current_gradient_accumulation_steps = count
+
+    def _begin_step(self) -> None:
+        self._step_losses.clear()
+        self._step_terms.clear()
+
+    def _end_step(self) -> None:
+        """Note what the step came to."""
+        losses = self._step_losses or [torch.tensor(torch.nan, device=self.args.device)]
+        self._step_loss = torch.stack(losses).sum()
+        for name, values in self._step_terms.items():
+            self._terms[name].append(_finite_mean(torch.stack(values)))
+        self._step_inputs.clear()
+        self._begin_step()
+
+    def step_loss(self) -> float:
+        """Loss of the last step, over all processes; not a number if it was left out."""
+        return self.accelerator.gather(self._step_loss.reshape(1)).mean().item()
 
     def compute_loss_context_manager(self) -> AbstractContextManager:
         """Autocast, where `Trainer` would leave it to accelerate: under FSDP and DeepSpeed that casts the weights
@@ -64,7 +137,7 @@ class FactorTrainer(Trainer):
         output = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=streams)
         terms = self._losses(output, inputs)
         for name, value in terms.items():
-            self._terms[name].append(value.detach())
+            self._step_terms[name].append(value.detach())
         loss = _poisoned_unless_finite(sum(self._weights[name] * value for name, value in terms.items()))
         return (loss, output) if return_outputs else loss
 
@@ -87,15 +160,18 @@ class FactorTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The validation loss is the KL divergence alone: it says what the student lost."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        loss = kd_loss(logits, inputs["top_ids"], inputs["top_log_probs"], self.settings.temperature)
+        losses = []
+        for part in self.micro_batch.parts(self._prepare_inputs(inputs)):
+            with self.compute_loss_context_manager():
+                logits = model(input_ids=part["input_ids"], use_cache=False).logits
+            losses.append(kd_loss(logits, part["top_ids"], part["top_log_probs"], self.settings.temperature))
+        loss = torch.stack(losses).mean()
         return loss.nan_to_num(_HOPELESS, _HOPELESS), None, None  # `Trainer` would leave it out of the mean
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clips, and leaves out the step where the gradient is not finite: parameters without a gradient keep their
         weights and Adam's moments. The norm is that over all processes, so they agree."""
+        self._end_step()
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(norm):
             for parameter in model.parameters():
@@ -133,7 +209,7 @@ class FactorTrainer(Trainer):
 
     def forget_terms(self) -> None:
         """Leave what was computed so far out of the next log."""
-        self._terms.clear()
+        self._begin_step()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each term of the loss since the last log, over all processes."""
