@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from factorllm import FactorLLMError, factorize
+from factorllm.healing import checkpoints as checkpoint_files
 from factorllm.healing import failures, targets
+from factorllm.healing.checkpoints import checkpoints, read_state
 from factorllm.healing.failures import RULES, described, named_failures, retried, rule_of
 from factorllm.healing.memory import MicroBatch
 from factorllm.healing.run import heal
 from factorllm.healing.settings import HealSettings
-from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes, checkpoints
+from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
 from factorllm.healing.targets import Targets
 from factorllm.healing.trainer import BestCallback, FactorTrainer
 from factorllm.runs.settings import Settings
@@ -197,19 +200,42 @@ def test_a_micro_batch_is_halved_for_good_and_its_parts_are_of_one_size(tmp_path
 
 
 def test_a_full_disk_is_said_and_the_repeated_run_ends_with_the_same_bytes(short, healing, tmp_path):
-    saved = FactorTrainer._save_optimizer_and_scheduler
+    """The thread that writes meets it."""
+    saved, written = checkpoint_files.save_file, []
 
-    def full(trainer, folder):
-        if trainer.state.global_step > 8:
+    def full(tensors, path, **options):
+        written.append(path.parent.name)
+        if len(written) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        saved(trainer, folder)
+        saved(tensors, path, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FactorTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(checkpoint_files, "save_file", full)
         with pytest.raises(FactorLLMError, match=r"no space left on the disk of .*; free some and repeat the command"):
             healing(tmp_path / "out", SHORT)
+    assert written == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert not read_state(tmp_path / "out.partial" / "trainer" / "checkpoint-12")
     assert healing(tmp_path / "out", SHORT) == read_told(short)
     assert_same_weights(tmp_path / "out", short)
+
+
+def test_a_checkpoint_is_of_the_step_after_which_it_was_begun(tmp_path):
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in optimizer.state_dict()["state"][0].items()}
+    writer = checkpoint_files.CheckpointWriter()
+    writer.begin(tmp_path, model, optimizer.state_dict())
+    writer.wait_for_copy()
+    optimizer.step()
+    writer.finish()
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    kept = torch.load(tmp_path / "optimizer.pt", weights_only=True)["state"][0]
+    assert all(torch.equal(kept[name], moments[name]) for name in moments)
+    assert not torch.equal(model.weight, wanted["weight"])
 
 
 def test_a_disk_that_does_not_answer_is_asked_again(short, healing, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from statistics import median
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from factorllm.healing.checkpoints import checkpoints, read_state
 from factorllm.runs.workspace import write_json
 
 _WINDOW = 64  # losses that the median is of
@@ -96,20 +97,6 @@ class Spikes:
         self.found.append(Spike(spiked.first, healthy, first, spiked.last))
         write_json(self._path, [asdict(spike) for spike in self.found])
         return self.found[-1]
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The Trainer's checkpoints by their step, the oldest first, whole or not."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    return dict(sorted(found.items()))
-
-
-def read_state(checkpoint: Path) -> dict | None:
-    """What the Trainer writes last into a checkpoint; None where that is not whole."""
-    try:
-        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _healthy(folder: Path) -> list[int]:

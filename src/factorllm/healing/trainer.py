@@ -6,15 +6,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from accelerate import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import ModelOutput
 
 from factorllm.convert.route import FLATTEN, pa_loss
+from factorllm.healing.checkpoints import CheckpointWriter, has_room_for_copy
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams
 from factorllm.healing.memory import MicroBatch, is_out_of_memory
 from factorllm.healing.settings import HealSettings
@@ -25,6 +28,9 @@ _EPSILON = 1e-8
 
 _HOPELESS = 1e6
 """Nats that a validation loss counts which is not finite: more than any that is."""
+
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+"""Where one process has the whole state."""
 
 SKIPPED = "skipped"
 """Key of a log entry: an optimizer step was left out."""
@@ -44,6 +50,7 @@ class FactorTrainer(Trainer):
 
     Attributes:
         left_out: steps, counted from 1, whose batches are not trained on.
+        writer: of its checkpoints.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class FactorTrainer(Trainer):
         }
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self.micro_batch, self.left_out = micro_batch, set[int]()
+        self.writer, self._in_thread = CheckpointWriter(), False
         self._step_inputs: list[dict[str, Tensor]] = []
         self._step_losses: list[Tensor] = []
         self._step_terms: dict[str, list[Tensor]] = defaultdict(list)
@@ -172,6 +180,7 @@ class FactorTrainer(Trainer):
         """Clips, and leaves out the step where the gradient is not finite: parameters without a gradient keep their
         weights and Adam's moments. The norm is that over all processes, so they agree."""
         self._end_step()
+        self.writer.wait_for_copy()  # what follows changes the weights
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(norm):
             for parameter in model.parameters():
@@ -197,12 +206,33 @@ class FactorTrainer(Trainer):
         ]
         return [group for group in groups if group["params"]]
 
+    def _save_checkpoint(self, model, trial):
+        self.writer.finish()  # one at a time
+        plain = self.accelerator.distributed_type in _UNSHARDED
+        unwrapped = self.accelerator.unwrap_model(self.model)  # adapters are small, and have names of their own
+        self._in_thread = plain and isinstance(unwrapped, PreTrainedModel) and has_room_for_copy(unwrapped)
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._in_thread:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            self.writer.begin(Path(output_dir), self.accelerator.unwrap_model(self.model), self.optimizer.state_dict())
+
+    def _load_best_model(self) -> None:
+        self.writer.finish()
+        self.accelerator.wait_for_everyone()  # one process writes, all read
+        super()._load_best_model()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints to resume from hold the names in memory: `Trainer` loads them without the renaming that
         `from_pretrained` does, and would silently leave the experts as they were."""
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PreTrainedModel):  # adapters have their own names
             super()._save(output_dir, state_dict)
+        elif self._in_thread:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir
             model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)

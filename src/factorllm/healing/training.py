@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from factorllm.healing.checkpoints import checkpoints, read_state
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import HealJob
 from factorllm.healing.memory import MicroBatch
-from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes, checkpoints, read_state
+from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Targets
 from factorllm.healing.trainer import BestCallback, FactorTrainer, ProgressCallback
@@ -67,7 +68,10 @@ def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spike
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            trainer.writer.finish()
     return trainer
 
 
@@ -158,7 +162,7 @@ def _arguments(job: HealJob, rate: float, steps: int, done: int) -> TrainingArgu
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: the Trainer writes its state last."""
+    """The newest checkpoint that is whole."""
     return next((path for path in reversed(checkpoints(folder).values()) if read_state(path)), None)
 
 
