@@ -4,9 +4,15 @@ import errno
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -274,6 +280,7 @@ def test_what_may_pass_is_tried_three_times_more_and_nothing_else_is(monkeypatch
 FAILURES = {
     "no space left on a disk": [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("os error 28")],
     "a file in memory could not be read": [RuntimeError("worker 0 (pid 7) died with exitcode: -7 (SIGBUS)")],
+    "a process was killed": [RuntimeError("Signal 9 (SIGKILL) received by PID 4711")],
     "out of memory": [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()],
     "another process of the run is gone": [
         RuntimeError("NCCL error: unhandled system error"),
@@ -372,3 +379,49 @@ def test_three_losses_far_off_are_a_spike(tmp_path):
     assert spiked_at([*usual, math.nan, math.inf, math.nan], tmp_path) == 67
     assert spiked_at([*[1.0] * 64, 1.01, 1.01, 1.01], tmp_path) is None  # batches that are all alike
     assert spiked_at([1.0, 1.1, 5.0, 5.0, 5.0, 5.0], tmp_path) is None  # too few to know
+
+
+def supervised(student, dense_folder, text_file, out) -> subprocess.Popen:
+    """`SHORT` in two processes under the agent."""
+    words = ["heal", student, "--teacher", dense_folder, "--text", text_file, "-o", out, "--supervise", "2"]
+    options = {"--tokens": SHORT.tokens, "--batch": BATCH, "--learning-rate": SHORT.learning_rate}
+    words += [*itertools.chain(*options.items()), "--precision", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "factorllm", *map(str, words)], env=environment)
+
+
+def second_of(agent: subprocess.Popen) -> psutil.Process:
+    """The process of rank 1."""
+    return next(each for each in psutil.Process(agent.pid).children() if each.environ().get("RANK") == "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_of_two_processes_that_is_killed_or_stopped_is_started_again(
+    how, healing, student, dense_folder, text_file, tmp_path
+):
+    more = {"validation_tokens": HealSettings().validation_tokens, "evaluations": HealSettings().evaluations}
+    clean = healing(tmp_path / "clean", SHORT.model_copy(update=more))
+    agent = supervised(student, dense_folder, text_file, tmp_path / "out")
+    trainer = tmp_path / "out.partial" / "trainer"
+    while not any(map(read_state, trainer.glob("checkpoint-4"))):  # steps are timed by then
+        assert agent.poll() is None, "the run ended before it could be hurt"
+        time.sleep(0.01)
+    hurt = second_of(agent)
+    hurt.send_signal(how)
+    logs = []
+    while agent.poll() is None:
+        logs += [path.read_text() for path in tmp_path.glob("out.partial/hang-0.log")]
+        time.sleep(0.2)
+    assert agent.returncode == 0
+    assert not hurt.is_running()
+    assert final(read_told(tmp_path / "out")) == pytest.approx(final(clean), rel=0.01)
+    assert any("Timeout" in log for log in logs) == (how == signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_not_started_again(student, dense_folder, text_file, tmp_path):
+    words = ["heal", student, "--teacher", tmp_path / "none", "-o", tmp_path / "out", "--supervise", "1"]
+    ended = subprocess.run([sys.executable, "-m", "factorllm", *map(str, words)], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("error: ") == 1

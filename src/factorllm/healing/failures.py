@@ -4,6 +4,7 @@ Acme study, arXiv 2403.07648, table 3)."""
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ Result = TypeVar("Result")
 
 class RestartableError(FactorLLMError):
     """A refusal of a run that may go on well when it is started again."""
+
+    exit_code = os.EX_TEMPFAIL
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ RULES = (
         r"out of memory|OutOfMemory|can't allocate memory|not enough memory|MemoryError|No executable batch size",
         "out of memory", "restart",
         f"{_REPEAT}, with fewer sequences at once where it had several; else add --gradient-checkpointing",
+    ),
+    Rule(
+        r"SIGKILL", "a process was killed", "restart",
+        f"the system does that where memory ends: use a smaller --micro-batch, and {_REPEAT}",
     ),
     Rule(
         r"NCCL|gloo|Dist\w*Error|ProcessGroup|Connection (closed|reset) by peer|Broken pipe",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from transformers.integrations import is_tensorboard_available
 
 from factorllm.healing.checkpoints import checkpoints, read_state
 from factorllm.healing.experts import use_autocast
+from factorllm.healing.hang import HangWatch, is_supervised
 from factorllm.healing.job import HealJob
 from factorllm.healing.memory import MicroBatch
 from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
@@ -68,11 +71,21 @@ def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spike
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
-        try:
+        with _watched(job, trainer):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        finally:
-            trainer.writer.finish()
     return trainer
+
+
+@contextlib.contextmanager
+def _watched(job: HealJob, trainer: FactorTrainer) -> Iterator[None]:
+    """The last checkpoint is whole when the block ends; under an agent, a hang in it ends the process."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.writer.finish)
+        if is_supervised():
+            watch = HangWatch(job.work.folder / f"hang-{job.ranks.index}.log")
+            trainer.add_callback(watch)
+            stack.callback(watch.end)
+        yield
 
 
 def steps_of(job: HealJob) -> int:
