@@ -396,6 +396,7 @@ def second_of(agent: subprocess.Popen) -> psutil.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # three runs and a hang, on a machine that may be busy
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_one_of_two_processes_that_is_killed_or_stopped_is_started_again(
     how, healing, student, dense_folder, text_file, tmp_path
