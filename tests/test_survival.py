@@ -21,7 +21,7 @@ from factorllm import FactorLLMError, factorize
 from factorllm.healing import checkpoints as checkpoint_files
 from factorllm.healing import failures, targets
 from factorllm.healing.checkpoints import checkpoints, read_state
-from factorllm.healing.failures import RULES, described, named_failures, retried, rule_of
+from factorllm.healing.failures import RULES, RestartableError, described, named_failures, retried, rule_of
 from factorllm.healing.memory import MicroBatch
 from factorllm.healing.run import heal
 from factorllm.healing.settings import HealSettings
@@ -188,6 +188,25 @@ def test_out_of_memory_with_one_sequence_is_said(healing, tmp_path, monkeypatch)
     with pytest.raises(FactorLLMError, match=r"^out of memory .* add --gradient-checkpointing$"):
         healing(tmp_path / "out", SHORT)
     assert asked == [4, 2, 1]
+
+
+def test_out_of_memory_in_one_of_several_processes_goes_on_so_when_repeated(short, healing, tmp_path):
+    """What other processes wait for cannot begin anew in one alone."""
+    computed = FactorTrainer.compute_loss
+
+    def compute_loss(trainer, model, inputs, *arguments, **options):
+        if trainer.state.global_step >= 5 and len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return computed(trainer, model, inputs, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FactorTrainer, "compute_loss", compute_loss)
+        with patch.context() as several:
+            several.setattr(FactorTrainer, "begins_anew", False)
+            with pytest.raises(RestartableError, match="with fewer sequences at once"):
+                healing(tmp_path / "out", SHORT)
+        told = healing(tmp_path / "out", SHORT)
+    assert final(told) == pytest.approx(final(read_told(short)), rel=1e-3)
 
 
 def test_a_micro_batch_is_halved_for_good_and_its_parts_are_of_one_size(tmp_path):

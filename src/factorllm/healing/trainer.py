@@ -96,14 +96,18 @@ class FactorTrainer(Trainer):
                     self._step_losses.append(self._in_parts(model, each))
                 return self._step_losses[-1]
             except Exception as error:
-                # In another process, or another library's engine, a backward pass that broke off cannot begin anew.
                 smaller = is_out_of_memory(error) and self.micro_batch.halve()
-                if not smaller or self.accelerator.distributed_type != DistributedType.NO:
+                if not smaller or not self.begins_anew:
                     raise
             clear_device_cache(garbage_collection=True)
             model.zero_grad()
             self._begin_step()
             pending = self._step_inputs
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a backward pass that broke off can: others wait for theirs, and engines of other libraries count."""
+        return self.accelerator.distributed_type == DistributedType.NO
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         parts, step, count = (
