@@ -13,7 +13,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FactorLLMError(Exception):
-    """A refusal with a message meant for the user. The CLI prints it on one line and exits with code 2."""
+    """A refusal with a message meant for the user. The CLI prints it on one line and exits with its code."""
+
+    exit_code = 2
 
 
 @contextmanager

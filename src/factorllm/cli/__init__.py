@@ -73,14 +73,15 @@ def start(
 
 
 def main() -> None:
-    """Entry point: refusals are one line on stderr and exit code 2; a fault of ours is one too, and exit code 1."""
+    """Entry point: refusals are one line on stderr and exit code 2, or 75 where to repeat may help; a fault of ours is
+    one too, and exit code 1."""
     if not terminal.console.is_terminal:
         terminal.console.width = terminal.WIDE
     os.environ |= STARTED_WITH  # lm-eval starts a Python too
     try:
         code = app(standalone_mode=False)
     except (FactorLLMError, ValidationError, _UsageError) as error:
-        _end(f"error: {_message(error)}", 2)
+        _end(f"error: {_message(error)}", getattr(error, "exit_code", 2))
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +25,16 @@ def heal(
         Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: STUDENT-healed.", **IS_PATH)
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to train on, as for factorize.")] = None,
+    supervise: Annotated[
+        int | None, typer.Option(min=1, help="Run in so many processes, started again when one dies or hangs.")
+    ] = None,
     resume: Resume = True,
     **chosen,
 ) -> None:
     """Fine-tune a STUDENT toward its dense model, by distillation and the Prior-Approximate loss."""
+    if supervise:
+        _supervise(supervise)
+        return
     from factorllm.healing.run import heal as run
     from factorllm.report.terminal import show_healed
     from factorllm.runs.output import located
@@ -38,3 +45,14 @@ def heal(
     healed = run(student, teacher, out, text=text, settings=settings, overwrite=not resume, console=terminal.console)
     if healed:
         show_healed(terminal.console, healed)
+
+
+def _supervise(processes: int) -> None:
+    """Run this command line, without the option, in processes that are watched."""
+    from factorllm.healing.supervise import supervise
+
+    words = sys.argv[1:]
+    at = next(number for number, word in enumerate(words) if word.startswith("--supervise"))
+    del words[at : at + (1 if "=" in words[at] else 2)]
+    if not supervise(words, processes):
+        raise SystemExit(2)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import TrainerState
 
 from factorllm.healing.rate import Rate
+from factorllm.healing.spikes import Spike
 from factorllm.healing.trainer import SKIPPED
 
 _WHY = {
@@ -30,12 +31,14 @@ class Outcome:
         rate: the learning rate, and where it is from.
         best_step: after which the validation loss was lowest; 0 is the start, whose weights are kept then.
         skipped_steps: steps that were left out because their gradient was not finite.
+        spikes: jumps of the loss that were undone.
         curve: of each step that was logged, the losses.
     """
 
     rate: Rate
     best_step: int
     skipped_steps: int
+    spikes: list[Spike]
     curve: list[dict[str, Any]]
 
     @property
@@ -49,7 +52,7 @@ class Outcome:
         validation = {point["step"]: point["eval_loss"] for point in self.curve if "eval_loss" in point}
         start = validation[0]
         skipped = f"; {self.skipped_steps} steps were left out, for their gradient was not finite"
-        skipped = skipped if self.skipped_steps else ""
+        skipped = (skipped if self.skipped_steps else "") + "".join(map(_told, self.spikes))
         if self.gained:
             kept = f"{start:.4f} before, {validation[self.best_step]:.4f} after step {self.best_step}, which is kept"
             return f"KL to the teacher on validation text: {kept}{skipped}"
@@ -66,13 +69,21 @@ class Outcome:
             "learning_rate": self.rate.as_dict(),
             "best_step": self.best_step,
             "skipped_steps": self.skipped_steps,
+            "spikes": [asdict(spike) for spike in self.spikes],
             "outcome": self.sentence,
             "curve": self.curve,
         }
 
 
-def read_outcome(state: TrainerState, rate: Rate) -> Outcome:
-    """What a finished training came to, from what the Trainer logged."""
+def _told(spike: Spike) -> str:
+    return (
+        f"; the loss jumped in step {spike.step}, and training went back to step {spike.back_to} and left out the "
+        f"batches of steps {spike.first} to {spike.last}"
+    )
+
+
+def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike]) -> Outcome:
+    """What a finished training came to, from what the Trainer logged and the spikes that were undone."""
     history = state.log_history
     last = max(entry["step"] for entry in history if "eval_loss" in entry)
     points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
@@ -80,6 +91,7 @@ def read_outcome(state: TrainerState, rate: Rate) -> Outcome:
         rate=rate,
         best_step=state.best_global_step or 0,
         skipped_steps=sum(SKIPPED in entry for entry in history),
+        spikes=spikes,
         # A run that goes on where another one had stopped takes a step before it stops too.
         curve=[point for point in points if len(point) > 1 and point["step"] <= last],
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
 from factorllm.dense.safetensors import open_folder
 from factorllm.dense.wrappers import wrap
+from factorllm.healing.failures import Result, named_failures, retried
 from factorllm.healing.job import HealJob, open_heal_job
 from factorllm.healing.outcome import Outcome, read_outcome
 from factorllm.healing.rate import settle_rate
@@ -22,7 +25,7 @@ from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Asked, Targets
 from factorllm.healing.trainer import FactorTrainer
-from factorllm.healing.training import train
+from factorllm.healing.training import micro_batch_of, train
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import model_card
 from factorllm.runs.memory import reuse_freed_memory
@@ -86,14 +89,14 @@ def heal(
     """
     settings = settings or HealSettings()
     reuse_freed_memory()
-    with open_heal_job(Path(student), teacher, out, text, settings, overwrite, console) as job:
+    with named_failures(), open_heal_job(Path(student), teacher, out, text, settings, overwrite, console) as job:
         if job is None:
             return _read_healed(located(out))
         start = time.monotonic()
-        targets = _ask_teacher(job)
+        targets = _persistently(job, lambda: _ask_teacher(job))
         rate = settle_rate(job, targets)
-        trainer = train(job, targets, rate.value)
-        outcome = read_outcome(trainer.state, rate)
+        trainer, spikes = _persistently(job, lambda: train(job, targets, rate.value))
+        outcome = read_outcome(trainer.state, rate, spikes.found)
         folder = job.work.folder / "healed"
         unset_hf_deepspeed_config()  # else ZeRO would spread over the processes what only the main one loads from here
         if outcome.gained:
@@ -105,6 +108,11 @@ def heal(
         return _finish(job, folder, outcome, time.monotonic() - start)
 
 
+def _persistently(job: HealJob, work: Callable[[], Result]) -> Result:
+    """Do what goes on where it stopped. One of several processes cannot do so alone."""
+    return retried(work, job.console.print) if job.ranks.count == 1 else work()
+
+
 def _ask_teacher(job: HealJob) -> dict[str, Targets]:
     """The teacher's targets for the text to train and to validate on; the processes share what is not on disk yet."""
     folder, ranks = job.work.folder / "targets", job.ranks
@@ -113,7 +121,7 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
     missing = [(part, number) for part, data in targets.items() for number in data.missing()]
     ranks.wait()  # all must have looked before one writes
     if missing:
-        recipe, settings = job.recipe, job.settings
+        recipe, settings, micro_batch = job.recipe, job.settings, micro_batch_of(job)
         asked = Asked(
             vocabulary=settings.vocabulary,
             temperature=settings.temperature,
@@ -122,14 +130,18 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
             prior=recipe.prior,
             bfloat16=job.bfloat16,
             streams=settings.hidden_layers if settings.hidden_weight else 0,
-            batch=settings.micro_batch,
+            batch=micro_batch.size,
         )
         teacher = job.teacher.load_model(torch.float32, job.device)
         mine = missing[ranks.index :: ranks.count]
         sequences = sum(targets[part].size_of(number) for part, number in mine)
         with meter(job.console, "asking the teacher", sequences) as bar:
             for part, number in mine:
-                targets[part].compute(number, teacher, asked, bar.advance)
+
+                def compute(sequences: int, part: str = part, number: int = number) -> None:
+                    targets[part].compute(number, teacher, replace(asked, batch=sequences), bar.advance)
+
+                find_executable_batch_size(compute, micro_batch.size, micro_batch.halve)()
     ranks.wait()
     return targets
 

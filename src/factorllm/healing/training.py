@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import find_executable_batch_size
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from factorllm.healing.checkpoints import checkpoints, read_state
 from factorllm.healing.experts import use_autocast
+from factorllm.healing.hang import HangWatch, is_supervised
 from factorllm.healing.job import HealJob
+from factorllm.healing.memory import MicroBatch
+from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Targets
 from factorllm.healing.trainer import BestCallback, FactorTrainer, ProgressCallback
@@ -26,22 +32,60 @@ _LOGS = 50
 """Points of the loss curve."""
 
 
-def train(job: HealJob, targets: dict[str, Targets], rate: float) -> FactorTrainer:
-    """Train the student, or go on where a killed run was.
+def train(job: HealJob, targets: dict[str, Targets], rate: float) -> tuple[FactorTrainer, Spikes]:
+    """Train the student, or go on where a killed run was. Where the loss jumps, training goes back as if killed, and
+    leaves out the batches of the jump.
 
     Returns:
-        The trainer, with the weights of the best checkpoint; if that is the start, with those of the last step.
+        The trainer, with the weights of the best checkpoint; if that is the start, with those of the last step; and
+        the spikes that were undone.
     """
+    while True:
+        spikes = Spikes(job.work.folder / "spikes.json")
+        job.ranks.wait()  # all must have looked before one writes
+        try:
+            return _train(job, targets, rate, spikes), spikes
+        except SpikedError as spiked:
+            job.ranks.wait()
+            if job.ranks.is_main:
+                spike = spikes.undo(spiked, job.work.folder / "trainer")
+                job.console.print(f"{spiked}: going back to step {spike.back_to}{_consequence(spike, spikes)}")
+            job.ranks.wait()
+        gc.collect()  # the Trainer refers to itself; its model and moments should be gone before the next ones come
+
+
+def _consequence(spike: Spike, spikes: Spikes) -> str:
+    halved = f", at 1/{2**spikes.halvings} of the learning rate" if spikes.halvings else ""
+    return f", and leaving out the batches of steps {spike.first} to {spike.last}{halved}"
+
+
+def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spikes) -> FactorTrainer:
     steps = steps_of(job)
     resume = _last_checkpoint(job.work.folder / "trainer")
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer = new_trainer(job, _arguments(job, rate, steps, done), targets["train"], targets["validation"])
     trainer.add_callback(BestCallback(job.settings.patience))
+    if PartialState().distributed_type != DistributedType.DEEPSPEED:  # a second engine in one process was never tried
+        trainer.left_out = spikes.left_out
+        trainer.add_callback(SpikeGuard(spikes, trainer.step_loss))
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with _watched(job, trainer):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
+
+
+@contextlib.contextmanager
+def _watched(job: HealJob, trainer: FactorTrainer) -> Iterator[None]:
+    """The last checkpoint is whole when the block ends; under an agent, a hang in it ends the process."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.writer.finish)
+        if is_supervised():
+            watch = HangWatch(job.work.folder / f"hang-{job.ranks.index}.log")
+            trainer.add_callback(watch)
+            stack.callback(watch.end)
+        yield
 
 
 def steps_of(job: HealJob) -> int:
@@ -69,10 +113,16 @@ def new_trainer(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = set_learning(model, settings)
     trainer = kind(
-        learner, settings, routers, job.bfloat16, args=arguments, train_dataset=train, eval_dataset=validation
-    )
+        learner, settings, routers, micro_batch_of(job), job.bfloat16, args=arguments, train_dataset=train,
+        eval_dataset=validation,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # progress is told by ours
     return trainer
+
+
+def micro_batch_of(job: HealJob) -> MicroBatch:
+    """Of the run, as it is by now."""
+    return MicroBatch(job.work.folder / "micro_batch.json", job.settings.micro_batch, job.console.print)
 
 
 def common_arguments(job: HealJob, rate: float, steps: int, folder: str, **more) -> TrainingArguments:
@@ -125,33 +175,32 @@ def _arguments(job: HealJob, rate: float, steps: int, done: int) -> TrainingArgu
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: the Trainer writes its state last."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(checkpoints):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-    return None
+    """The newest checkpoint that is whole."""
+    return next((path for path in reversed(checkpoints(folder).values()) if read_state(path)), None)
 
 
 def _predict(job: HealJob, trainer: FactorTrainer, train: Targets, steps: int) -> None:
     """Time one part of a batch and say how long training will take."""
-    settings = job.settings
     if job.ranks.count > 1 or steps <= 0:
         return  # the model is not wrapped yet, so a step here would not be a step there
-    batch = trainer.data_collator([train[i] for i in range(settings.micro_batch)])
-    inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
-    model: Any = trainer.model
+    model, micro_batch = trainer.model, trainer.micro_batch
+
+    def measure(sequences: int) -> float:
+        """Tokens a second."""
+        batch = trainer.data_collator([train[i] for i in range(sequences)])
+        inputs = {name: tensor.to(job.device) for name, tensor in batch.items()}
+        for _ in range(2):  # the first one also warms up
+            start = time.monotonic()
+            with trainer.compute_loss_context_manager():
+                trainer.compute_loss(model, inputs).backward()
+            if job.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - start
+        return inputs["input_ids"].numel() / seconds
+
     model.train()
-    for _ in range(2):  # the first one also warms up
-        start = time.monotonic()
-        with trainer.compute_loss_context_manager():
-            trainer.compute_loss(model, inputs).backward()
-        if job.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - start
+    speed = find_executable_batch_size(measure, micro_batch.size, micro_batch.halve)()
     model.zero_grad()
     trainer.forget_terms()
-    speed = inputs["input_ids"].numel() / seconds
-    tokens = steps * settings.batch * inputs["input_ids"].shape[1]
+    tokens = steps * job.settings.batch * train.tokens.shape[1]
     job.console.print(f"about {speed:.0f} tokens/s: {minutes(tokens / speed)} for {tokens:,} tokens of healing")

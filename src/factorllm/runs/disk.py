@@ -10,8 +10,8 @@ from pathlib import Path
 
 from factorllm.errors import DISK_FULL, FactorLLMError
 
-# What libraries say that keep the number of the error to themselves: safetensors, numpy's tofile, torch.save.
-_SAYS_FULL = ("os error 28", "os error 122", " requested and ", "PytorchStreamWriter failed", "No space left on device")
+SAYS_FULL = ("os error 28", "os error 122", " requested and ", "PytorchStreamWriter failed", "No space left on device")
+"""What libraries say that keep the number of the error to themselves: safetensors, numpy's tofile, torch.save."""
 
 GOES_ON = "free some and repeat the command: it goes on where it stopped"
 """What to do when the disk of a run is full that can be resumed."""
@@ -58,7 +58,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in _SAYS_FULL)
+    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in SAYS_FULL)
 
 
 def _shown(size: int) -> str:
