@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from factorllm.healing.all_experts import learn_from_all_experts
+from factorllm.healing.coordinate import coordinate
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import HealJob
 from factorllm.healing.students import set_learning
@@ -37,6 +39,8 @@ def train(job: HealJob, targets: dict[str, Targets], rate: float) -> FactorTrain
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer = new_trainer(job, _arguments(job, rate, steps, done), targets["train"], targets["validation"])
     trainer.add_callback(BestCallback(job.settings.patience))
+    if job.settings.coordinate:
+        coordinate(trainer, job.console)
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
@@ -65,6 +69,8 @@ def new_trainer(
         use_autocast(model, job.device)
     if settings.gates == "soft":
         routers.unflatten()
+    elif settings.gates == "all-experts":
+        learn_from_all_experts(model, routers)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = set_learning(model, settings)
