@@ -90,3 +90,18 @@ def test_where_one_expert_is_weighted_by_one_the_teacher_says_nothing_otherwise(
     tokens = some_tokens(model.config, length=16)
     model(tokens, labels=tokens).loss.backward()
     assert max(p.grad.abs().max() for name, p in model.named_parameters() if is_router(name)) < 1e-7
+
+
+def test_recomputed_activations_give_the_same_gradient():
+    gradients = []
+    for recomputed in (False, True):
+        model = random_student("mixtral")
+        routers = Routers(model)
+        learn_from_all_experts(model, routers)
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        tokens = some_tokens(model.config, length=16)
+        model.train()(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([router_weight(module).grad for module in routers.modules])
+    for one, other in zip(*gradients, strict=True):
+        assert relative_error(other, one) < 1e-5

@@ -1,10 +1,14 @@
 """The routers' learning rate beside that of all else: measured on steps, brought to balance, the same after a kill."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from test_heal import MADE_WITH, QUICK, changed, losses, told
+from test_heal import LAUNCHES, MADE_WITH, QUICK, SAME, changed, command, losses, told
 
-from factorllm import factorize, heal
+from factorllm import FactorLLMError, factorize, heal
 from factorllm.healing.coordinate import CHURN, EARLY, KAPPA, CoordinateCallback
 from factorllm.healing.trainer import BestCallback
 
@@ -85,8 +89,25 @@ def test_the_routers_rate_falls_where_they_move_far_and_rises_where_they_do_not(
     assert len(set(routers)) <= 1 + len(EARLY)
 
 
-def test_what_does_not_learn_routers_is_left_alone(rates, student, dense_folder, text_file, tmp_path):
-    settings = COORDINATED.model_copy(update={"train": "lora"})
-    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
-    assert not rates
-    assert not losses(tmp_path / "out", KAPPA)
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_two_processes_have_the_rates_of_one(launch, student, dense_folder, text_file, tmp_path):
+    options = ["--coordinate", "--router-rate", "10", "--gates", "all-experts"]
+    both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two"), *options]
+    done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    settings = SAME.model_copy(update={"coordinate": True, "router_rate": 10.0, "gates": "all-experts"})
+    heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=settings)
+    for name in ("eval_loss", KAPPA, CHURN):
+        assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-2), name
+
+
+@pytest.mark.parametrize("changes", [{"coordinate": True}, {"gates": "all-experts"}], ids=str)
+def test_routers_that_do_not_learn_are_refused(changes, student, dense_folder, text_file, tmp_path):
+    settings = QUICK.model_copy(update={"train": "lora", **changes})
+    with pytest.raises(FactorLLMError, match="no router learns with --train lora"):
+        heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    factorize(str(dense_folder), tmp_path / "prune", "S4A0E8", text=str(text_file), settings=MADE_WITH)
+    settings = QUICK.model_copy(update=changes)
+    with pytest.raises(FactorLLMError, match="no router learns in a static prune"):
+        heal(tmp_path / "prune", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)

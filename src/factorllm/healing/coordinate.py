@@ -43,9 +43,7 @@ _LEAST = 1e-6  # of kappa: rounding makes a divergence of nothing a little negat
 
 
 def coordinate(trainer: Trainer, console: Console) -> None:
-    """Let a `FactorTrainer` coordinate the rate of its routers, if it has some that learn; says where it cannot."""
-    if not any(router.requires_grad for router in _routers(trainer.model)):
-        return
+    """Let a `FactorTrainer` coordinate the rate of its routers; says where it cannot."""
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:  # keeps weights that are its own elsewhere
         console.print("the routers' learning rate stays as it is: it is not coordinated under DeepSpeed")
         return
