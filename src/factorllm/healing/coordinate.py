@@ -14,6 +14,7 @@ import torch
 from accelerate import DistributedType
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
 from factorllm.healing.losses import kd_loss, top_log_probs
@@ -108,6 +109,9 @@ class CoordinateCallback(TrainerCallback):
         trainer.routers.start()
         with trainer.compute_loss_context_manager():
             logits = model(input_ids=rows, use_cache=False).logits
+        for part in model.modules():
+            if isinstance(part, FSDPModule):  # else it would keep the gathered weights, and not see those of the step
+                part.reshard()
         return logits, trainer.routers.picks()
 
     def _likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,8 @@ class HealSettings(BaseModel):
     """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
     adapters of attention and FFNs, merged before the checkpoint is written."""
     gates: Literal["straight-through", "all-experts", "soft"] = "straight-through"
-    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or so, and each router learns
-    what the loss would gain by each expert, the others being run for it too; or they become the ordinary soft ones of
-    the host."""
+    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or so, but routers learn
+    from what each expert would give, for which all are run; or they become the ordinary soft ones of the host."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: found on the student itself before
     training; of few tokens, where that would take more than a tenth of the run, 5e-4 of the root mean square of its
