@@ -14,7 +14,6 @@ import torch
 from accelerate import DistributedType
 from rich.console import Console
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
 from factorllm.healing.losses import kd_loss, top_log_probs
@@ -45,8 +44,9 @@ _LEAST = 1e-6  # of kappa: rounding makes a divergence of nothing a little negat
 
 def coordinate(trainer: Trainer, console: Console) -> None:
     """Let a `FactorTrainer` coordinate the rate of its routers; says where it cannot."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:  # keeps weights that are its own elsewhere
-        console.print("the routers' learning rate stays as it is: it is not coordinated under DeepSpeed")
+    if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        # Weights are spread, and a forward pass just before a step leaves gathered ones that the step does not reach.
+        console.print("the routers' learning rate stays as it is: it is not coordinated under FSDP and DeepSpeed")
         return
     trainer.add_callback(CoordinateCallback(trainer))
 
@@ -109,9 +109,6 @@ class CoordinateCallback(TrainerCallback):
         trainer.routers.start()
         with trainer.compute_loss_context_manager():
             logits = model(input_ids=rows, use_cache=False).logits
-        for part in model.modules():
-            if isinstance(part, FSDPModule):  # else it would keep the gathered weights, and not see those of the step
-                part.reshard()
         return logits, trainer.routers.picks()
 
     def _likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
