@@ -46,6 +46,7 @@ OUT_OF_RANGE = [
     *(("heal", "--epochs", n) for n in (0, 10**20)),
     *(("heal", option, n) for option in ("--batch", "--micro-batch", "--tokens") for n in (0, 10**20)),
     *(("heal", "--learning-rate", n) for n in (0, -1, 1e300, "inf")),
+    *(("heal", "--router-rate", n) for n in (0, 1e4, "nan")),
     *(("heal", "--temperature", n) for n in (0, 1e-300, "nan")),
     *(("heal", f"--{name}-weight", n) for name in ("pa", "balance", "label", "hidden") for n in (-1, 1e300, "nan")),
     *(("bench", option, n) for option in ("--rounds", "--batch", "--threads") for n in (0, -1, 10**20)),

@@ -332,10 +332,11 @@ def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
         heal(tmp_path / "prune", str(dense_folder), tmp_path / "no", text=str(text_file), settings=settings)
 
 
-def test_overlapping_experts_heal_too(dense_folder, text_file, tmp_path):
-    """With one expert a token its gate weight is 1, so the Prior-Approximate loss is what teaches the router."""
+@pytest.mark.parametrize("gates", ["straight-through", "all-experts"])
+def test_overlapping_experts_heal_too(gates, dense_folder, text_file, tmp_path):
+    """With one expert a token its gate weight is 1, so the router learns from the prior, or from all experts."""
     factorize(str(dense_folder), tmp_path / "student", "S0A2E4N3", text=str(text_file), settings=MADE_WITH)
-    settings = QUICK.model_copy(update={"learning_rate": 2e-4})
+    settings = QUICK.model_copy(update={"learning_rate": 2e-4, "gates": gates})
     heal(tmp_path / "student", str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
     validation = losses(tmp_path / "out", "eval_loss")
     assert validation[-1] < validation[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from factorllm.healing.coordinate import CHURN, KAPPA
 from factorllm.healing.rate import Rate
 from factorllm.healing.spikes import Spike
 from factorllm.healing.trainer import SKIPPED
@@ -20,7 +21,7 @@ _WHY = {
 }
 """Where the rate is from, and what to do when nothing was gained."""
 
-_CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss")
+_CURVE = ("loss", "kd", "pa", "balance", "label", "hidden", "eval_loss", KAPPA, CHURN)
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,18 @@ class HealSettings(BaseModel):
     train: Train = "all"
     """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
     adapters of attention and FFNs, merged before the checkpoint is written."""
-    gates: Literal["straight-through", "soft"] = "straight-through"
-    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or they become the ordinary
-    soft ones of the host."""
+    gates: Literal["straight-through", "all-experts", "soft"] = "straight-through"
+    """Gate weights stay nearly binary and gradients pass to the router as if they were not; or so, but routers learn
+    from what each expert would give, for which all are run; or they become the ordinary soft ones of the host."""
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: found on the student itself before
     training; of few tokens, where that would take more than a tenth of the run, 5e-4 of the root mean square of its
     weights, or 1.5e-4 of it where less than 3/8 of the FFN is off."""
+    router_rate: float = Field(default=1.0, ge=1e-3, le=1e3)
+    """Learning rate of the routers, times that of all else."""
+    coordinate: bool = False
+    """Bring the routers' learning rate, while they train, to where their part of a step moves the student's predictions
+    a fiftieth as far as the rest of it does."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Of teacher and student in the KL divergence."""
     vocabulary: int = Field(default=64, ge=1, le=65_536)

@@ -197,15 +197,22 @@ class FactorTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self._groups(), betas=_BETAS, eps=_EPSILON, weight_decay=0.0, fused=True)
         return self.optimizer
 
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.settings.gates == "soft" else FLATTEN
+
+    @property
+    def router_rate(self) -> float:
+        return self.args.learning_rate * self._scale * self.settings.router_rate
+
     def _groups(self) -> list[dict]:
         """Flattened routers are small by a known factor, and so must their steps be."""
         rate = self.args.learning_rate
-        scale = 1.0 if self.settings.gates == "soft" else FLATTEN
         learning = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         routers = [p for name, p in learning if is_router(name)]
         others = [p for name, p in learning if not is_router(name)]
         groups = [
-            {"params": routers, "lr": rate * scale, "eps": _EPSILON * scale},
+            {"params": routers, "lr": self.router_rate, "eps": _EPSILON * self._scale},
             {"params": others, "lr": rate},
         ]
         return [group for group in groups if group["params"]]

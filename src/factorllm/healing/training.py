@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from factorllm.healing.all_experts import learn_from_all_experts
 from factorllm.healing.checkpoints import checkpoints, read_state
+from factorllm.healing.coordinate import coordinate
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.hang import HangWatch, is_supervised
 from factorllm.healing.job import HealJob
@@ -68,6 +70,8 @@ def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spike
     if PartialState().distributed_type != DistributedType.DEEPSPEED:  # a second engine in one process was never tried
         trainer.left_out = spikes.left_out
         trainer.add_callback(SpikeGuard(spikes, trainer.step_loss))
+    if job.settings.coordinate:
+        coordinate(trainer, job.console)
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
         trainer.add_callback(ProgressCallback(bar.advance, job.console.print))
@@ -109,6 +113,8 @@ def new_trainer(
         use_autocast(model, job.device)
     if settings.gates == "soft":
         routers.unflatten()
+    elif settings.gates == "all-experts":
+        learn_from_all_experts(model, routers)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learner = set_learning(model, settings)

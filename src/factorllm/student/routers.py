@@ -46,7 +46,11 @@ class Routers:
                 the factor, so that it has the size of the gate weights' own.
         """
         logits = torch.stack([logits.float() for logits in self._logits[: len(self.modules)]], dim=1)
-        return logits if soft else logits + (logits / FLATTEN - logits).detach()
+        return logits if soft else _unflattened(logits)
+
+    def latest(self) -> Tensor:
+        """Unflattened logits of the router that ran last, of those that are flattened: (tokens, N), fp32."""
+        return _unflattened(self._logits[-1].float())
 
     def picks(self) -> Tensor:
         """Which experts ran in the last forward pass: (tokens, FFNs, N), bool."""
@@ -58,6 +62,11 @@ class Routers:
         """Make the gate weights the ordinary soft ones."""
         for module in self.modules:
             router_weight(module).div_(FLATTEN)
+
+
+def _unflattened(logits: Tensor) -> Tensor:
+    """The gradient passes straight through the factor."""
+    return logits + (logits / FLATTEN - logits).detach()
 
 
 def _in_fp32(router: nn.Module) -> None:
