@@ -267,6 +267,7 @@ STEP = CHAIN["steps"][0]
         ({"steps": [STEP | {"answers": ["a"]}], "result": ["kind"]}, "fewer than two answers"),
         ({"steps": [STEP | {"answers": ["a", "a"]}], "result": ["kind"]}, "stands there twice"),
         ({"steps": [STEP | {"answers": ["a", "b,c"]}], "result": ["kind"]}, "holds a comma"),
+        ({"steps": [STEP | {"answers": ["a", "b" * 101]}], "result": ["kind"]}, "101 characters, more than 100"),
         ({"steps": [STEP | {"answers": ["a", " b"]}], "result": ["kind"]}, "no text of one line"),
         ({"steps": [STEP | {"answers": ["a", "b\nc"]}], "result": ["kind"]}, "no text of one line"),
         ({"steps": [STEP | {"answers": [str(n) for n in range(40)]}], "result": ["kind"]}, "make 1600 lines"),

@@ -59,7 +59,7 @@ class Followed:
 
 @dataclass(frozen=True)
 class GgufSubject:
-    """A file that llama.cpp loads anew for each task.
+    """A file that llama.cpp loads when it is asked something.
 
     Attributes:
         fingerprint: of the file, and of the engine.
@@ -148,14 +148,20 @@ class GgufSubject:
             )
         return Followed(logprobs, likeliest)
 
-    def score(self, task: str, settings: EvalSettings) -> Score:
-        """The score on one task."""
+    @contextmanager
+    def scoring(self, settings: EvalSettings, threads: int | None = None) -> Iterator[Callable[[str], Score]]:
+        """The model, loaded to be scored on one task after the other.
+
+        Args:
+            threads: None leaves them to the engine.
+        """
         need_lm_eval()
         from factorllm.measure.served import Served
 
-        with EngineProcess("llamacpp", self.path, Options(context=self.context)) as process:
+        options = Options(context=self.context, decode_threads=threads)
+        with EngineProcess("llamacpp", self.path, options) as process:
             model = Served(process, self.context, self.begin)
-            return ask(model, task, settings.data, settings.limit, settings.run_generated_code)
+            yield lambda task: ask(model, task, settings.data, settings.limit, settings.run_generated_code)
 
     @contextmanager
     def answering(self) -> Iterator[Ask]:

@@ -68,7 +68,7 @@ class LoadedAnswers:
                 )
         written = ""
         while len(left) > 1:
-            leading = [token for text in self._beginnings(left, len(written)) for token in self._ids[text]]
+            leading = sorted(token for text in self._beginnings(left, len(written)) for token in self._ids[text])
             token = leading[int(self._logits(tokens)[leading].argmax())]
             tokens, written = [*tokens, token], written + self._texts[token]
             left = [line for line in left if line.startswith(written)]

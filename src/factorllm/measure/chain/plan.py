@@ -23,6 +23,7 @@ BUILT_IN = ("emotion-cause",)
 """Chains that come with the package."""
 
 _MOST_CHOICES = 1000
+_LONGEST = 100  # characters of an answer
 _RESERVED = ("before", "gold")
 _AND = ", "  # between the answers of one line
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -80,7 +81,7 @@ class Step(BaseModel):
             FactorLLMError: when the template or the answers cannot be used.
         """
         with refusing(f"the prompt of step {self.name}", "mend it; it sees a document's keys and earlier answers"):
-            prompt = self._template.render(known).rstrip()
+            prompt = whole_characters(self._template.render(known)).rstrip()
         if not prompt:
             raise FactorLLMError(f"the prompt of step {self.name} is empty; write what the model is to read")
         return Question(prompt, self.tokens or self._choices(known))
@@ -117,6 +118,8 @@ def _wrong(answers: tuple[Any, ...], most: int) -> str | None:
     for text in answers:
         if not isinstance(text, str) or not text.isprintable() or text != text.strip() or not text:
             return f"{text!r} is no text of one line without spaces round it"
+        if len(text) > _LONGEST:
+            return f"{text[:40]!r} has {len(text)} characters, more than {_LONGEST}"
         if whole_characters(text) != text:
             return f"{text!r} holds half a character"
         if most > 1 and _AND.strip() in text:
