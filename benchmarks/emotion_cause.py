@@ -1,4 +1,4 @@
-"""Write the documents of the chain `emotion-cause`: short texts in numbered clauses, each with its emotions' causes.
+"""Write the documents of the chain `emotion-cause`: short texts in clauses, each with its emotions' causes.
 
     python benchmarks/emotion_cause.py -o src/factorllm/measure/chain/emotion-cause.jsonl
 
@@ -76,19 +76,19 @@ def documents(count: int = DOCUMENTS, seed: int = SEED) -> list[dict]:
 def _document(chooser: random.Random, emotions: int) -> dict:
     kinds, people = chooser.sample(sorted(EVENTS), emotions), chooser.sample(PEOPLE, emotions)
     plain = chooser.sample(PLAIN, 3)
-    clauses: list[tuple[str, str]] = [("", plain[0])]
-    for kind, person, between in zip(kinds, people, plain[1:], strict=False):
+    clauses: list[tuple[str, str]] = [("plain 0", plain[0])]
+    for number, (kind, person) in enumerate(zip(kinds, people, strict=True), 1):
         cause, feeling = (text.format(person) for text in chooser.choice(EVENTS[kind]))
         pair = [(f"cause {kind}", cause), (f"feeling {kind}", feeling)]
         clauses += pair if chooser.random() < 0.7 else pair[::-1]
-        clauses.append(("", between))
+        clauses.append((f"plain {number}", plain[number]))
     if chooser.random() < 0.5:  # so that no place is always that of the same
         clauses.pop(0)
-    numbers = {what: str(number) for number, (what, _) in enumerate(clauses, 1) if what}
+    said = {what: f"{text[0].upper()}{text[1:]}" for what, text in clauses}
     return {
-        "text": " ".join(f"[{number}] {text[0].upper()}{text[1:]}." for number, (_, text) in enumerate(clauses, 1)),
-        "clauses": [str(number) for number in range(1, len(clauses) + 1)],
-        "gold": [[kind, numbers[f"feeling {kind}"], numbers[f"cause {kind}"]] for kind in kinds],
+        "text": " ".join(f"{clause}." for clause in said.values()),
+        "clauses": list(said.values()),
+        "gold": [[kind, said[f"feeling {kind}"], said[f"cause {kind}"]] for kind in kinds],
     }
 
 

@@ -225,9 +225,10 @@ def test_the_chain_that_comes_along_is_what_its_templates_make():
     assert list(chain.documents) == documents()
     assert len({document["text"] for document in chain.documents}) == 50
     for document in chain.documents:
-        clauses = dict(part.split("] ") for part in document["text"].split("[")[1:])
-        assert list(clauses) == document["clauses"]
-        assert all({place, reason} <= clauses.keys() and place != reason for _, place, reason in document["gold"])
+        assert document["text"] == " ".join(f"{clause}." for clause in document["clauses"])
+        assert all(
+            {place, reason} <= set(document["clauses"]) and place != reason for _, place, reason in document["gold"]
+        )
     right = {(n, tuple(pair)) for n, each in enumerate(chain.documents) for pair in each["gold"]}
 
     def knowing(question: Question) -> str:
