@@ -125,6 +125,12 @@ SCORES = {
     "scores": {"student": {"copa": _SCORE}, "dense": {"copa": _SCORE}},
     "perplexity": {"student": 3.0, "dense": 2.0},
     "agreement": {"kl": 0.1, "top_1": 0.5},
+    "chain": {
+        "chain": "a",
+        "documents": 2,
+        "f1": {"student": 0.5},
+        "steps": [{"name": "b", "asked": 2, "given": 1.0, "own": 0.5}],
+    },
 }
 SPEED = {
     "engine": "llamacpp",

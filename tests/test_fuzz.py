@@ -752,6 +752,7 @@ _OF_OTHERS: dict[str, dict[str, tuple[str, ...]]] = {
         "--data": ("nowhere", "file", "", "empty"),
         "--limit": ("-1", "0", "abc"),
         "--text": ("", "empty", "file", "nowhere.txt", "text.txt"),
+        "--chain": ("", "empty", "file", "nowhere.yaml", "text.txt", "\udcff.yaml", "\x00"),
         "--dtype": ("foo", "", "int8", "Tensor", "float32"),
         "--device": ("abacus", "", "meta", "cpu"),
         "--against": ("nowhere", "", "file"),

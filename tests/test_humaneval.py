@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, byte_tokenizer, words
+from rich.console import Console
 from test_evaluate import write_lines
 from test_export import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -328,3 +329,24 @@ def test_what_is_not_measured_through_llamacpp_is_refused(models, data, tmp_path
     refused("text.gguf cannot be used", model="text.gguf")
     monkeypatch.setattr(factorllm.measure.gguf_subject, "installed", lambda engine: False)
     refused("not installed; pip install")
+
+
+@pytest.mark.engine
+def test_a_file_is_loaded_once_for_all_tasks_and_not_for_what_is_cached(models, tmp_path, monkeypatch):
+    from factorllm.measure import gguf_subject, scores
+
+    write_lines(tmp_path / "piqa.jsonl", [{"query": f"q{n}", "choices": ["a", "b"], "gold": n % 2} for n in range(6)])
+    write_lines(tmp_path / "lambada_openai.jsonl", [{"context": "the model", "continuation": "of"}])
+    subject, loaded, start = GgufSubject.of(models / "student.gguf"), [], gguf_subject.EngineProcess
+    monkeypatch.setattr(gguf_subject, "EngineProcess", lambda *given: loaded.append(given) or start(*given))
+
+    def scored(cache, *tasks):
+        settings = EvalSettings(tasks=tasks, data=tmp_path)
+        return scores.scores_of(subject, "student", settings, tmp_path / cache, Console(quiet=True))
+
+    both = scored("one", "piqa", "lambada_openai")
+    assert len(loaded) == 1
+    assert scored("two", "lambada_openai") | scored("two", "piqa") == both
+    assert len(loaded) == 3
+    assert scored("two", "piqa", "lambada_openai") == both
+    assert len(loaded) == 3

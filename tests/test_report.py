@@ -55,6 +55,8 @@ def page(student, dense_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     scores = {"student": {"copa": asdict(Score(0.55, 0.05, 100))}, "dense": {"copa": asdict(Score(0.6, 0.05, 100))}}
     measured = {"scores": scores, "perplexity": {"dense": 10, "student": 12}, "agreement": {"kl": 0.5, "top_1": 0.7}}
+    step = {"name": "reason", "asked": 40, "given": 0.725, "own": 0.45}
+    measured["chain"] = {"chain": "mine", "documents": 50, "f1": {"student": 0.3, "dense": 0.4}, "steps": [step]}
     (folder / "scores.json").write_text(json.dumps(measured))
     speeds = {"dense": 1.0, "student": 1.234, "pruned": 1.3}
     models = [
@@ -105,6 +107,7 @@ def test_the_page_says_what_was_measured(page, student):
     for row in made["results"].values():
         assert f"<td>{row['perplexity']:.2f}</td>" in text
     assert "<td>60.0 ± 5.0</td><td>55.0 ± 5.0</td><td>91.7 %</td><td>50.0 %</td>" in text
+    assert "<td>40</td><td>72.5 %</td><td>45.0 %</td>" in text
     assert "measured decode speed" in text
     energy = made["layers"][0]["energy_kept"]
     assert 0.5 < energy < 1

@@ -19,7 +19,16 @@ def evaluate(
         typer.Argument(help="A checkpoint that factorllm made, or a .gguf file: asked through llama.cpp.", **IS_PATH),
     ],
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = ",".join(EvalSettings().tasks),
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Tasks of lm-eval, by commas. Default: {','.join(EvalSettings().tasks)}; with --chain none."
+        ),
+    ] = None,
+    chain: Annotated[
+        str | None,
+        typer.Option(help="YAML file of a chain of questions, or emotion-cause.", metavar="FILE|NAME"),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.", **IS_PATH)] = None,
     **chosen,
@@ -28,17 +37,21 @@ def evaluate(
     from dataclasses import asdict
 
     from factorllm.measure.scores import evaluate as run
-    from factorllm.report import SCORES, score_table
+    from factorllm.report import SCORES, chain_table, score_table
     from factorllm.runs.disk import explain_full_disk
     from factorllm.runs.output import check_output, located
     from factorllm.runs.workspace import write_json
 
     if out:
         out = located(out)
-        check_output(out, SCORES, [checkpoint, against, chosen["data"], text])
-    settings = EvalSettings(tasks=names_in(tasks), **chosen)
-    found = run(checkpoint, against=against, text=text, settings=settings, console=terminal.console)
-    terminal.console.print(score_table(found))
+        check_output(out, SCORES, [checkpoint, against, chosen["data"], text, chain])
+    asked = EvalSettings(**chosen).tasks if tasks is None and chain is None else names_in(tasks or "")
+    settings = EvalSettings(tasks=asked, **chosen)
+    found = run(checkpoint, against=against, text=text, chain=chain, settings=settings, console=terminal.console)
+    if found.scores["student"] or found.perplexity:
+        terminal.console.print(score_table(found))
+    if found.chain:
+        terminal.console.print(chain_table(found.chain))
     if out:
         with explain_full_disk(out, "free some, or choose another -o"):
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,15 @@ class LlamaCpp(Engine):
         """The most likely text that follows, up to the model's end, one of `stop`, or `count` tokens."""
         return self._complete(tokens, count, ignore_eos=False, stop=stop)["content"]
 
+    def answer(self, tokens: list[int], count: int, grammar: str | None) -> str:
+        """The most likely line of text that follows, of at most `count` tokens, all of which a GBNF grammar lets
+        through. What the prompt before began with as well stays in the cache."""
+        held = {"grammar": grammar} if grammar else {}
+        said = self._complete(tokens, count, ignore_eos=False, stop=["\n"], cache_prompt=True, n_probs=1, **held)
+        if any(item["logprob"] is None for item in said.get("completion_probabilities", ())):
+            raise RuntimeError("it computes NaN")
+        return said["content"]
+
     def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         """For each token that follows its log-probability, and the likeliest one in its place."""
         return self._follow(0, tokens, following)

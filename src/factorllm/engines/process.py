@@ -118,6 +118,10 @@ class EngineProcess:
         """The most likely text that follows, up to its end, one of `stop`, or `count` tokens (llama.cpp)."""
         return self._ask("complete", tokens, count, stop)
 
+    def answer(self, tokens: list[int], count: int, grammar: str | None) -> str:
+        """The most likely line of text that follows, held to a GBNF grammar if there is one (llama.cpp)."""
+        return self._ask("answer", tokens, count, grammar)
+
     def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         """For each token that follows its log-probability, and the likeliest one in its place (llama.cpp)."""
         return [tuple(pair) for pair in self._ask("score", tokens, following)]

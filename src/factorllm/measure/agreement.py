@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from factorllm.measure.perplexity import from_loss
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -25,23 +27,40 @@ class Agreement:
 
 
 @torch.inference_mode()
-def agreement(
+def on_text(
     dense: PreTrainedModel,
     student: PreTrainedModel,
     tokens: Tensor,
     tick: Callable[[int], None] = lambda sequences: None,
-) -> Agreement:
-    """Compare two models on the same text.
+) -> tuple[dict[str, float], Agreement]:
+    """The perplexities of two models, as `perplexity` has them, and their agreement; each reads the text once.
 
     Args:
         tokens: (sequences, length), int64.
         tick: called with the number of sequences after each batch.
     """
     kl = same = 0.0
+    losses = {"student": 0.0, "dense": 0.0}
     for rows in tokens.split(1):
-        wanted = dense(rows.to(dense.device), use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-        found = student(rows.to(student.device), use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+        wanted, found = (
+            model(rows.to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
+            for model in (dense, student)
+        )
+        for name, said in (("student", found), ("dense", wanted)):
+            losses[name] -= said[:-1].gather(1, rows[0, 1:, None].to(said.device)).sum(dtype=torch.float64).item()
         kl += kl_div(found, wanted, log_target=True, reduction="sum").item()
         same += (wanted.argmax(-1) == found.argmax(-1)).sum().item()
         tick(len(rows))
-    return Agreement(kl / tokens.numel(), same / tokens.numel())
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    perplexities = {name: from_loss(loss / predicted) for name, loss in losses.items()}
+    return perplexities, Agreement(kl / tokens.numel(), same / tokens.numel())
+
+
+def agreement(
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    tokens: Tensor,
+    tick: Callable[[int], None] = lambda sequences: None,
+) -> Agreement:
+    """What `on_text` says of the agreement of two models."""
+    return on_text(dense, student, tokens, tick)[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,8 @@ from factorllm.engines import EngineProcess, Options, installed
 from factorllm.engines.process import how_to_install
 from factorllm.errors import FactorLLMError
 from factorllm.measure.agreement import Agreement
+from factorllm.measure.chain.answers import ServedAnswers
+from factorllm.measure.chain.run import Ask
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, ask, need_lm_eval
 from factorllm.runs.digest import digest_of
@@ -56,7 +59,7 @@ class Followed:
 
 @dataclass(frozen=True)
 class GgufSubject:
-    """A file that llama.cpp loads anew for each task.
+    """A file that llama.cpp loads when it is asked something.
 
     Attributes:
         fingerprint: of the file, and of the engine.
@@ -145,14 +148,21 @@ class GgufSubject:
             )
         return Followed(logprobs, likeliest)
 
-    def score(self, task: str, settings: EvalSettings) -> Score:
-        """The score on one task."""
+    @contextmanager
+    def scoring(self, settings: EvalSettings) -> Iterator[Callable[[str], Score]]:
+        """The model, loaded to be scored on one task after the other."""
         need_lm_eval()
         from factorllm.measure.served import Served
 
         with EngineProcess("llamacpp", self.path, Options(context=self.context)) as process:
             model = Served(process, self.context, self.begin)
-            return ask(model, task, settings.data, settings.limit, settings.run_generated_code)
+            yield lambda task: ask(model, task, settings.data, settings.limit, settings.run_generated_code)
+
+    @contextmanager
+    def answering(self) -> Iterator[Ask]:
+        """The model, loaded to be asked the questions of a chain."""
+        with EngineProcess("llamacpp", self.path, Options(context=self.context)) as process:
+            yield ServedAnswers(process, self.context)
 
 
 _INSTALL = how_to_install("llamacpp")

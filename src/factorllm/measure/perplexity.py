@@ -33,7 +33,11 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], Non
         for logits, row in zip(model(rows, use_cache=False).logits, rows, strict=True):
             total += _summed_loss(logits[:-1], row[1:])
         tick(len(rows))
-    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return from_loss(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def from_loss(loss: float) -> float:
+    """exp of a loss; inf where that is too large."""
     return math.exp(loss) if loss < _LARGEST_LOSS else loss * math.inf
 
 

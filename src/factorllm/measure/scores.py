@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache as once
 from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,7 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.dense import open_model
 from factorllm.dense.safetensors import open_folder, read_tokenizer
 from factorllm.errors import FactorLLMError
-from factorllm.measure.agreement import Agreement, agreement
+from factorllm.measure.agreement import Agreement, on_text
+from factorllm.measure.chain.answers import LoadedAnswers
+from factorllm.measure.chain.measure import measure_chain
+from factorllm.measure.chain.plan import read_chain
+from factorllm.measure.chain.run import Ask, ChainScore
 from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
@@ -61,11 +66,13 @@ class Evaluation:
         scores: by model (`student`, `dense`) and task.
         perplexity: by model, when a text was given.
         agreement: of the student with the dense model, when both and a text were given.
+        chain: what came of a chain, when one was given.
     """
 
     scores: dict[str, dict[str, Score]]
     perplexity: dict[str, float] = field(default_factory=dict)
     agreement: Agreement | None = None
+    chain: ChainScore | None = None
 
 
 def evaluate(
@@ -73,6 +80,7 @@ def evaluate(
     *,
     against: str | None = None,
     text: str | None = None,
+    chain: str | Path | None = None,
     settings: EvalSettings | None = None,
     cache: Path = CACHE,
     console: Console | None = None,
@@ -86,6 +94,7 @@ def evaluate(
         against: a dense model; beside a `.gguf` file, another one.
         text: a text to measure perplexity and agreement on, as for `factorize`; the part is used that the student's
             `factorize` holds out, or for a `.gguf` file, which does not say how it was made, one with default settings.
+        chain: a YAML file of questions that hold the answers to earlier ones, or `emotion-cause`.
 
     Raises:
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
@@ -96,11 +105,21 @@ def evaluate(
         ['dense', 'student']
     """
     console, settings = console or Console(quiet=True), settings or EvalSettings()
-    if not settings.tasks and text is None:
-        raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text")
+    if not settings.tasks and text is None and chain is None:
+        raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text or a --chain")
     check_tasks(settings.tasks, settings.data, settings.run_generated_code)
-    if student.suffix == ".gguf":
-        return _of_gguf(student, against, text, settings, cache, console)
+    linked = None if chain is None else read_chain(chain)
+    measure = _of_gguf if student.suffix == ".gguf" else _of_checkpoint
+    subjects, found = measure(student, against, text, settings, cache, console)
+    if linked is None:
+        return found
+    answers = {name: cache / f"answers-{_digest_of_parts(each)}.json" for name, each in subjects.items()}
+    return replace(found, chain=measure_chain(linked, subjects, answers, console))
+
+
+def _of_checkpoint(
+    student: Path, against: str | None, text: str | None, settings: EvalSettings, cache: Path, console: Console
+) -> tuple[dict[str, _Subject], Evaluation]:
     settings = settings.model_copy(update={"device": usable_device(settings.device)})
     made = read_provenance(student)
     subjects = {"student": _Subject.of_student(student, settings)}
@@ -110,12 +129,12 @@ def evaluate(
         _check_vocabularies(subjects)
         tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
     scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
-    return Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
+    return subjects, Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
 
 
 def _of_gguf(
     student: Path, against: str | None, text: str | None, settings: EvalSettings, cache: Path, console: Console
-) -> Evaluation:
+) -> tuple[dict[str, GgufSubject], Evaluation]:
     check_gguf(against, settings)
     subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
     if text is not None:
@@ -123,23 +142,24 @@ def _of_gguf(
         tokens = subjects["student"].held_out(text)
     scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
     if text is None:
-        return Evaluation(scores)
+        return subjects, Evaluation(scores)
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         followed = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
     found = {name: each.perplexity for name, each in followed.items()}
     close = followed["student"].agreement(followed["dense"]) if against else None
-    return Evaluation(scores, found, close)
+    return subjects, Evaluation(scores, found, close)
 
 
 def _on_text(scores: dict[str, Any], subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:
+    student, dense = subjects["student"], subjects.get("dense")
+    close = None
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
-        values = {name: perplexity(subject.model, tokens, bar.advance) for name, subject in subjects.items()}
+        if dense is None:
+            values = {"student": perplexity(student.model, tokens, bar.advance)}
+        else:
+            values, close = on_text(dense.model, student.model, tokens, lambda rows: bar.advance(2 * rows))
     refuse_infinite(values, "use --dtype float32, or leave out --text")
-    if "dense" not in subjects:
-        return Evaluation(scores, values)
-    with meter(console, "comparing next tokens", len(tokens)) as bar:
-        found = agreement(subjects["dense"].model, subjects["student"].model, tokens, bar.advance)
-    return Evaluation(scores, values, found)
+    return Evaluation(scores, values, close)
 
 
 @dataclass(frozen=True)
@@ -160,9 +180,14 @@ class _Subject:
     def model(self) -> PreTrainedModel:
         return self.load()
 
-    def score(self, task: str, settings: EvalSettings) -> Score:
+    @contextmanager
+    def scoring(self, settings: EvalSettings) -> Iterator[Callable[[str], Score]]:
         allowed = settings.run_generated_code
-        return run_task(self.model, self.tokenizer, task, settings.data, settings.limit, allowed)
+        yield lambda task: run_task(self.model, self.tokenizer, task, settings.data, settings.limit, allowed)
+
+    @contextmanager
+    def answering(self) -> Iterator[Ask]:
+        yield LoadedAnswers(self.model, self.tokenizer)
 
     @classmethod
     def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
@@ -213,20 +238,22 @@ def _check_vocabularies(subjects: Mapping[str, _Subject | GgufSubject]) -> None:
 def scores_of(
     subject: _Subject | GgufSubject, name: str, settings: EvalSettings, cache: Path, console: Console
 ) -> dict[str, Score]:
-    """The scores of one model, one task at a time, so that an interrupted run keeps what it has.
+    """The scores of one model, which is loaded once, and one task at a time, so that an interrupted run keeps what it
+    has.
 
     Args:
         name: of the model, for the console.
     """
+    with ExitStack() as stack:
+        load = once(lambda: stack.enter_context(subject.scoring(settings)))
 
-    def ask(task: str) -> Score:
-        console.print(f"{name}: {task}")
-        return subject.score(task, settings)
+        def ask(task: str) -> Score:
+            console.print(f"{name}: {task}")
+            return load()(task)
 
-    return {
-        task: _once(cache / f"{_key(subject, task, settings)}.json", Score, partial(ask, task))
-        for task in settings.tasks
-    }
+        return {
+            task: _once(_file_of(subject, task, settings, cache), Score, partial(ask, task)) for task in settings.tasks
+        }
 
 
 def follow_text(
@@ -253,13 +280,17 @@ def _once(path: Path, kind: type[Measured], measure: Callable[[], Measured]) -> 
     return found
 
 
-def _key(subject: _Subject | GgufSubject, task: str, settings: EvalSettings) -> str:
-    """Of everything that decides a score."""
+def _file_of(subject: _Subject | GgufSubject, task: str, settings: EvalSettings, cache: Path) -> Path:
+    """Where a score is cached, by everything that decides it."""
     data = settings.data
     questions = file_digest(str(data / f"{task}.jsonl")) if data else "hub"
+    return cache / f"{_digest_of_parts(subject, definition(task, data is not None), questions, settings.limit)}.json"
+
+
+def _digest_of_parts(subject: _Subject | GgufSubject, *asked: object) -> str:
+    """Of a model, of the packages that decide what it says, and of what it is asked."""
     versions = [version(package) if find_spec(module) else None for package, module in _DECIDING.items()]
-    decided_by = [subject.fingerprint, definition(task, data is not None), questions, settings.limit, versions]
-    return xxhash.xxh3_128(json.dumps(decided_by).encode()).hexdigest()
+    return xxhash.xxh3_128(json.dumps([subject.fingerprint, *asked, versions]).encode()).hexdigest()
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.measure.agreement import Agreement
+from factorllm.measure.chain.run import ChainScore
 from factorllm.measure.front.points import Front
 from factorllm.measure.front.show import read_front
 from factorllm.measure.tasks import TASKS, Score, in_mean, retention
@@ -18,11 +19,12 @@ _INSTEAD = "give the file that factorllm eval -o wrote with --scores, and speed.
 
 
 class Scores(BaseModel):
-    """Of `factorllm eval -o`: by model and task; on a text, perplexity by model, and the student's agreement."""
+    """Of `factorllm eval -o`: by model and task; on a text, perplexity, and the student's agreement; a chain."""
 
     scores: dict[str, dict[str, Score]]
     perplexity: dict[str, float] = {}
     agreement: Agreement | None = None
+    chain: ChainScore | None = None
 
     def kept(self) -> tuple[float, str] | None:
         """The share of the dense model that is kept, and of what: its scores, or its likeliest next tokens."""

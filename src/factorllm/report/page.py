@@ -80,6 +80,7 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         specialised=SPECIALISED,
         samples=found.samples,
         tasks=_task_rows(found.measured.scores),
+        chain=found.measured.scores and found.measured.scores.chain,
         numbers=found.measured.numbers(),
         front=found.measured.front,
         sort_script=files("factorllm.report").joinpath("sort.js").read_text(encoding="utf-8"),

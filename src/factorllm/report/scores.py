@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from factorllm.measure.chain.run import ChainScore
 from factorllm.measure.scores import Evaluation
 from factorllm.measure.tasks import TASKS, Score, in_mean, retention
 from factorllm.runs.output import Kind, read_json
@@ -42,6 +43,21 @@ def score_table(found: Evaluation) -> Table:
         if found.agreement.kl is not None:
             table.add_row("text", "KL to dense", "", "0", f"{found.agreement.kl:.3f}", "", "")
         table.add_row("text", "top-1 agreement", "", "100%", f"{found.agreement.top_1:.1%}", "", "")
+    return table
+
+
+def chain_table(found: ChainScore) -> Table:
+    """A row a step: how often the student answers as the dense model does; then what both find."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title=f"chain {found.chain}")
+    for column in (f"{found.documents} documents", "asked", "as dense, given\nits answers", "by its own", "compounded"):
+        table.add_column(column, justify="right" if table.columns else "left", no_wrap=True)
+    for step in found.steps:
+        lost = f"{step.given - step.own:.1%}"
+        table.add_row(step.name, str(step.asked), f"{step.given:.1%}", f"{step.own:.1%}", lost)
+    if found.found is not None:
+        table.add_row("found, F1 to dense", "", "", f"{found.found:.1%}", "", end_section=True)
+    for name, value in sorted(found.f1.items()):
+        table.add_row(f"found, F1 of the {name}", "", "", f"{value:.1%}", "")
     return table
 
 
