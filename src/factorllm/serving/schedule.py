@@ -1,5 +1,5 @@
-"""Which request runs next and which models are in memory, where more models are served than fit. No threads and no clock
-are in here: it is told what happens and when, and says what to do.
+"""Which request runs next and which models are in memory, where more models are served than fit. No threads and no
+clock are in here: it is told what happens and when, and says what to do.
 
 Expert-aware batching of Read-ME (arXiv 2410.19123): each request is of one kind, each kind has a model and a queue; the
 longest queue is taken until the slots are full. The paper has no limit on waiting; here a request that has waited for
