@@ -33,7 +33,7 @@ from factorllm.text.calibration import public_name
 
 def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     """Measure, complete the student's checkpoint, and publish it."""
-    rows = _finite(job, measure_students(job))
+    rows = finite_rows(job, measure_students(job))
     student = job.students[0]
     summary = Summary(
         base_model=public_name(job.source.label),
@@ -129,7 +129,7 @@ def load_written(job: Job, student: Student) -> PreTrainedModel:
     return model.to(job.settings.torch_device)
 
 
-def _finite(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
+def finite_rows(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
     """The rows with a perplexity that is a number; only the static prune may have none."""
     refuse_infinite(
         {row.name: row.perplexity for row in rows if row.name != "pruned"},

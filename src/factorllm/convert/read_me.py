@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.convert.finish import complete, load_written, provenance, write_spent
+from factorllm.convert.finish import complete, finite_rows, load_written, provenance, write_spent
 from factorllm.convert.job import Job, Student
 from factorllm.dense.families import family_of
 from factorllm.dense.ffn import neuron_energy
 from factorllm.dense.names import layer_prefix
 from factorllm.measure.cost import Cost, cost_of, dense_shape
-from factorllm.measure.perplexity import perplexity, refuse_infinite
+from factorllm.measure.perplexity import perplexity
 from factorllm.recipe import ReadMe
 from factorllm.report import ModelRow, Summary, read_summary
 from factorllm.runs.memory import give_back_freed_memory
@@ -165,7 +165,6 @@ def _summary(
         if name == "student" and student is None:
             cost = replace(cost, total_parameters=recipe.kinds * cost.total_parameters)
         rows.append(_row(name, of_kinds, counts, cost))
-    refuse_infinite({row.name: row.perplexity for row in rows}, "use another copy of the model, or --dtype float32")
     return Summary(
         base_model=public_name(job.source.label),
         out=job.work.out,
@@ -175,7 +174,7 @@ def _summary(
         text_origin=job.text.origin,
         calibration_tokens=job.text.calibration.numel(),
         held_out_tokens=int(counts.sum()) * job.text.held_out.shape[1],
-        rows=rows,
+        rows=finite_rows(job, rows),
         logit_scale=scales[own.name],
         layers=[entry["statistics"][own.name] for entry in job.work.journal],
     )
