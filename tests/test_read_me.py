@@ -210,7 +210,20 @@ def read_metrics(text: str) -> dict[str, float]:
 @pytest.mark.engine
 def test_it_is_served_at_one_address(made):
     """By llama.cpp's own servers, of which one fits: the prompt chooses, and requests at once are all answered."""
-    options = ("--type", "f32", "--context", "64", "--parallel", "2", "--in-memory", "1", "--wait-limit", "300")
+    options = (
+        "--type",
+        "f32",
+        "--context",
+        "64",
+        "--parallel",
+        "2",
+        "--in-memory",
+        "1",
+        "--wait-limit",
+        "300",
+        "--threads",
+        "1",
+    )
     intuition = Intuition.load(made[0])
     asked = [prompt_of(kind, number) for number in range(4) for kind in range(3)]
     chosen = [int(intuition.probabilities(prompt).argmax()) for prompt in asked]
