@@ -141,7 +141,9 @@ def queue(files: list[str], pace: float, answer: int) -> None:
 
     print("policy | hits | loads | p50 s | p95 s | longest wait s | all s")
     for policy in POLICIES:
-        settings = ServeSettings(in_memory=IN_MEMORY, parallel=PARALLEL, policy=policy, wait_limit=LIMIT, threads=1)
+        settings = ServeSettings(
+            in_memory=IN_MEMORY, parallel=PARALLEL, policy=policy, wait_limit=LIMIT, threads=1, context=256
+        )
         front = KindFront("it", [Path(file) for file in files], Told(), settings)
         with Proxy("127.0.0.1", 0, front) as proxy:
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
