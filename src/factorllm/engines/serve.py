@@ -20,6 +20,7 @@ from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
+from factorllm.student.adapters import adapter_folders, read_adapter
 
 
 def choose_engine() -> str:
@@ -53,12 +54,21 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
     """
     arguments = ["--host", settings.host, "--port", str(settings.port), "--max-model-len", str(settings.context)]
     arguments += ["--served-model-name", folder.resolve().name]
+    if adapters := adapter_folders(folder):  # a request's `model` is the name of one of them
+        arguments += ["--enable-lora", "--lora-modules", *(f"kind-{path.name}={path}" for path in adapters)]
+        arguments += ["--max-lora-rank", str(_lora_rank(adapters[0]))]
     if gpus > 1:
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
         arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
     return arguments
+
+
+def _lora_rank(adapter: Path) -> int:
+    """The least rank that vLLM takes and that holds the adapter's; too large a one is refused by vLLM."""
+    rank = max(len(pair.a) for pair in read_adapter(adapter).values())
+    return next((held for held in (8, 16, 32, 64, 128, 256, 320, 512) if held >= rank), rank)
 
 
 def serve(

@@ -16,6 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from factorllm.dense.safetensors import open_folder
 from factorllm.dense.wrappers import wrap
 from factorllm.healing.job import HealJob, open_heal_job
+from factorllm.healing.mor1e import lora_config, plain_adapters
 from factorllm.healing.outcome import Outcome, read_outcome
 from factorllm.healing.rate import settle_rate
 from factorllm.healing.settings import HealSettings
@@ -30,6 +31,7 @@ from factorllm.runs.output import PROVENANCE, is_own, located
 from factorllm.runs.progress import meter, quiet_transformers
 from factorllm.runs.stored import as_stored
 from factorllm.runs.workspace import write_json, write_text
+from factorllm.student.adapters import write_adapters
 from factorllm.student.read import read_provenance
 
 _STEADIER = "use a smaller --learning-rate, or --precision float32"
@@ -140,6 +142,11 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     if not job.ranks.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if job.settings.train == "mor1e":
+        _copy_student(job, folder)
+        config, intuition = lora_config(job.load(job.student), job.settings.kind_rank), job.mixture().intuition
+        write_adapters(folder, plain_adapters(state, intuition.kinds), config, intuition)
+        return
     if job.settings.train == "lora":
         whole: Any = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
         whole.load_state_dict(state)

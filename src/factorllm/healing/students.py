@@ -31,8 +31,8 @@ def check_learning(settings: HealSettings, recipe: Recipe) -> None:
         raise FactorLLMError(
             f"a static prune has no {settings.train} to train, it is a plain dense model; use --train ffn or all"
         )
-    if settings.train == "lora" and find_spec("peft") is None:
-        raise FactorLLMError("--train lora needs peft: pip install 'factorllm[train]'")
+    if settings.train in ("lora", "mor1e") and find_spec("peft") is None:
+        raise FactorLLMError(f"--train {settings.train} needs peft: pip install 'factorllm[train]'")
 
 
 def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:

@@ -16,6 +16,7 @@ from transformers.integrations import is_tensorboard_available
 
 from factorllm.healing.experts import use_autocast
 from factorllm.healing.job import HealJob
+from factorllm.healing.mor1e import with_routing
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Targets
 from factorllm.healing.trainer import BestCallback, FactorTrainer, ProgressCallback
@@ -67,7 +68,8 @@ def new_trainer(
         routers.unflatten()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    learner = set_learning(model, settings)
+    mor1e = settings.train == "mor1e"
+    learner = with_routing(model, settings.kind_rank, job.mixture()) if mor1e else set_learning(model, settings)
     trainer = kind(
         learner, settings, routers, job.bfloat16, args=arguments, train_dataset=train, eval_dataset=validation
     )

@@ -32,8 +32,10 @@ _FILES = (
     "model-[0-9]*-of-[0-9]*.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "intuition.json",
 )  # fmt: skip
 _FOLDERS = {
+    "adapters": ("adapter_config.json", "adapter_model.safetensors"),
     "report": ("index.html", "*.png"),
     "runs": ("events.out.tfevents*",),
     "additional_chat_templates": ("*.jinja",),
