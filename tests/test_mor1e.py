@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CONFIGS, save_dense, words
+from conftest import CONFIGS, save_dense, served, words
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import save_model
@@ -27,6 +27,7 @@ from factorllm.healing.run import heal
 from factorllm.healing.trainer import FactorTrainer
 from factorllm.making.plan_file import MakePlan
 from factorllm.runs.settings import Settings
+from factorllm.serving.adapters import Mixed, prompt_of
 from factorllm.student.adapters import LowRank, Mixture, spans, write_adapters
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.intuition import Intuition
@@ -175,7 +176,7 @@ def test_what_would_leave_adapters_out_is_refused(copy, made, cli, tmp_path):  #
     for words_, what in (
         (("heal", copy, "--teacher", made / "dense", "-o", tmp_path / "x"), "heal that one"),
         (("bench", copy, "--against", made / "dense"), "would not be timed"),
-        (("chat", copy), "export it"),
+        (("chat", copy), "factorllm serve"),
     ):
         code, error = cli(*words_)
         assert code == 2
@@ -244,11 +245,8 @@ print("ANSWERS", json.dumps(answers))
 @torch.no_grad()
 def test_llamacpp_mixes_the_adapters_as_transformers_does(config, host, recipe, text_file, tmp_path):
     """`lora: [{id, scale}]` of a request; scales of one kind, of another, and of both."""
-    save_model(CONFIGS[config], tmp_path / "dense")
-    made_with = Settings(tokens=2048, held_out_tokens=512, length=64, baseline=False, host=host)
-    factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=made_with)
+    adapted_at_random(config, host, recipe, text_file, tmp_path)
     tokenizer = read_tokenizer(tmp_path / "out", "")
-    add_random_adapters(tmp_path / "out")
     made = export_gguf(str(tmp_path / "out"), tmp_path / "out.gguf", "f32")
     assert [path.name for path in made.adapters] == ["out.kind-0.gguf", "out.kind-1.gguf"]
 
@@ -269,7 +267,11 @@ def test_llamacpp_mixes_the_adapters_as_transformers_does(config, host, recipe, 
         assert (expected - unchanged).abs().max() > 0.5
 
 
-def add_random_adapters(student):
+def adapted_at_random(config, host, recipe, text_file, folder):
+    save_model(CONFIGS[config], folder / "dense")
+    made_with = Settings(tokens=2048, held_out_tokens=512, length=64, baseline=False, host=host)
+    factorize(str(folder / "dense"), folder / "out", recipe, text=str(text_file), settings=made_with)
+    student = folder / "out"
     model, seeded = AutoModelForCausalLM.from_pretrained(student), torch.Generator().manual_seed(0)
     config = lora_config(model, 3)
     names = get_peft_model(copies.deepcopy(model), config).targeted_module_names
@@ -280,6 +282,52 @@ def add_random_adapters(student):
 
     adapters = [{name: pair(model.get_submodule(name).weight) for name in names} for _ in range(2)]
     write_adapters(student, adapters, config, Intuition.from_documents([WORDS, NUMBERS, WORDS * 2], 2))
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_serve_mixes_the_adapters_of_each_prompts_kinds(text_file, tmp_path):
+    adapted_at_random("gqa-tied", "granitemoeshared", "S2A2E8", text_file, tmp_path)
+    model, tokenizer = load_student(tmp_path / "out"), read_tokenizer(tmp_path / "out", "")
+    intuition = Intuition.load(tmp_path / "out")
+
+    def apart(answer, prompt, probabilities):
+        with sure(probabilities):
+            expected = model(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1].log_softmax(-1)
+        (found,) = answer.to_dict()["choices"][0]["logprobs"]["content"]
+        return max(abs(expected[item["id"]].item() - item["logprob"]) for item in found["top_logprobs"])
+
+    with served(str(tmp_path / "out"), "--engine", "llamacpp", "--type", "f32", "--context", "64") as (client, _):
+        asked = {"model": "out", "max_tokens": 1, "temperature": 0, "logprobs": 5, "logit_bias": {"5": 1000}}
+        for prompt in (WORDS, NUMBERS):
+            answer = client.completions.create(prompt=prompt, **asked)
+            kinds = intuition.probabilities(prompt)
+            kinds = torch.tensor(kinds * (kinds >= 0.02)).float()
+            assert apart(answer, prompt, (kinds / kinds.sum()).tolist()) < 0.03
+            wrong = [float(kinds[0] < kinds[1]), float(kinds[0] >= kinds[1])]
+            assert apart(answer, prompt, wrong) > 0.3
+            scales = [{"id": kind, "scale": scale} for kind, scale in enumerate(wrong)]
+            answer = client.completions.create(prompt=prompt, **asked, extra_body={"lora": scales})
+            assert apart(answer, prompt, wrong) < 0.03
+
+
+def test_a_requests_scales_come_from_all_that_it_says():
+    intuition = Intuition.from_labels([WORDS, NUMBERS, "elephants and giraffes"], [0, 1, 2])
+    mixed = Mixed("http://127.0.0.1:1", "name", intuition)
+    bodies = [
+        {"prompt": NUMBERS},
+        {"prompt": [NUMBERS]},
+        {"messages": [{"role": "user", "content": NUMBERS}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": NUMBERS}]}]},
+    ]
+    assert {prompt_of(body) for body in bodies} == {NUMBERS}
+    scales = mixed.scales(bodies[0])
+    assert [each["id"] for each in scales] == [0, 1, 2]
+    assert max(scales, key=lambda each: each["scale"])["id"] == 1
+    assert sum(each["scale"] for each in scales) == pytest.approx(1)
+    assert [each["scale"] for each in mixed.scales({"prompt": [1, 2, 3]})] == pytest.approx([1 / 3] * 3)
+    with mixed.place("/v1/completions", {"prompt": NUMBERS, "lora": []}) as (_, sent):
+        assert sent["lora"] == []
 
 
 def test_too_few_documents(made, text, tmp_path):

@@ -25,7 +25,7 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     path = Path(model)
     if path.suffix == ".gguf":
         return path
-    refuse_adapters(path, "they would be left out here: export it, and give llama-server the adapters with --lora")
+    refuse_adapters(path, "they would be left out here: use factorllm serve")
     if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
         return found[0]
     path = work / f"{path.resolve().name}-{file_type}.gguf"
