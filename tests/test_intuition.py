@@ -12,7 +12,7 @@ from scipy.special import softmax
 from factorllm.errors import FactorLLMError
 from factorllm.text.intuition import FILE, WIDTH, Intuition, TextVectors
 
-VECTOR = [-0.004183, -0.102659, -0.131461, 0.053421]
+VECTOR = [-0.083333, 0.027778, -0.027778, 0.027778]
 WORDS = ("for while return import class self", "sea ship wind sail harbour wave", "flour butter oven sugar bake cake")
 
 

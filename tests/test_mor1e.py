@@ -27,7 +27,7 @@ from factorllm.healing.run import heal
 from factorllm.healing.trainer import FactorTrainer
 from factorllm.making.plan_file import MakePlan
 from factorllm.runs.settings import Settings
-from factorllm.serving.adapters import Mixed, prompt_of
+from factorllm.serving.adapters import Mixed
 from factorllm.student.adapters import LowRank, Mixture, spans, write_adapters
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.intuition import Intuition
@@ -320,8 +320,8 @@ def test_a_requests_scales_come_from_all_that_it_says():
         {"messages": [{"role": "user", "content": NUMBERS}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": NUMBERS}]}]},
     ]
-    assert {prompt_of(body) for body in bodies} == {NUMBERS}
-    scales = mixed.scales(bodies[0])
+    scales, *same = map(mixed.scales, bodies)
+    assert same == [scales] * 3
     assert [each["id"] for each in scales] == [0, 1, 2]
     assert max(scales, key=lambda each: each["scale"])["id"] == 1
     assert sum(each["scale"] for each in scales) == pytest.approx(1)

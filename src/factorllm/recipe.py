@@ -15,6 +15,7 @@ from factorllm.errors import FactorLLMError
 
 _CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
+_READ_ME = re.compile(r"read-me:K(\d+)(?::(.+))?", re.IGNORECASE)
 
 PartitionName = Literal["energy", "activation", "coactivation", "kmeans", "contiguous", "random"]
 RouterName = Literal["refined", "pa", "analytic", "random"]
@@ -87,6 +88,10 @@ class Shape:
         """FFN sparsity: the share of FFN neurons that do not run for a token."""
         return 1 - self.active_width / self.ffn_width
 
+
+_HALF = "S4A0E8"  # of each FFN, for each kind of text
+MOST_KINDS = 64
+"""Of text, that a prune each is made for."""
 
 _BLOCKS = (32, 16, 8)  # what llama.cpp quantises in; else, what is aligned in memory
 
@@ -221,11 +226,58 @@ def parse_recipe(text: str) -> Recipe:
             return _read_yaml(Path(text))
     except ValidationError as error:
         raise FactorLLMError(f"recipe {text}: {_first_problem(error)}") from None
+    if parse_read_me(text):
+        raise FactorLLMError(f"recipe {text} makes a model for each kind of text, which only `factorize` does")
     raise FactorLLMError(
         f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), S0A4E8N3 (one of "
         f"3 overlapping experts of 4 of 8 parts), 1R4E2K (1 router, 4 experts, "
         f"top-2), the path of a .yaml file, or {', '.join(LITERATURE)}"
     )
+
+
+@dataclass(frozen=True)
+class ReadMe:
+    """Read-ME (arXiv 2410.19123): a static prune for each kind of text; which one answers is chosen once a request.
+
+    Attributes:
+        kinds: how many, K.
+        prune: what each keeps of an FFN.
+    """
+
+    kinds: int
+    prune: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"read-me:K{self.kinds}:{self.prune.name}"
+
+
+def parse_read_me(text: str) -> ReadMe | None:
+    """Read `read-me:K4`, which keeps half of each FFN, or with another share `read-me:K4:S6A0E8`; None for any other
+    recipe.
+
+    Raises:
+        FactorLLMError: when what follows is no static prune, or there are not at least two kinds.
+
+    Example:
+        >>> parse_read_me("read-me:K4").name
+        'read-me:K4:S4A0E8'
+    """
+    if not text.lower().startswith("read-me"):
+        return None
+    match = _READ_ME.fullmatch(text)
+    if not match or not 2 <= int(match[1]) <= MOST_KINDS:
+        raise FactorLLMError(
+            f"recipe {text!r} is not understood; write read-me:K4 for 4 kinds of text (2 to {MOST_KINDS}), or "
+            "read-me:K4:S6A0E8 to keep 6 of 8 parts of each FFN in the place of half of them"
+        )
+    prune = parse_recipe(match[2] or _HALF)
+    if not prune.is_prune:
+        raise FactorLLMError(
+            f"recipe {text}: {prune.name} routes each token, and read-me chooses once a request; use a static prune "
+            f"such as {prune.static_prune().name}"
+        )
+    return ReadMe(int(match[1]), prune)
 
 
 def prune_recipe(keep: float, ffn_width: int) -> Recipe:

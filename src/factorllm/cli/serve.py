@@ -11,9 +11,11 @@ from factorllm.cli.options import FileType, settings_from
 from factorllm.engines.settings import ServeSettings
 
 
-@settings_from(ServeSettings, "host", "port", "context", "parallel", "threads")
+@settings_from(ServeSettings, "host", "port", "context", "parallel", "threads", "in_memory", "policy", "wait_limit")
 def serve(
-    model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint that factorllm made, one for each kind of text, or a .gguf file.")
+    ],
     engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm where there is a GPU.")] = "auto",
     file_type: FileType = "q8_0",
     **chosen,

@@ -15,13 +15,14 @@ from factorllm.convert.job import Job, Student, open_job
 from factorllm.convert.kinds import advance_held_out
 from factorllm.convert.layer import convert_layer, passes
 from factorllm.convert.partition import Partition
+from factorllm.convert.read_me import finish_kinds, read_kinds_summary
 from factorllm.convert.task import TOO_LARGE, LayerTask, Streams, Workplace
 from factorllm.convert.write import check_dtype, temper, write_companions, write_layer, write_outer_shards
 from factorllm.dense.ends import Ends
 from factorllm.dense.layer import DenseLayer, LayerLoader
 from factorllm.errors import FactorLLMError
 from factorllm.hosts import StudentFFN
-from factorllm.recipe import Recipe, parse_recipe
+from factorllm.recipe import ReadMe, Recipe, parse_read_me, parse_recipe
 from factorllm.report import ModelRow, Summary, read_summary
 from factorllm.runs.device import fast_products
 from factorllm.runs.finite import is_finite
@@ -36,7 +37,7 @@ from factorllm.student.read import read_provenance
 def factorize(
     model: str,
     out: str | Path,
-    recipe: Recipe | str,
+    recipe: Recipe | ReadMe | str,
     *,
     text: str | None = None,
     images: str | Path | None = None,
@@ -52,7 +53,8 @@ def factorize(
 
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
-        recipe: a `Recipe`, `S2A2E8`, `1R4E2K`, or the path of a YAML file.
+        recipe: a `Recipe`, `S2A2E8`, `1R4E2K`, or the path of a YAML file; or a `ReadMe`, `read-me:K4`, which makes a
+            static prune for each kind of text.
         text: a .txt/.jsonl/.json/.parquet file, a `datasets` id, or None to sample from the model itself.
         images: a folder of images, NAME.png with a caption in NAME.txt, for a vision-language model: up to half of the
             calibration is of them. The error of the FFNs is then measured on held-out images and text apart.
@@ -69,7 +71,10 @@ def factorize(
         ['dense', 'student', 'pruned']
     """
     settings = settings or Settings()
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str):
+        recipe = parse_read_me(recipe) or parse_recipe(recipe)
+    if isinstance(recipe, ReadMe):
+        return _factorize_kinds(model, out, recipe, text, images, settings, overwrite, console)
     recipes = {"student": recipe}
     if settings.baseline and not recipe.is_prune:
         recipes["pruned"] = recipe.static_prune()
@@ -79,6 +84,31 @@ def factorize(
         write_companions(job)
         _convert_layers(job)
         return finish(job, temper(job)) if job.ranks.is_main else None
+
+
+def _factorize_kinds(
+    model: str,
+    out: str | Path,
+    recipe: ReadMe,
+    text: str | None,
+    images: str | Path | None,
+    settings: Settings,
+    overwrite: bool,
+    console: Console | None,
+) -> Summary | None:
+    if text is None:
+        raise FactorLLMError(f"recipe {recipe.name} looks for kinds of text among documents; give some with --text")
+    if images is not None:
+        raise FactorLLMError(f"recipe {recipe.name} looks for kinds of text, and images have none; leave --images out")
+    recipes = {f"student-{kind}": recipe.prune for kind in range(recipe.kinds)}
+    if settings.baseline:
+        recipes["pruned"] = recipe.prune
+    with open_job(model, out, recipes, text, settings, overwrite, console, kinds=recipe.kinds) as job:
+        if job is None:
+            return read_kinds_summary(located(out), recipe)
+        write_companions(job)
+        _convert_layers(job)
+        return finish_kinds(job, temper(job), recipe) if job.ranks.is_main else None
 
 
 @torch.no_grad()
@@ -168,6 +198,7 @@ def _convert(
             generator,
             workplace,
             strength_before=done and done["ridge_strength"],
+            own=job.own(student),
         )
     )
 

@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -48,19 +49,33 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         layers=[entry["statistics"][student.name] for entry in job.work.journal],
         images={"origin": job.images, **job.mixed.counts()} if job.mixed else None,
     )
-    made = _provenance(job, summary)
+    complete(job, student, summary, job.work.out.name)
+    spent = write_spent(job, student.folder)
+    job.work.publish(student.folder)
+    return replace(summary, spent=spent)
+
+
+def complete(job: Job, student: Student, summary: Summary, name: str) -> None:
+    """Write what a student's checkpoint still lacks.
+
+    Args:
+        name: of the model, in its card.
+    """
+    made = provenance(job, summary)
     write_json(student.folder / PROVENANCE, made)
     write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.work.journal])
-    write_text(student.folder / "README.md", model_card(job.work.out.name, made, job.licence))
-    spent = _spent(job)
-    # Time and memory differ from run to run; they are kept apart so that all other files are the same bytes.
-    write_json(student.folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
+    write_text(student.folder / "README.md", model_card(name, made, job.licence))
     if job.source.wrapper:
         wrap(student.folder, job.source.wrapper, job.source.tensors)
     # config.json comes last: without it, no engine takes the folder for a checkpoint.
     write_json(student.folder / "config.json", _written_config(job, student))
-    job.work.publish(student.folder)
-    return replace(summary, spent=spent)
+
+
+def write_spent(job: Job, folder: Path) -> Spent:
+    """Say in a file what the run took: it differs from run to run, and all other files are the same bytes."""
+    spent = _spent(job)
+    write_json(folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
+    return spent
 
 
 def _written_config(job: Job, student: Student) -> dict:
@@ -92,20 +107,26 @@ def measure_students(
         ]
         visit(rows[0], model)
         for student in job.students:
-            write_index(student.folder)
             del model
-            give_back_freed_memory()
-            model = load_pretrained(
-                student.folder,
-                job.source.wrapper,
-                config=student_config(job, student),
-                generation_config=job.source.generation_config(),
-                dtype=settings.compute_dtype,
-            ).to(settings.torch_device)
+            model = load_written(job, student)
             value = perplexity(model, job.text.held_out, bar.advance)
             rows.append(ModelRow(student.name, value, student.cost(dense)))
             visit(rows[-1], model)
     return rows
+
+
+def load_written(job: Job, student: Student) -> PreTrainedModel:
+    """A student, from the files that were written."""
+    write_index(student.folder)
+    give_back_freed_memory()
+    model = load_pretrained(
+        student.folder,
+        job.source.wrapper,
+        config=student_config(job, student),
+        generation_config=job.source.generation_config(),
+        dtype=job.settings.compute_dtype,
+    )
+    return model.to(job.settings.torch_device)
 
 
 def _finite(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
@@ -120,7 +141,7 @@ def _finite(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
     return finite
 
 
-def _provenance(job: Job, summary: Summary) -> dict:
+def provenance(job: Job, summary: Summary) -> dict:
     """The content of `factorllm.json`: what made this checkpoint, and what came of it."""
     return {
         "format": FORMAT,

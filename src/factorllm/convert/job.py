@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from factorllm.convert.mixing import Mixed, read_mixed
@@ -23,13 +24,14 @@ from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
-from factorllm.runs.output import CHECKPOINT, check_output, located
+from factorllm.runs.output import CHECKPOINT, KINDS, check_output, located
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.rows import Rows
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.text import CalibrationText, read_calibration_text
 from factorllm.text.calibration import public_name
+from factorllm.text.kinds import read_text_of_kinds
 from factorllm.text.pictures import pictures_digest, read_pictures
 
 _WIDE = 512  # channels
@@ -42,6 +44,7 @@ class Student:
 
     Attributes:
         folder: the unfinished checkpoint.
+        kind: of text that it is made for; None for all.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Student:
     shape: Shape
     host: Host
     folder: Path
+    kind: int | None = None
 
     def cost(self, dense: PreTrainedConfig) -> Cost:
         """What it holds and runs, in its host."""
@@ -85,6 +89,16 @@ class Job:
         keeps every neuron is the dense model, to the last digit; and small products are no faster in it."""
         sparse = all(student.shape.sparsity > 0 for student in self.students)
         return sparse and self.source.config.hidden_size >= _WIDE
+
+    @property
+    def kept(self) -> list[Student]:
+        """Those that are published: one for each kind of text, or the first alone."""
+        return [student for student in self.students if student.kind is not None] or self.students[:1]
+
+    def own(self, student: Student) -> Tensor | None:
+        """Which sequences of the calibration are of a student's kind of text, (sequences,), bool; None where it has
+        none."""
+        return None if student.kind is None else self.text.kinds == student.kind
 
     @property
     def layers(self) -> int:
@@ -130,11 +144,15 @@ def open_job(
     overwrite: bool,
     console: Console | None,
     images: str | Path | None = None,
+    kinds: int | None = None,
 ) -> Iterator[Job | None]:
     """Open and check everything, the cheap checks first; hold the workspace while the block runs.
 
     Under `accelerate launch` every process gets the same job, and the first one writes. None stands for a job that is
     done: `out` was made by the same one.
+
+    Args:
+        kinds: of text that are looked for in `text`; the first students are made for one each.
     """
     out = located(out)
     finish_publishing(out)
@@ -162,15 +180,18 @@ def open_job(
         seeing(source)
         read_pictures(pictures)
         identity |= {"images": pictures_digest(pictures), "processor": processor_digest(source)}
+    if kinds:
+        identity |= {"kinds": kinds}
     with open_checkpoint_job(out, identity, overwrite, ranks) as work:
         if work is None:
             yield None
             return
         students = [
-            Student(name, recipe, shapes[name], hosts[name], work.folder_at(name)) for name, recipe in recipes.items()
+            _student(name, recipe, shapes[name], hosts[name], work, kind if kind < (kinds or 0) else None)
+            for kind, (name, recipe) in enumerate(recipes.items())
         ]
         with ranks.main_first():
-            read_text = partial(_read_text, work, source, tokenizer, text, console)
+            read_text = partial(_read_text, work, source, tokenizer, text, console, kinds)
             if pictures is None:
                 calibration, mixed = read_text(settings), None
             else:
@@ -186,13 +207,30 @@ def open_job(
         yield job
 
 
+def _student(name: str, recipe: Recipe, shape: Shape, host: Host, work: Workspace, kind: int | None) -> Student:
+    if kind is None:
+        return Student(name, recipe, shape, host, work.folder_at(name))
+    folder = work.folder_at("student") / KINDS / str(kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Student(name, recipe, shape, host, folder, kind)
+
+
 def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfig) -> dict[str, Host]:
     """The user's choice of host is for the student; the models that it is compared with take what fits them."""
-    return {name: choose_host(wanted if name == "student" else "auto", config, shape) for name, shape in shapes.items()}
+    return {
+        name: choose_host(wanted if name.startswith("student") else "auto", config, shape)
+        for name, shape in shapes.items()
+    }
 
 
 def _read_text(
-    work: Workspace, source: ModelSource, tokenizer, text: str | None, console: Console, settings: Settings
+    work: Workspace,
+    source: ModelSource,
+    tokenizer,
+    text: str | None,
+    console: Console,
+    kinds: int | None,
+    settings: Settings,
 ) -> CalibrationText:
     """Tokens are kept in the workspace, so that a resumed run and all processes see the same ones."""
     path = work.folder / "tokens.safetensors"
@@ -200,13 +238,16 @@ def _read_text(
         return CalibrationText.from_tensors(load_file(path), text)
     if text is None:
         console.print("no --text given: sampling calibration text from the model itself")
-    read = read_calibration_text(
-        text,
-        tokenizer,
-        settings,
-        load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
-        console=console,
-    )
+    if kinds:
+        read = read_text_of_kinds(text, tokenizer, settings, kinds, console)
+    else:
+        read = read_calibration_text(
+            text,
+            tokenizer,
+            settings,
+            load_model=lambda: source.load_model(settings.compute_dtype, settings.torch_device),
+            console=console,
+        )
     write_shard(path, read.tensors())
     return read
 

@@ -34,7 +34,11 @@ def split_neurons(task: LayerTask) -> Partition:
     if not most < torch.finfo(torch.float32).max:
         raise FactorLLMError(f"what a neuron adds to the stream overflows float32: {TOO_LARGE}")
     if task.recipe.is_prune:
-        split = keep_top_energy(ffn, hidden, task.shape)
+        own = None
+        if task.own is not None:
+            own = torch.cat([kinds[::stride] for kinds in task.sampled_own()]).to(task.device)
+            own = ranks.gather(own.float()).bool()
+        split = keep_top_energy(ffn, hidden, task.shape, own)
     else:
         split = partition(ffn, hidden, task.shape, task.recipe.partition, task.generator)
     return Partition(ranks.same(split.shared), ranks.same(split.experts), split.ffn_width)

@@ -25,6 +25,10 @@ TOO_LARGE = (
 )
 """Why numbers may overflow, as a refusal has it."""
 
+OTHERS = 0.1
+"""How much all tokens count beside 1 for those of a student's own kind of text: so each kind is fitted to its own text,
+and held to what fits all (docs/experiments.md)."""
+
 _ROUTER_TOKENS = 16_384  # for the d x N parameters of a router
 
 
@@ -78,6 +82,7 @@ class LayerTask:
 
     Attributes:
         strength_before: the ridge strength of the layer before, near which this one's is looked for.
+        own: which sequences are of the student's kind of text, (sequences,), bool; None for a student of all text.
     """
 
     layer: DenseLayer
@@ -88,6 +93,7 @@ class LayerTask:
     generator: torch.Generator
     workplace: Workplace
     strength_before: float | None = None
+    own: Tensor | None = None
 
     @cached_property
     def stride(self) -> int:
@@ -142,6 +148,23 @@ class LayerTask:
         for run in self.sample.runs():
             yield self.streams.sequences.is_image(run)[:, :: self.stride].flatten()
 
+    def sampled_own(self) -> Iterator[Tensor]:
+        """Which of the sampled tokens are of the student's kind of text, run by run: (n,), bool."""
+        for run in self.sample.runs():
+            yield self.own[run].repeat_interleave(self.sample.length)
+
+    def weights(self, teacher: Tensor, run: slice) -> Tensor:
+        """How much the error of each token of `run` counts: (n,), fp32.
+
+        Args:
+            teacher: the teacher's stream after the layer for these tokens, (n, d); equally many of each sequence.
+        """
+        weights = token_weights(teacher)
+        if self.own is None:
+            return weights
+        counts = torch.where(self.own[run], 1 + OTHERS, OTHERS).to(weights)
+        return weights * counts.repeat_interleave(len(weights) // len(counts))
+
     def gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
         """Gate weights, (tokens, N); a static prune has no experts."""
         if router is None:
@@ -158,14 +181,14 @@ class LayerTask:
             return self.dense_output(run, stride)
         teacher = self.tokens(self.streams.teacher_after, run, stride)
         missing = teacher - self.tokens(self.middle, run, stride)
-        return missing / self.layer.residual, token_weights(teacher)
+        return missing / self.layer.residual, self.weights(teacher, run)
 
     def dense_output(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
         """What the dense FFN gives, and how much each token counts, as `target`."""
         ffn = self.layer.ffn
         inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
         teacher = self.tokens(self.streams.teacher_after, run, stride)
-        return (ffn.hidden(inputs) @ ffn.down.T).float(), token_weights(teacher)
+        return (ffn.hidden(inputs) @ ffn.down.T).float(), self.weights(teacher, run)
 
     def sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""

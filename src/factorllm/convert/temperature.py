@@ -36,7 +36,7 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
     return float(best.x) if best.fun < loss(1.0) else 1.0
 
 
-def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: int) -> Tensor:
+def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: int, own: Tensor | None = None) -> Tensor:
     """Logits of as many tokens of text, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
 
     Args:
@@ -44,10 +44,14 @@ def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: in
         sequences: what they are of.
         ends: of the dense model.
         vocabulary: its size.
+        own: which sequences are taken, (sequences,), bool; None for all.
     """
+    own = torch.ones(stream.sequences, dtype=torch.bool) if own is None else own
     tokens = max(_LOGITS // vocabulary, 1)
-    stride = -(-stream.sequences * stream.length // tokens)
+    stride = -(-int(own.sum()) * stream.length // tokens)
     cpu = torch.device("cpu")
     return ends.logits(
-        torch.cat([stream.read(run, cpu)[~sequences.is_image(run)][::stride] for run in stream.all_runs()])
+        torch.cat(
+            [stream.read(run, cpu)[own[run, None] & ~sequences.is_image(run)][::stride] for run in stream.all_runs()]
+        )
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from factorllm.convert.ridge import GatedHidden, RidgeStatistics, solve_ridge_at, token_weights
+from factorllm.convert.ridge import GatedHidden, RidgeStatistics, solve_ridge_at
 from factorllm.convert.task import LayerTask
 from factorllm.dense.ffn import FFN
 from factorllm.recipe import Shape
@@ -68,7 +68,7 @@ def _batches(task: LayerTask, runs: list[slice], output: Rows, router: Tensor | 
             inputs, target, teacher = (
                 task.tokens(rows, run) for rows in (task.inputs, output, task.streams.teacher_after)
             )
-            batch = inputs, task.gates(inputs, router), target, token_weights(teacher)
+            batch = inputs, task.gates(inputs, router), target, task.weights(teacher, run)
             for picked in torch.randperm(len(inputs), generator=task.generator).to(task.device).split(BATCH):
                 yield tuple(values[picked] for values in batch)
             task.tick(run)

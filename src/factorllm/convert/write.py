@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from factorllm.convert.job import Job, Student
@@ -27,11 +28,12 @@ def write_companions(job: Job) -> None:
         return
     for student in job.students:
         student_config(job, student)
-    folder, again = job.students[0].folder, "mend it, or use another copy"
-    with refusing(f"the tokenizer of {job.source.label}", again):
-        job.source.tokenizer().save_pretrained(folder)
-    with refusing(f"the generation config of {job.source.label}", again):
-        job.source.generation_config().save_pretrained(folder)
+    again = "mend it, or use another copy"
+    for student in job.kept:
+        with refusing(f"the tokenizer of {job.source.label}", again):
+            job.source.tokenizer().save_pretrained(student.folder)
+        with refusing(f"the generation config of {job.source.label}", again):
+            job.source.generation_config().save_pretrained(student.folder)
 
 
 def check_dtype(job: Job) -> None:
@@ -71,15 +73,18 @@ def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN) -> None
 def temper(job: Job) -> dict[str, float]:
     """Fit each restored student's logit scale, and write its final norm, which carries the scale, as the last shard."""
     ends, words = Ends(job.source, job.settings.torch_device), job.source.config.vocab_size
-    teacher = sample_logits(job.stream("teacher", job.layers), job.calibration, ends, words)
+
+    def logits(stream: str, own: Tensor | None) -> Tensor:
+        return sample_logits(job.stream(stream, job.layers), job.calibration, ends, words, own)
+
     scales = {}
     # A factor before a cap is none after it.
     is_capped = bool(getattr(job.source.config, "final_logit_softcapping", None))
     for student in job.students:
         scale = 1.0
         if student.recipe.restore != "none" and not is_capped:
-            ours = sample_logits(job.stream(student.name, job.layers), job.calibration, ends, words)
-            scale = fit_logit_scale(teacher, ours)
+            own = job.own(student)
+            scale = fit_logit_scale(logits("teacher", own), logits(student.name, own))
         tensors = as_stored(ends.scaled_norm(scale), job.settings.stored_dtype, TOO_LARGE)
         write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
         scales[student.name] = scale

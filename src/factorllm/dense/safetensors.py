@@ -16,6 +16,7 @@ from factorllm.dense.names import EMBEDDINGS, HEAD
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.runs.output import refuse_kinds
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
@@ -235,6 +236,7 @@ def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:
     """The config of a transformers folder."""
+    refuse_kinds(folder)
     if not (folder / "config.json").is_file():
         raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
     with refusing(f"{label}/config.json", "it is damaged: use another copy"):

@@ -23,6 +23,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.gguf_file import export_gguf
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.disk import IN_TMPDIR
+from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.proxy import Proxy
 from factorllm.student.adapters import adapter_folders, read_adapter
@@ -87,7 +88,7 @@ def serve(
     """Serve a model until interrupted, which is how it is stopped.
 
     Args:
-        model: a checkpoint, or for llama.cpp a `.gguf` file.
+        model: a checkpoint, or for llama.cpp a `.gguf` file, or a folder with a checkpoint for each kind of text.
         engine: `llamacpp`, `vllm`, or `auto`.
         file_type: what a checkpoint is exported as for llama.cpp.
 
@@ -106,6 +107,9 @@ def serve(
         >>> server.terminate()
     """
     settings = settings or ServeSettings()
+    if (Path(model) / KINDS).is_dir():
+        _serve_kinds(model, engine, file_type, settings, say)
+        return
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
         _serve_llamacpp(model, file_type, settings, say)
@@ -113,6 +117,17 @@ def serve(
         _serve_vllm(model, settings, say)
     else:
         raise FactorLLMError("transformers does not serve; use --engine llamacpp or vllm")
+
+
+def _serve_kinds(model: str, engine: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+    if engine != "auto" and engine_name(engine) != "llamacpp":
+        raise FactorLLMError(
+            f"{model} holds a model for each kind of text, which llama.cpp's servers answer together; use --engine "
+            f"llamacpp, or serve one of them: {Path(model) / KINDS / '0'}"
+        )
+    from factorllm.serving.kinds import serve_kinds
+
+    serve_kinds(Path(model), file_type, settings, say)
 
 
 def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:

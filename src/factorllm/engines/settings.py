@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from factorllm.engines.base import Options
@@ -28,6 +30,14 @@ class ServeSettings(BaseModel):
     """Conversations at once (llama.cpp)."""
     threads: Threads | None = None
     """Threads (llama.cpp). Default: the engine's choice."""
+
+    in_memory: int | None = Field(default=None, ge=1)
+    """Models in memory at once, of a folder with one for each kind of text. Default: all of them."""
+    policy: Literal["belady", "lru", "fifo"] = "belady"
+    """Which of them leaves memory for another: the one that the queues need last, or was used longest ago; fifo also
+    answers in order, whatever the kind."""
+    wait_limit: float = Field(default=30.0, gt=0, le=86_400)
+    """Seconds that no request should wait, with models for kinds of text: after half of them it goes first."""
 
     @property
     def options(self) -> Options:

@@ -40,6 +40,10 @@ _FOLDERS = {
     "runs": ("events.out.tfevents*",),
     "additional_chat_templates": ("*.jinja",),
 }
+KINDS = "kinds"
+"""The folder of a checkpoint for each kind of text, in which they have numbers."""
+
+_FOLDERS[KINDS] = (*_FILES, *(pattern for patterns in _FOLDERS.values() for pattern in patterns))
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def is_done(out: Path, kind: Kind, job: dict) -> bool:
     before = (kind.read(out) or {}).get("job")
     if isinstance(before, dict):
         changed = first_difference(before, job)
-        if changed is None and (not kind.is_folder or (out / "config.json").exists()):
+        if changed is None and (not kind.is_folder or (out / "config.json").exists() or (out / KINDS).is_dir()):
             return True
         reason = f", made with {changed}" if changed else ", but parts of it are gone"
     else:
@@ -245,6 +249,19 @@ def _foreign_file(out: Path) -> str | None:
         elif path.name != INSIDE and not is_own(path):
             return path.name
     return None
+
+
+def refuse_kinds(folder: Path) -> None:
+    """Refuse a folder with a checkpoint for each kind of text where one model is wanted.
+
+    Raises:
+        FactorLLMError: naming one of them.
+    """
+    if (folder / KINDS).is_dir() and (folder / PROVENANCE).is_file() and not (folder / "config.json").exists():
+        raise FactorLLMError(
+            f"{folder} holds a model for each kind of text, each a checkpoint of its own; give one of them, such as "
+            f"{folder / KINDS / '0'} (`factorllm serve {folder}` serves all)"
+        )
 
 
 def own_files(checkpoint: Path) -> list[Path]:

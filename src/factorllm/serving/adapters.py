@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from factorllm.serving.kinds import text_of
 from factorllm.serving.proxy import Front
 from factorllm.text.intuition import Intuition
 
@@ -32,23 +33,9 @@ class Mixed(Front):
 
     def scales(self, body: dict) -> list[dict[str, Any]]:
         """As a request has them under `lora`; the kinds that count sum to 1."""
-        found = self._intuition.probabilities(prompt_of(body))
+        found = self._intuition.probabilities(text_of(body))
         found = found * (found >= min(_LEAST, found.max()))
         return [{"id": kind, "scale": float(scale)} for kind, scale in enumerate(found / found.sum())]
 
     def models(self) -> list[str]:
         return [self._name]
-
-
-def prompt_of(body: dict) -> str:
-    """The text of a request; of one that is given as tokens, nothing, which is of all kinds alike."""
-    said = body.get("messages", body.get("prompt"))
-    return "\n".join(_texts(said))
-
-
-def _texts(said: object) -> Iterator[str]:
-    if isinstance(said, str):
-        yield said
-    elif isinstance(said, list):
-        for part in said:
-            yield from _texts(part.get("content", part.get("text")) if isinstance(part, dict) else part)

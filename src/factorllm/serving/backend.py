@@ -33,6 +33,10 @@ class Backend:
             raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {line.strip() or 'its process ended'}")
         self.address = line.strip()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End it at once."""
         self._process.kill()

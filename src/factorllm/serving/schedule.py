@@ -1,5 +1,5 @@
-"""Which request runs next and which models are in memory, where more models are served than fit. No threads and no clock
-are in here: it is told what happens and when, and says what to do.
+"""Which request runs next and which models are in memory, where more models are served than fit. No threads and no
+clock are in here: it is told what happens and when, and says what to do.
 
 Expert-aware batching of Read-ME (arXiv 2410.19123): each request is of one kind, each kind has a model and a queue; the
 longest queue is taken until the slots are full. The paper has no limit on waiting; here a request that has waited for
@@ -59,6 +59,8 @@ class Schedule:
 
     Attributes:
         hits, misses: requests whose model was in memory when their turn came, and those it had to be loaded for.
+        started: requests that were sent on, by kind.
+        loads: models that were loaded, or began to be.
         waits: seconds that each request waited that was started so far.
     """
 
@@ -71,7 +73,8 @@ class Schedule:
         self._leaving: int | None = None  # as soon as nothing runs on it
         self._missed: set[Hashable] = set()
         self._used = [-1] * kinds  # when a kind was used last, by the number of the start
-        self.hits, self.misses = 0, 0
+        self.hits, self.misses, self.loads = 0, 0, 0
+        self.started = [0] * kinds
         self.waits: list[float] = []
 
     @property
@@ -97,6 +100,12 @@ class Schedule:
         """A model is in memory."""
         self._there.add(kind)
         self._loading = None
+
+    def lost(self, kind: int) -> None:
+        """A model that was in memory is no longer: its process has ended."""
+        self._there.discard(kind)
+        if self._leaving == kind:
+            self._leaving = None
 
     def failed(self, kind: int) -> list[Hashable]:
         """A model could not be loaded; the requests that wait for it, which are given up."""
@@ -124,6 +133,7 @@ class Schedule:
             self._unload(actions)
             if self._has_room():
                 self._loading = kind
+                self.loads += 1
                 self._missed.add(self._queues[kind][0].request)
                 actions.append(Load(kind))
         return actions
@@ -186,6 +196,7 @@ class Schedule:
         waiting = self._queues[kind].popleft()
         self._running[waiting.request] = kind
         self._used[kind] = len(self.waits)
+        self.started[kind] += 1
         self.waits.append(now - waiting.since)
         if waiting.request in self._missed:
             self._missed.remove(waiting.request)

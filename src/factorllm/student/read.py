@@ -13,7 +13,7 @@ from factorllm.dense.safetensors import load_language_model, open_folder, read_t
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
-from factorllm.runs.output import PROVENANCE, workspace_folder
+from factorllm.runs.output import PROVENANCE, refuse_kinds, workspace_folder
 from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
 
@@ -33,6 +33,7 @@ def read_provenance(folder: Path) -> dict:
     if not there:
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
         raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
+    refuse_kinds(folder)
     with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check_provenance(content)

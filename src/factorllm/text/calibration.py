@@ -30,12 +30,15 @@ class CalibrationText:
         held_out: (sequences, length), int64; no document is in both parts, unless they are `cut`.
         origin: where the text came from, in words for the model card.
         cut: whether both parts are of one document, because the text has no other.
+        kinds, held_out_kinds: the kind of each sequence, (sequences,), int64, where kinds were looked for.
     """
 
     calibration: Tensor
     held_out: Tensor
     origin: str
     cut: bool = False
+    kinds: Tensor | None = None
+    held_out_kinds: Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -48,13 +51,17 @@ class CalibrationText:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the origin, to be kept in a file."""
-        return {"calibration": self.calibration, "held_out": self.held_out, "cut": torch.tensor(self.cut)}
+        tensors = {"calibration": self.calibration, "held_out": self.held_out, "cut": torch.tensor(self.cut)}
+        if self.kinds is not None:
+            tensors |= {"kinds": self.kinds, "held_out_kinds": self.held_out_kinds}
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], text: str | None) -> CalibrationText:
         """What `tensors` gave for a text."""
         cut = bool(tensors["cut"])
-        return cls(tensors["calibration"], tensors["held_out"], text_origin(text, cut), cut)
+        of_kinds = {name: tensors.get(name) for name in ("kinds", "held_out_kinds")}
+        return cls(tensors["calibration"], tensors["held_out"], text_origin(text, cut), cut, **of_kinds)
 
 
 def read_calibration_text(

@@ -1,8 +1,9 @@
 """Which kind of text a prompt is, from its words and letters alone: a vector, and probabilities over K kinds. No second
 model is asked, so it takes a millisecond.
 
-The vector is TF-IDF of hashed words, pairs of words and runs of three bytes, under a random projection of signs
-(Achlioptas 2003): a feature's signs are the bits of its own hash, so no matrix is kept, and it is the same everywhere.
+The vector is TF-IDF of hashed words and runs of three bytes, under a random projection of signs (Achlioptas 2003): a
+feature's signs are the bits of its own hash, so no matrix is kept, and it is the same everywhere. Of rarity the root is
+taken: what tells kinds of text apart is how they are written, more than what each is about (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from scipy.cluster.vq import kmeans2
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
@@ -28,12 +27,13 @@ from factorllm.runs.workspace import write_text
 FILE = "intuition.json"
 """Its file in a folder of what it chooses among."""
 
-WIDTH = 64
+WIDTH = 256
 """Numbers of a vector."""
 
 _BUCKETS = 1 << 14  # of features, in which documents are counted
 _READ = 8192  # bytes of a text that are looked at: the beginning and the end, where a prompt says what is wanted
 _WORD = re.compile(rb"[a-z0-9_\x80-\xff]+")
+_MANY = 10  # documents, of which a feature must be in two to count
 _TEMPERATURE = 0.1  # of cosines
 _RIDGE = 1e-4  # on the weights that are fitted
 _STARTS, _ROUNDS = 8, 50  # of k-means
@@ -63,14 +63,17 @@ class TextVectors:
         return cls(number, counts)
 
     def __call__(self, texts: Iterable[str]) -> Array:
-        """(n, 64), each of unit length; of nothing but what all documents have, 0."""
+        """(n, 256), each of unit length; of nothing but what all documents have, 0."""
         return np.array([self._vector(text) for text in texts]).reshape(-1, WIDTH)
 
     def _vector(self, text: str) -> Array:
         features = _features(text)
         digests = _digests(features)
         often = 1 + np.log(np.array(list(features.values()), np.float64))
-        rare = np.log((1 + self.documents) / (1 + self.counts[_buckets(digests)]))
+        counts = self.counts[_buckets(digests)]
+        # What one document alone has, or none, says nothing of others.
+        known = counts >= (2 if self.documents >= _MANY else 1)
+        rare = np.where(known, np.sqrt(np.log((1 + self.documents) / (1 + counts))), 0)
         signs = 2.0 * np.unpackbits(digests[:, : WIDTH // 8], axis=1) - 1
         vector = (often * rare) @ signs
         return vector / (np.linalg.norm(vector) or 1.0)
@@ -81,7 +84,7 @@ class Intuition:
     """Probabilities over kinds of text: `p = softmax(W v)` of a text's vector v.
 
     Attributes:
-        weights: W, (K, 64).
+        weights: W, (K, 256).
 
     Example:
         >>> known = ["def add(a, b): return a + b", "the sea is wide and the sea is deep"]
@@ -104,14 +107,20 @@ class Intuition:
         return probabilities
 
     @classmethod
-    def from_documents(cls, documents: Sequence[str], kinds: int, seed: int = 0) -> Intuition:
+    def from_documents(
+        cls, documents: Sequence[str], kinds: int, seed: int = 0, weights: Sequence[float] | None = None
+    ) -> Intuition:
         """Kinds found by k-means: `p = softmax(cos(v, centre) / T)`.
+
+        Args:
+            weights: how much each document counts; all the same unless given.
 
         Raises:
             ValueError: for fewer documents than kinds.
         """
         vectors = TextVectors.of(documents)
-        centres = _centres(vectors(documents), kinds, np.random.RandomState(seed))
+        counted = np.ones(len(documents)) if weights is None else np.array(weights, np.float64)
+        centres = _centres(vectors(documents), counted, kinds, np.random.RandomState(seed))
         return cls(vectors, centres / _TEMPERATURE)
 
     @classmethod
@@ -172,44 +181,51 @@ class Intuition:
 
 
 def _features(text: str) -> Counter[bytes]:
-    """How often each word, pair of words and run of three bytes is there; which of them it is, its first byte says."""
+    """How often each word and run of three bytes is there; which of them it is, its first byte says."""
     data = text.lower().encode(errors="replace")
     if len(data) > _READ:
         data = data[: _READ // 2] + b"\n" + data[-_READ // 2 :]
-    words = _WORD.findall(data)
-    found = Counter(b"w" + word for word in words)
-    found.update(b"p" + first + b" " + second for first, second in pairwise(words))
+    found = Counter(b"w" + word for word in _WORD.findall(data))
     found.update(b"b" + data[start : start + 3] for start in range(len(data) - 2))
     return found
 
 
 def _digests(features: Iterable[bytes]) -> NDArray[np.uint8]:
-    """Hashes, (n, 16)."""
-    return np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, features)), np.uint8).reshape(-1, 16)
+    """Hashes, (n, 48)."""
+    digests = (xxhash.xxh3_128_digest(feature, seed) for feature in features for seed in range(3))
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 48)
 
 
 def _buckets(digests: NDArray[np.uint8]) -> NDArray[np.int64]:
     """(n,), of bits that are not among the signs."""
-    return (digests[:, 8].astype(np.int64) << 8 | digests[:, 9]) % _BUCKETS
+    return (digests[:, -2].astype(np.int64) << 8 | digests[:, -1]) % _BUCKETS
 
 
-def _centres(points: Array, kinds: int, chooser: np.random.RandomState) -> Array:
-    """The best of some runs of k-means, each from a start by k-means++: (K, 64), of unit length."""
+def _centres(points: Array, weights: Array, kinds: int, chooser: np.random.RandomState) -> Array:
+    """The best of some runs of k-means on the sphere, each from a start by k-means++: (K, 256), of unit length."""
     if len(points) < kinds:
         raise ValueError(f"{len(points)} documents cannot be of {kinds} kinds")
-    best, least = None, np.inf
-    for _ in range(_STARTS):
-        centres, labels = kmeans2(points, _start(points, kinds, chooser), iter=_ROUNDS, minit="matrix")
-        spread = ((points - centres[labels]) ** 2).sum()
-        if spread < least:
-            best, least = centres, spread
-    return best / np.linalg.norm(best, axis=1, keepdims=True).clip(np.finfo(np.float64).tiny)
+    found = [_climb(points, weights, _start(points, weights, kinds, chooser)) for _ in range(_STARTS)]
+    return max(found, key=lambda centres: weights @ (points @ centres.T).max(1))
 
 
-def _start(points: Array, kinds: int, chooser: np.random.RandomState) -> Array:
+def _climb(points: Array, weights: Array, centres: Array) -> Array:
+    for _ in range(_ROUNDS):
+        labels = (points @ centres.T).argmax(1)
+        sums = np.array([weights[labels == kind] @ points[labels == kind] for kind in range(len(centres))])
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        moved = np.where(lengths > 0, sums / np.where(lengths > 0, lengths, 1), centres)  # one without points stays
+        if np.allclose(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def _start(points: Array, weights: Array, kinds: int, chooser: np.random.RandomState) -> Array:
     """Each next centre is a point, drawn in proportion to its squared distance from the nearest that there is."""
-    centres = [points[chooser.randint(len(points))]]
-    for _ in range(kinds - 1):
-        distance = np.min([((points - centre) ** 2).sum(1) for centre in centres], axis=0) + np.finfo(np.float64).tiny
-        centres.append(points[chooser.choice(len(points), p=distance / distance.sum())])
+    centres: list[Array] = []
+    for _ in range(kinds):
+        nearest = np.min([((points - centre) ** 2).sum(1) for centre in centres] or [np.ones(len(points))], axis=0)
+        chance = weights * (nearest + np.finfo(np.float64).tiny)
+        centres.append(points[chooser.choice(len(points), p=chance / chance.sum())])
     return np.array(centres)

@@ -73,7 +73,7 @@ def open_text(
     """
     if text is None:
         return _SampledParts(load_model, tokenizer, settings.length, settings.seed)
-    return _DocumentParts(text, tokenizer, settings.length, settings.seed)
+    return DocumentParts(Documents(text, tokenizer), tokenizer, settings.length, settings.seed)
 
 
 class _SampledParts(Parts):
@@ -100,16 +100,16 @@ class _SampledParts(Parts):
         return self.take(sequences)
 
 
-class _DocumentParts(Parts):
+class DocumentParts(Parts):
     """Documents that are shuffled, and joined with the tokenizer's end token."""
 
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
-        self._text, self._length = text, length
-        self._documents = Documents(text, tokenizer)
+    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
+        self._text, self._length = documents.text, length
+        self._documents = documents
         self._repeated = 0
-        at_once = None if local_path(text) else _SHUFFLED_AT_ONCE
-        documents = _shuffled(self._distinct(self._documents), random.Random(seed), at_once)
-        self._unread = map(_encoder(tokenizer), documents)
+        at_once = None if local_path(self._text) else _SHUFFLED_AT_ONCE
+        shuffled = _shuffled(self._distinct(documents), random.Random(seed), at_once)
+        self._unread = map(_encoder(tokenizer), shuffled)
         self._waiting: deque[list[int]] = deque()  # documents that were read, but belong to no part yet
         self._rest: list[int] = []  # of the document in which `take` ended
 

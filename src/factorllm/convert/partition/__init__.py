@@ -24,6 +24,8 @@ from factorllm.convert.partition.random import at_random
 from factorllm.dense.ffn import FFN
 from factorllm.recipe import Shape
 
+_GENERAL = 0.25  # of all text's energy, beside that of one kind of text
+
 Method = Callable[[FFN, Tensor, Shape, torch.Generator], Tensor]
 
 METHODS: dict[str, Method] = {
@@ -79,10 +81,24 @@ def partition(
     return partition_from_labels(labels, shape)
 
 
-def keep_top_energy(ffn: FFN, hidden: Tensor, shape: Shape) -> Partition:
-    """A static prune: the neurons of highest mean contribution energy, and no experts."""
-    kept, _ = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
+def keep_top_energy(ffn: FFN, hidden: Tensor, shape: Shape, own: Tensor | None = None) -> Partition:
+    """A static prune: the neurons of highest mean contribution energy, and no experts.
+
+    For one kind of text these are the ones of largest `e_i / sum(e_i) + b e / sum(e)`, e_i the mean energy over its own
+    tokens and e over all.
+
+    Args:
+        own: which tokens are of that kind, (n,), bool; None for a prune for all text.
+    """
+    energy = mean_energy(ffn, hidden)
+    if own is not None and own.any():
+        energy = _shares(mean_energy(ffn, hidden[own])) + _GENERAL * _shares(energy)
+    kept, _ = shared_and_routed(energy, shape.shared_width)
     return Partition(kept, kept.new_empty(0, shape.expert_width), shape.ffn_width)
+
+
+def _shares(energy: Tensor) -> Tensor:
+    return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def partition_from_labels(labels: Tensor, shape: Shape) -> Partition:

@@ -1,0 +1,210 @@
+"""The end of a conversion for kinds of text (Read-ME, arXiv 2410.19123): a prune for each kind, and what says before
+any layer runs which of them a prompt is for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from factorllm.convert.finish import complete, load_written, provenance, write_spent
+from factorllm.convert.job import Job, Student
+from factorllm.dense.families import family_of
+from factorllm.dense.ffn import neuron_energy
+from factorllm.dense.names import layer_prefix
+from factorllm.measure.cost import Cost, cost_of, dense_shape
+from factorllm.measure.perplexity import perplexity, refuse_infinite
+from factorllm.recipe import ReadMe
+from factorllm.report import ModelRow, Summary, read_summary
+from factorllm.runs.memory import give_back_freed_memory
+from factorllm.runs.output import KINDS, PROVENANCE
+from factorllm.runs.progress import Meter, meter
+from factorllm.runs.workspace import write_json, write_text
+from factorllm.text.calibration import public_name
+from factorllm.text.intuition import Intuition
+
+PROMPT = 128
+"""Tokens of a prompt that the choice of a kind is fitted on."""
+
+_SURE = 0.02  # difference of the shares that two kinds hold, at which one is e times as likely
+
+
+def finish_kinds(job: Job, logit_scales: dict[str, float], recipe: ReadMe) -> Summary:
+    """Fit the choice of a kind, measure, complete the checkpoint of each kind, and publish them together."""
+    text, others = job.text, [student for student in job.students if student.kind is None]
+    with meter(job.console, "measuring perplexity", (2 + len(others)) * len(text.held_out)) as bar:
+        model = job.source.load_model(job.settings.compute_dtype, job.settings.torch_device)
+        intuition = _fit_intuition(job, model)
+        measured = {"dense": _by_kind(job, lambda kind, model=model: model, bar)}
+        del model
+        measured["student"] = _by_kind(job, lambda kind: load_written(job, job.kept[kind]), bar)
+        for pruned in others:
+            model = load_written(job, pruned)
+            measured[pruned.name] = _by_kind(job, lambda kind, model=model: model, bar)
+            del model
+    folder = job.work.folder_at("student")
+    summary = _summary(job, recipe, measured, logit_scales)
+    for student in job.kept:
+        of_kind = _summary(job, recipe, measured, logit_scales, student)
+        complete(job, student, of_kind, f"{job.work.out.name}/{student.kind}")
+    intuition.save(folder)
+    found = {
+        "kinds": [
+            {
+                "calibration_tokens": int((text.kinds == kind).sum()) * text.calibration.shape[1],
+                "perplexity": {name: of_kinds[kind] for name, of_kinds in measured.items()},
+            }
+            for kind in range(recipe.kinds)
+        ],
+        "chosen_as_found": _chosen_as_found(job, intuition),
+    }
+    write_json(folder / PROVENANCE, provenance(job, summary) | found)
+    write_text(folder / "README.md", _card(job.work.out.name, summary, recipe))
+    spent = write_spent(job, folder)
+    job.work.publish(folder)
+    return replace(summary, recipe=recipe, spent=spent)
+
+
+def read_kinds_summary(out: Path, recipe: ReadMe) -> Summary:
+    """The summary of what `finish_kinds` published before."""
+    made = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+    return replace(read_summary(out, made), recipe=recipe)
+
+
+def _fit_intuition(job: Job, dense: PreTrainedModel) -> Intuition:
+    """Fitted to Read-ME's labels on the calibration text: of each prompt, the share of the dense model's own energy
+    that each kind's neurons hold."""
+    tokens, window = job.text.calibration, min(PROMPT, job.text.calibration.shape[1])
+    masks = kept_masks(job.work.journal, [student.name for student in job.kept], job.students[0].shape.ffn_width)
+    shares = energy_held(dense, tokens, masks, window)
+    prompts = tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
+    labels = (shares / _SURE).softmax(1).double().numpy()
+    return Intuition.fit(_decoded(job, prompts), labels)
+
+
+def kept_masks(journal: list[dict], names: list[str], width: int) -> list[Tensor]:
+    """For each layer which neurons each student keeps: (K, f), fp32, of 0 and 1."""
+    masks = []
+    for entry in journal:
+        mask = torch.zeros(len(names), width)
+        for row, name in enumerate(names):
+            mask[row, entry["neurons"][name]] = 1
+        masks.append(mask)
+    return masks
+
+
+@torch.inference_mode()
+def energy_held(model: PreTrainedModel, tokens: Tensor, masks: list[Tensor], window: int) -> Tensor:
+    """The share of the FFNs' contribution energy that the neurons of each kind hold, mean over layers and over the
+    tokens of each window: (windows, K), fp32.
+
+    Args:
+        model: the dense model.
+        tokens: (sequences, length), int64.
+        masks: for each layer, (K, f).
+        window: tokens; the rest of a sequence is left out.
+    """
+    layout = family_of(model.config).ffn
+    total: list[Tensor] = []
+
+    def look(mask: Tensor) -> Callable:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            hidden = inputs[0].reshape(-1, mask.shape[1])
+            energy = neuron_energy(hidden, module.weight.float().square().sum(0))
+            total[-1] += energy @ mask.T / energy.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+        return hook
+
+    hooks = []
+    for index, mask in enumerate(masks):
+        down = model.get_submodule(f"{layer_prefix(index)}{layout.slot}.{layout.down}")
+        hooks.append(down.register_forward_pre_hook(look(mask.to(model.device))))
+    try:
+        for rows in tokens.split(max(2048 // tokens.shape[1], 1)):
+            total.append(torch.zeros(rows.numel(), masks[0].shape[0], device=model.device))
+            model.base_model(rows.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shares = torch.cat(total).view(*tokens.shape, -1) / len(masks)
+    whole = tokens.shape[1] // window
+    return shares[:, : whole * window].unflatten(1, (whole, window)).mean(2).flatten(0, 1).cpu()
+
+
+def _decoded(job: Job, prompts: Tensor) -> list[str]:
+    tokenizer = job.source.tokenizer()
+    return [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts.tolist()]
+
+
+def _by_kind(job: Job, model_of: Callable[[int], PreTrainedModel], bar: Meter) -> list[float]:
+    """The perplexity on what was held out of each kind."""
+    found = []
+    for kind in range(len(job.kept)):
+        give_back_freed_memory()
+        found.append(perplexity(model_of(kind), job.text.held_out[job.text.held_out_kinds == kind], bar.advance))
+    return found
+
+
+def _summary(
+    job: Job, recipe: ReadMe, measured: dict[str, list[float]], scales: dict[str, float], student: Student | None = None
+) -> Summary:
+    """Of one student on its own kind of text, or of all of them, each on its own."""
+    config, own = job.source.config, job.kept[0] if student is None else student
+    counts = torch.bincount(job.text.held_out_kinds, minlength=recipe.kinds).double()
+    if student is not None:
+        counts *= torch.arange(recipe.kinds) == student.kind
+    rows = []
+    for name, of_kinds in measured.items():
+        cost = cost_of(config, dense_shape(config)) if name == "dense" else own.cost(config)
+        if name == "student" and student is None:
+            cost = replace(cost, total_parameters=recipe.kinds * cost.total_parameters)
+        rows.append(_row(name, of_kinds, counts, cost))
+    refuse_infinite({row.name: row.perplexity for row in rows}, "use another copy of the model, or --dtype float32")
+    return Summary(
+        base_model=public_name(job.source.label),
+        out=job.work.out,
+        recipe=recipe.prune,
+        host=own.host.name,
+        engines=own.host.engines(config),
+        text_origin=job.text.origin,
+        calibration_tokens=job.text.calibration.numel(),
+        held_out_tokens=int(counts.sum()) * job.text.held_out.shape[1],
+        rows=rows,
+        logit_scale=scales[own.name],
+        layers=[entry["statistics"][own.name] for entry in job.work.journal],
+    )
+
+
+def _row(name: str, of_kinds: list[float], counts: Tensor, cost: Cost) -> ModelRow:
+    losses = torch.tensor(of_kinds, dtype=torch.float64).log()
+    return ModelRow(name, math.exp((losses[counts > 0] * counts[counts > 0]).sum() / counts.sum()), cost)
+
+
+def _chosen_as_found(job: Job, intuition: Intuition) -> float:
+    """How often the kind that is chosen for a held-out prompt is the one that its document was found to be of."""
+    prompts = _decoded(job, job.text.held_out[:, :PROMPT])
+    chosen = torch.tensor([int(intuition.probabilities(prompt).argmax()) for prompt in prompts])
+    return (chosen == job.text.held_out_kinds).double().mean().item()
+
+
+def _card(name: str, summary: Summary, recipe: ReadMe) -> str:
+    lines = [
+        f"# {name}",
+        "",
+        f"{summary.base_model}, factorised by FactorLLM as `{recipe.name}` from {summary.text_origin}: in `{KINDS}/` "
+        f"{recipe.kinds} narrower models, each for one kind of text, each a checkpoint of its own ({summary.host}; "
+        f"loads in {', '.join(summary.engines)}). Which of them a request is for, `intuition.json` says.",
+        "",
+        f"`factorllm serve {name}` serves them at one address.",
+        "",
+        f"Perplexity on {summary.held_out_tokens:,} held-out tokens, each kind by its own model:",
+        "",
+        *(f"- {row.name}: {row.perplexity:.2f}" for row in summary.rows),
+    ]
+    return "\n".join(lines) + "\n"
