@@ -77,6 +77,13 @@ def test_it_heals_and_the_students_own_weights_stay(made):
     results = read_provenance(made / "out")["results"]
     assert results["healed"]["perplexity"] == pytest.approx(results["student"]["perplexity"], rel=0.5)
     assert results["healed"]["perplexity"] != results["student"]["perplexity"]
+    added = sum(
+        tensor.numel()
+        for path in (made / "out/adapters").glob("*/*.safetensors")
+        for tensor in load_file(path).values()
+    )
+    assert results["healed"]["total_parameters"] - results["student"]["total_parameters"] == added
+    assert "adapters/0" in (made / "out/README.md").read_text()
 
 
 @torch.no_grad()
