@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
-_STEP = 10.0
-"""Of a routing matrix's entries, in steps of A and B: they are about 1, and A's and B's some hundredths."""
+_STEP = 3.0
+"""Of a routing matrix's entries, in steps of A and B: they are about 1, and A's and B's some hundredths. With 10 and 30
+kinds are learned by heart (docs/experiments/2026-11.md)."""
 
 _SHORTEST = 32
 """Tokens of a piece of a document that is looked at for kinds."""
@@ -38,7 +39,7 @@ _A, _B, _ROUTING = ".lora_A.default.weight", ".lora_B.default.weight", ".lora_A.
 
 
 class RoutedA(nn.Linear):
-    """peft's A followed by the routing matrix: x to `R^T A x`, `R_k = 1 + 10 steps_k`, so all kinds begin as one."""
+    """peft's A followed by the routing matrix: x to `R^T A x`, `R_k = 1 + 3 steps_k`, so all kinds begin as one."""
 
     def __init__(self, a: nn.Linear, mixture: Mixture):
         super().__init__(a.in_features, a.out_features, bias=False, device=a.weight.device)
