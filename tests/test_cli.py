@@ -45,6 +45,7 @@ OUT_OF_RANGE = [
     *(("sample", "--temperature", n) for n in (0, 1e-300, 1e300, "nan")),
     *(("heal", "--epochs", n) for n in (0, 10**20)),
     *(("heal", option, n) for option in ("--batch", "--micro-batch", "--tokens") for n in (0, 10**20)),
+    *(("heal", option, n) for option in ("--kinds", "--kind-rank") for n in (0, 10**20)),
     *(("heal", "--learning-rate", n) for n in (0, -1, 1e300, "inf")),
     *(("heal", "--router-rate", n) for n in (0, 1e4, "nan")),
     *(("heal", "--temperature", n) for n in (0, 1e-300, "nan")),

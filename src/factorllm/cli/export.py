@@ -51,4 +51,6 @@ def export(
     )
     if made.importance:
         terminal.say(f"written: {made.importance}, for llama-quantize --imatrix")
+    if made.adapters:
+        terminal.say(f"written: {len(made.adapters)} adapters, {made.adapters[0]} and so on, for llama-server --lora")
     terminal.console.print(f"written: {made.path} ({made.size / 2**20:.0f} MiB, {file_type})", soft_wrap=True)

@@ -15,7 +15,9 @@ from factorllm.runs.settings import Settings
 def factorize(
     model: Model,
     out: Out,
-    recipe: Annotated[str, typer.Option(help="S2A2E8, S0A4E8N3, read-me:K4, cmoe, or a .yaml file.")] = "S2A2E8",
+    recipe: Annotated[
+        str, typer.Option(help="S2A2E8, S0A4E8N3, 1R4E2K, cmoe, read-me:K4, or a .yaml file.")
+    ] = "S2A2E8",
     text: Text = None,
     images: Images = None,
     memory_limit: MemoryLimit = 0.5,

@@ -81,7 +81,7 @@ def _fit_intuition(job: Job, dense: PreTrainedModel) -> Intuition:
     """Fitted to Read-ME's labels on the calibration text: of each prompt, the share of the dense model's own energy
     that each kind's neurons hold."""
     tokens, window = job.text.calibration, min(PROMPT, job.text.calibration.shape[1])
-    masks = kept_masks(job.work.journal, [student.name for student in job.kept], job.students[0].shape.ffn_width)
+    masks = kept_masks(job.ffn_entries, [student.name for student in job.kept], job.students[0].shape.ffn_width)
     shares = energy_held(dense, tokens, masks, window)
     prompts = tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
     labels = (shares / _SURE).softmax(1).double().numpy()
@@ -176,7 +176,7 @@ def _summary(
         held_out_tokens=int(counts.sum()) * job.text.held_out.shape[1],
         rows=finite_rows(job, rows),
         logit_scale=scales[own.name],
-        layers=[entry["statistics"][own.name] for entry in job.work.journal],
+        layers=job.statistics(own.name),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +20,14 @@ from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
+from factorllm.exporting.gguf_file import export_gguf
 from factorllm.exporting.ready import as_gguf
+from factorllm.runs.disk import IN_TMPDIR
 from factorllm.runs.output import KINDS
+from factorllm.serving.adapters import Mixed
+from factorllm.serving.proxy import Proxy
+from factorllm.student.adapters import adapter_folders, read_adapter
+from factorllm.text.intuition import Intuition
 
 
 def choose_engine() -> str:
@@ -54,12 +61,21 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
     """
     arguments = ["--host", settings.host, "--port", str(settings.port), "--max-model-len", str(settings.context)]
     arguments += ["--served-model-name", folder.resolve().name]
+    if adapters := adapter_folders(folder):  # a request's `model` is the name of one of them
+        arguments += ["--enable-lora", "--lora-modules", *(f"kind-{path.name}={path}" for path in adapters)]
+        arguments += ["--max-lora-rank", str(_lora_rank(adapters[0]))]
     if gpus > 1:
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
         arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
     return arguments
+
+
+def _lora_rank(adapter: Path) -> int:
+    """The least rank that vLLM takes and that holds the adapter's; too large a one is refused by vLLM."""
+    rank = max(len(pair.a) for pair in read_adapter(adapter).values())
+    return next((held for held in (8, 16, 32, 64, 128, 256, 320, 512) if held >= rank), rank)
 
 
 def serve(
@@ -122,9 +138,12 @@ def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Ca
     from factorllm.engines.llamacpp import server_params
 
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
-        path = as_gguf(model, file_type, Path(folder), say)
+        path, adapters = _files(model, file_type, Path(folder), say)
         params = server_params(str(path), settings.options)
         params.hostnames, params.port = [settings.host], settings.port
+        if adapters:  # behind our own address
+            params.hostnames, params.port = ["127.0.0.1"], _free_port()
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in adapters]
         params.model_alias = {Path(model).resolve().name}
         try:
             server = xllamacpp.Server(params)
@@ -134,11 +153,39 @@ def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Ca
             ) from None
         # One token: a server that is told to stop before its loop has begun never ends.
         server.handle_completions({"prompt": [0], "max_tokens": 1})
-        say(f"without factorllm: {llamacpp_command(path, settings)}")
-        say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        if adapters:
+            _serve_mixed(model, server.listening_address, settings, say)
+        else:
+            say(f"without factorllm: {llamacpp_command(path, settings)}")
+            say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
         say("stopped")
+
+
+def _files(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> tuple[Path, Sequence[Path]]:
+    """The GGUF file of a model, and those of its adapters."""
+    if not adapter_folders(Path(model)):
+        return as_gguf(model, file_type, work, say), ()
+    say(f"writing {model} as {file_type} into {work}")
+    made = export_gguf(model, work / f"model-{file_type}.gguf", file_type, say=say, when_full=IN_TMPDIR)
+    return made.path, made.adapters
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _serve_mixed(model: str, behind: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Each request with the adapters of its prompt's kinds."""
+    folder = Path(model)
+    proxy = Proxy(settings.host, settings.port, Mixed(behind, folder.resolve().name, Intuition.load(folder)))
+    say(f"serving {model} at http://{settings.host}:{settings.port}/v1, each prompt with its kinds; stop with Ctrl-C")
+    with proxy, suppress(KeyboardInterrupt):
+        proxy.serve_forever()
 
 
 def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ from factorllm.dense.families import (
 from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.safetensors import download
 from factorllm.errors import FactorLLMError
+from factorllm.exporting.adapters import adapter_outputs, write_gguf_adapters
 from factorllm.exporting.checkpoints import Checkpoint, Layout, open_checkpoint
 from factorllm.exporting.files import GGUF_FILE, add_job, publishing, unfinished
 from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, check_ggml, quantize
@@ -42,6 +43,7 @@ from factorllm.runs.output import check_output, is_done, located, own_files
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.stored import refuse_unquantisable
+from factorllm.student.adapters import adapter_files
 from factorllm.text.calibration import file_digest, public_name
 
 _GPTQ = tuple(name for name, (kind, _) in FILE_TYPES.items() if kind in LEVELS)
@@ -55,12 +57,14 @@ class Exported:
         size: bytes.
         larger: names of tensors that could not take the wanted type, with the type that they took.
         importance: the importance-matrix file that was written beside it, where there was a text.
+        adapters: those of a student that has one for each kind of text, beside it.
     """
 
     path: Path
     size: int
     larger: dict[str, str]
     importance: Path | None = None
+    adapters: Sequence[Path] = ()
 
 
 def export_gguf(
@@ -83,7 +87,8 @@ def export_gguf(
     """Write a student, or a dense or pruned model, as one GGUF file. It appears whole or not at all.
 
     Args:
-        model: a folder that factorllm wrote, or whatever `factorize` takes.
+        model: a folder that factorllm wrote, or whatever `factorize` takes. Adapters of a student are files beside it,
+            NAME.kind-0.gguf and so on.
         file_type: one of `FILE_TYPES`. Vectors and routers stay fp32; with types of fewer than 8 bits the embeddings
             and the output head are q8_0.
         text: a text as for `factorize`, on `tokens` of which is measured what each input channel counts: what counts
@@ -107,11 +112,14 @@ def export_gguf(
     """
     _check_type(file_type, text, tokens, gptq)
     out, *beside = _outputs(located(out), text, [model, tokenizer])
+    adapters = adapter_outputs(model, out)
+    for path in adapters:
+        check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = _open(model, top_k, made_with)
     job = _job(model, file_type, _weighed(text, tokens, gptq, made_with), tokenizer, top_k)
-    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in (out, *beside)):
+    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in (out, *beside, *adapters)):
         say("done already, with the same arguments")
-        return Exported(out, out.stat().st_size, {}, *beside)
+        return Exported(out, out.stat().st_size, {}, next(iter(beside), None), adapters)
     _say(say, [*fallbacks(checkpoint, file_type), *_unweighted(file_type, text)])
     console = console or Console(quiet=True)
     # What can be refused is refused before the model is run on the text.
@@ -123,9 +131,10 @@ def export_gguf(
         _say(say, _seen(importance))
         write_importance(importance, beside[0], job, when_full)
     grams = Grams(checkpoint, text, tokens, console) if text is not None and gptq else None
+    write_gguf_adapters(model, checkpoint, adapters, job, when_full)
     with publishing(writer, partial, out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
         _write_tensors(checkpoint, writer, plan, importance, grams, bar)
-    return Exported(out, out.stat().st_size, larger(plan), *beside)
+    return Exported(out, out.stat().st_size, larger(plan), next(iter(beside), None), adapters)
 
 
 def _say(say: Callable[[str], None], messages: Sequence[str]) -> None:
@@ -234,7 +243,7 @@ def _model_digest(model: str) -> str:
         return digest_of([path])
     folder = path if path.is_dir() else download(model)
     beside = [file for file in own_files(folder) if file.name != RUN_FILE]
-    return digest_of([*beside, *sorted(folder.glob("*.safetensors"))])
+    return digest_of([*beside, *sorted(folder.glob("*.safetensors")), *adapter_files(folder)])
 
 
 def _writer(

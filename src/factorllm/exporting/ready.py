@@ -7,6 +7,7 @@ from pathlib import Path
 
 from factorllm.exporting.gguf_file import export_gguf
 from factorllm.runs.disk import IN_TMPDIR
+from factorllm.student.adapters import refuse_adapters
 
 
 def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> Path:
@@ -24,6 +25,7 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     path = Path(model)
     if path.suffix == ".gguf":
         return path
+    refuse_adapters(path, "they would be left out here: use factorllm serve")
     if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
         return found[0]
     path = work / f"{path.resolve().name}-{file_type}.gguf"

@@ -19,6 +19,7 @@ from factorllm.dense import ModelSource, open_model
 from factorllm.dense.families import ffn_width
 from factorllm.dense.pretrained import load_generation_config
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.healing.mor1e import check_whole, find_kinds
 from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import check_learning
 from factorllm.recipe import Recipe, Shape
@@ -30,6 +31,7 @@ from factorllm.runs.output import CHECKPOINT, PROVENANCE, check_output, located,
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
+from factorllm.student.adapters import Mixture, refuse_adapters
 from factorllm.student.read import check_shape, load_student, read_partitions, read_provenance
 from factorllm.text import CalibrationText
 from factorllm.text.calibration import hold_out, refuse_too_few, say_notes, text_origin
@@ -85,6 +87,11 @@ class HealJob:
             return self.settings.precision == "bfloat16"
         return has_bfloat16(self.device)
 
+    def mixture(self) -> Mixture:
+        """Kinds of the text that is trained on."""
+        tokenizer = self.teacher.tokenizer()
+        return Mixture(find_kinds(self.text["train"], tokenizer, self.settings.kinds, self.made_with.seed), tokenizer)
+
     def load(self, checkpoint: Path) -> PreTrainedModel:
         """The student, before or after, with fp32 weights."""
         return load_student(checkpoint, device=self.device)
@@ -114,6 +121,9 @@ def open_heal_job(
     shape = recipe.shape(ffn_width(source.config))
     check_shape(student, shape)
     check_learning(settings, recipe)
+    refuse_adapters(student, "its own weights are those of the student that it was made of: heal that one")
+    if settings.train == "mor1e":
+        check_whole(student)
     partitions = [] if recipe.is_prune else read_partitions(student, shape)
     made_with = Settings(**made["settings"] | {"device": settings.device}).resolve(source.config)
     ranks = Ranks(made_with)

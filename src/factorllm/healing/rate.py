@@ -47,6 +47,10 @@ FRACTION = 0.25
 half gains more in 16 steps, but near that a student at 25 % FFN sparsity gained next to nothing in 60
 (docs/healing.md)."""
 
+_ADAPTED = 30
+"""How many times as large rates are for a matrix's adapters as for the matrix: a step of B is multiplied by A's entries
+of some hundredths. For a model of 1 M parameters it gives a fifth of the best rate (docs/experiments/2026-11.md)."""
+
 _TEACHER, _TRAINING, _VALIDATING = 1, 3, 1  # work for a token, in passes forward
 
 _FILE = "rate.json"
@@ -89,6 +93,8 @@ def settle_rate(job: HealJob, targets: dict[str, Targets]) -> Rate:
 def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     """A rate that is found where that is worth its work, else the usual one; says which, and why."""
     weight = typical_weight(open_folder(job.student, str(job.student))[2])
+    if job.settings.train == "mor1e":
+        weight *= _ADAPTED
     usual = usual_rate(job.shape, weight)
     validation = targets["validation"]
     length = validation.tokens.shape[1]

@@ -19,6 +19,7 @@ from factorllm.dense.safetensors import open_folder
 from factorllm.dense.wrappers import wrap
 from factorllm.healing.failures import Result, named_failures, retried
 from factorllm.healing.job import HealJob, open_heal_job
+from factorllm.healing.mor1e import lora_config, plain_adapters
 from factorllm.healing.outcome import Outcome, read_outcome
 from factorllm.healing.rate import settle_rate
 from factorllm.healing.settings import HealSettings
@@ -33,6 +34,7 @@ from factorllm.runs.output import PROVENANCE, is_own, located
 from factorllm.runs.progress import meter, quiet_transformers
 from factorllm.runs.stored import as_stored
 from factorllm.runs.workspace import write_json, write_text
+from factorllm.student.adapters import adapter_folders, read_adapter, write_adapters
 from factorllm.student.read import read_provenance
 
 _STEADIER = "use a smaller --learning-rate, or --precision float32"
@@ -152,6 +154,11 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     if not job.ranks.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if job.settings.train == "mor1e":
+        _copy_student(job, folder)
+        config, intuition = lora_config(job.load(job.student), job.settings.kind_rank), job.mixture().intuition
+        write_adapters(folder, plain_adapters(state, intuition.kinds), config, intuition)
+        return
     if job.settings.train == "lora":
         whole: Any = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
         whole.load_state_dict(state)
@@ -212,6 +219,15 @@ def _read_healed(out: Path) -> Healed:
     return Healed(out, made["results"], healing["tokens"], healing["held_out_tokens"], healing["text"], told, None)
 
 
+def _with_adapters(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row of results with what adapters cost, all of which run for a token."""
+    added = sum(
+        part.numel() for kind in adapter_folders(folder) for pair in read_adapter(kind).values() for part in pair
+    )
+    costs = {"active_parameters": added, "total_parameters": added, "flops_per_token": 2 * added}
+    return row | {name: row[name] + cost for name, cost in costs.items()}
+
+
 def _measure(job: HealJob, folder: Path) -> dict[str, dict[str, Any]]:
     """Perplexity of the dense model, and of the student before and after, loaded from the files."""
     held_out, known = job.text["held_out"], job.made["results"]
@@ -221,7 +237,7 @@ def _measure(job: HealJob, folder: Path) -> dict[str, dict[str, Any]]:
         for name, checkpoint in (("student", job.student), ("healed", folder)):
             values[name] = perplexity(job.load(checkpoint), held_out, bar.advance)
     refuse_infinite(values, _STEADIER)
-    rows = {"dense": known["dense"], "student": known["student"], "healed": known["student"]}
+    rows = {"dense": known["dense"], "student": known["student"], "healed": _with_adapters(known["student"], folder)}
     rows = {name: row | {"perplexity": values[name]} for name, row in rows.items()}
     same_text = math.isclose(values["dense"], known["dense"]["perplexity"], rel_tol=1e-4)
     return rows | ({"pruned": known["pruned"]} if same_text and "pruned" in known else {})

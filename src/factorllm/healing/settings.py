@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from factorllm.recipe import Shape
 from factorllm.runs.settings import Passes, Sequences, Tokens
 
-Train = Literal["router", "experts", "ffn", "all", "lora"]
+Train = Literal["router", "experts", "ffn", "all", "lora", "mor1e"]
 
 _RATE = 5e-4  # of the size of the student's weights
 _LIGHT_RATE = 1.5e-4  # best at 25 % FFN sparsity of SmolLM2, where 5e-4 soon makes it worse (docs/experiments.md)
@@ -31,8 +31,9 @@ class HealSettings(BaseModel):
     epochs: Passes = 1
     """Times that each token is trained on."""
     train: Train = "all"
-    """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; or low-rank
-    adapters of attention and FFNs, merged before the checkpoint is written."""
+    """What learns: the routers; routers and routed experts (the paper); the whole FFNs; everything; low-rank
+    adapters of attention and FFNs, merged before the checkpoint is written; or, as `mor1e`, an adapter for each kind of
+    text, kept beside the student."""
     gates: Literal["straight-through", "all-experts", "soft"] = "straight-through"
     """Gate weights stay nearly binary and gradients pass to the router as if they were not; or so, but routers learn
     from what each expert would give, for which all are run; or they become the ordinary soft ones of the host."""
@@ -72,6 +73,10 @@ class HealSettings(BaseModel):
     """Evaluations without a better validation loss, that of the start among them, after which training stops."""
     lora_rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters of `train="lora"`."""
+    kinds: int = Field(default=8, ge=2, le=1024)
+    """Kinds of text that `train="mor1e"` finds in the text, each with an adapter."""
+    kind_rank: int = Field(default=8, ge=1, le=65_536)
+    """Rank of the adapters of `train="mor1e"`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -30,12 +30,13 @@ def check_learning(settings: HealSettings, recipe: Recipe) -> None:
         raise FactorLLMError(
             f"a static prune has no {settings.train} to train, it is a plain dense model; use --train ffn or all"
         )
-    where = "in a static prune" if recipe.is_prune else "with --train lora" if settings.train == "lora" else None
+    adapters = settings.train in ("lora", "mor1e")
+    where = "in a static prune" if recipe.is_prune else f"with --train {settings.train}" if adapters else None
     if where and (settings.coordinate or settings.gates == "all-experts"):
         option = "--coordinate" if settings.coordinate else "--gates all-experts"
         raise FactorLLMError(f"no router learns {where}, so {option} has nothing to do; leave it out")
-    if settings.train == "lora" and find_spec("peft") is None:
-        raise FactorLLMError("--train lora needs peft: pip install 'factorllm[train]'")
+    if adapters and find_spec("peft") is None:
+        raise FactorLLMError(f"--train {settings.train} needs peft: pip install 'factorllm[train]'")
 
 
 def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:

@@ -23,6 +23,7 @@ from factorllm.healing.experts import use_autocast
 from factorllm.healing.hang import HangWatch, is_supervised
 from factorllm.healing.job import HealJob
 from factorllm.healing.memory import MicroBatch
+from factorllm.healing.mor1e import with_routing
 from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Targets
@@ -117,7 +118,8 @@ def new_trainer(
         learn_from_all_experts(model, routers)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    learner = set_learning(model, settings)
+    mor1e = settings.train == "mor1e"
+    learner = with_routing(model, settings.kind_rank, job.mixture()) if mor1e else set_learning(model, settings)
     trainer = kind(
         learner, settings, routers, micro_batch_of(job), job.bfloat16, args=arguments, train_dataset=train,
         eval_dataset=validation,

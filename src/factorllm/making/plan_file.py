@@ -82,6 +82,15 @@ class MakePlan(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _makes_one_file(self) -> MakePlan:
+        if self.heal and self.heal.train == "mor1e":
+            raise ValueError(
+                "heal.train: mor1e makes an adapter for each kind of text, which the file here would lack; use "
+                "another, or factorllm heal and export"
+            )
+        return self
+
     def write(self, path: Path) -> None:
         """Write it, with every number that was chosen."""
         content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -39,6 +39,7 @@ from factorllm.runs.digest import digest_of
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
+from factorllm.student.adapters import adapter_files
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.calibration import file_digest, hold_out
 from factorllm.text.parts import open_text
@@ -193,7 +194,7 @@ class _Subject:
     def of_student(cls, folder: Path, settings: EvalSettings) -> _Subject:
         tokenizer, (config, _, _) = read_tokenizer(folder, str(folder)), open_folder(folder, str(folder))
         generation = folder / "generation_config.json"
-        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors")), *adapter_files(folder)])
         said = digest_of([generation] if generation.exists() else [])
 
         def load() -> PreTrainedModel:

@@ -35,6 +35,7 @@ _FILES = (
     "intuition.json",
 )  # fmt: skip
 _FOLDERS = {
+    "adapters": ("adapter_config.json", "adapter_model.safetensors"),
     "report": ("index.html", "*.png"),
     "runs": ("events.out.tfevents*",),
     "additional_chat_templates": ("*.jinja",),

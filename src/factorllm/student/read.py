@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
-from factorllm.dense.safetensors import load_language_model, open_folder
+from factorllm.dense.safetensors import load_language_model, open_folder, read_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, refuse_kinds, workspace_folder
+from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
 
 PARTITION_FILE = "factorllm.partition.json"
@@ -42,7 +43,7 @@ def read_provenance(folder: Path) -> dict:
 def load_student(
     folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The checkpoint in transformers, ready to run.
+    """The checkpoint in transformers, ready to run, with its adapters where it has some.
 
     Raises:
         FactorLLMError: when one of its files is missing or damaged.
@@ -50,7 +51,10 @@ def load_student(
     model, found = load_language_model(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if adapter_folders(folder):
+        mix_adapters(model, folder, read_tokenizer(folder, str(folder)))
+    return model
 
 
 def check_shape(folder: Path, shape: Shape) -> None:

@@ -14,6 +14,7 @@ from factorllm.exporting import export_gguf
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.runs.disk import IN_TMPDIR
+from factorllm.student.adapters import refuse_adapters
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def open_subject(
         when_full: what to do when the disk of `work` is.
         weighted: how `export_gguf` weighs what counts.
     """
+    refuse_adapters(Path(model), "they would not be timed: give the student that it was made of")
     checkpoint = open_checkpoint(model)
     cost = cost_of(checkpoint.config, checkpoint.host.shape(checkpoint.config))
     path = Path(model)

@@ -1,0 +1,86 @@
+"""A student's adapters as GGUF files that llama.cpp adds to the student's own.
+
+An adapter's B is laid out as the rows of the matrix are that it is added to, so it goes through the same hands: halves
+of a fused matrix are parted and rotary halves interleaved as the matrix's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from factorllm.errors import FactorLLMError
+from factorllm.exporting.checkpoints import Checkpoint
+from factorllm.exporting.files import add_job, publishing, unfinished
+from factorllm.exporting.tensors import gguf_tensors
+from factorllm.student.adapters import Adapter, adapter_folders, read_adapter
+
+
+def adapter_outputs(model: str, out: Path) -> list[Path]:
+    """Where the adapters of a student go that is written to `out`: NAME.kind-0.gguf beside NAME.gguf, and so on."""
+    folders = adapter_folders(Path(model).expanduser())
+    return [out.with_name(f"{out.name.removesuffix('.gguf')}.kind-{folder.name}.gguf") for folder in folders]
+
+
+def write_gguf_adapters(
+    model: str, checkpoint: Checkpoint, outputs: list[Path], job: dict[str, Any], when_full: str
+) -> None:
+    """Write them, in fp32.
+
+    Raises:
+        FactorLLMError: when llama.cpp has no place for one of its matrices, or a file cannot be written.
+    """
+    folders = adapter_folders(Path(model).expanduser())
+    for folder, out in zip(folders, outputs, strict=True):
+        _write(checkpoint, read_adapter(folder), out, job, when_full)
+
+
+def _write(checkpoint: Checkpoint, adapter: Adapter, out: Path, job: dict[str, Any], when_full: str) -> None:
+    partial = unfinished(out)
+    writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(len(next(iter(adapter.values())).a)))  # that rank: a scale of 1
+    add_job(writer, job)
+    tensors = dict(_tensors(checkpoint, adapter))
+    for name, tensor in tensors.items():
+        data = tensor.numpy()
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
+    with publishing(writer, partial, out, when_full):
+        for tensor in tensors.values():
+            writer.write_tensor_data(tensor.numpy())
+
+
+def _tensors(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of each tensor of the file, fp32."""
+    placed = set()
+    for module, name, b in _placed(checkpoint, adapter):
+        placed.add(module)
+        yield f"{name}.lora_a", adapter[module].a.float().contiguous()
+        yield f"{name}.lora_b", b.contiguous()
+    if left := sorted(adapter.keys() - placed):
+        raise FactorLLMError(
+            f"the adapters cannot be exported: llama.cpp's file of {checkpoint.name} has no tensor that is or holds "
+            f"{left[0]}; serve the student with vLLM or transformers"
+        )
+
+
+def _placed(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
+    """Each adapted module, a tensor of the file that is or is part of it, and B as it is laid out there."""
+    last = ""
+
+    def read(name: str) -> Tensor:
+        nonlocal last
+        last = name.removesuffix(".weight")  # each tensor is made of the one that is read just before it
+        found = adapter.get(last)
+        return found.b if found else torch.empty(checkpoint.shape(name), device="meta")
+
+    for name, tensor in gguf_tensors(replace(checkpoint, read=read)):
+        if not tensor.is_meta:
+            yield last, name, tensor
