@@ -16,9 +16,16 @@ def serve(
     model: Annotated[str, typer.Argument(help="A checkpoint that factorllm made, or a .gguf file.")],
     engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm where there is a GPU.")] = "auto",
     file_type: FileType = "q8_0",
+    lossless: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Serve the dense model, and let MODEL draft for it where that is measured to pay (llama.cpp).",
+        ),
+    ] = None,
     **chosen,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
     from factorllm.engines.serve import serve as run
 
-    run(model, engine, file_type, ServeSettings(**chosen), terminal.say)
+    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless)

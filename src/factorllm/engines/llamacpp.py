@@ -11,10 +11,18 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from factorllm.engines.base import Engine, Options, random_tokens
+from factorllm.engines.process import how_to_install, installed
+from factorllm.errors import FactorLLMError
 
 
 def server_params(model: str, options: Options):
-    """Parameters of llama.cpp's server for one model."""
+    """Parameters of llama.cpp's server for one model.
+
+    Raises:
+        FactorLLMError: when llama.cpp is not installed.
+    """
+    if not installed("llamacpp"):
+        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -27,6 +35,38 @@ def server_params(model: str, options: Options):
     if options.prefill_threads or options.decode_threads:
         params.cpuparams_batch.n_threads = options.prefill_threads or options.decode_threads
     return params
+
+
+def open_server(params, does: str):
+    """llama.cpp's own server in this process, which lives as long as what is returned.
+
+    Args:
+        params: its parameters, of `server_params`.
+        does: what it is opened for, as in "llama.cpp cannot ...".
+
+    Raises:
+        FactorLLMError: when llama.cpp cannot.
+    """
+    import xllamacpp
+
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise FactorLLMError(f"llama.cpp cannot {does}: {error}") from None
+
+
+def post(address: str, path: str, body: dict) -> dict:
+    """What a server at an address answers.
+
+    Raises:
+        RuntimeError: when it refuses.
+    """
+    request = Request(f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request) as reply:
+            return json.load(reply)
+    except HTTPError as error:
+        raise RuntimeError(json.load(error)["error"]["message"]) from None
 
 
 class LlamaCpp(Engine):
@@ -119,14 +159,7 @@ class LlamaCpp(Engine):
         return self._post("/completion", body)
 
     def _post(self, path: str, body: dict) -> dict:
-        request = Request(
-            f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urlopen(request) as reply:
-                return json.load(reply)
-        except HTTPError as error:
-            raise RuntimeError(json.load(error)["error"]["message"]) from None
+        return post(self._server.listening_address, path, body)
 
 
 def _number(found: float | None) -> float:

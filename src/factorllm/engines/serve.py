@@ -15,6 +15,8 @@ import torch
 
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
+from factorllm.engines.llamacpp import open_server
+from factorllm.engines.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
@@ -37,12 +39,17 @@ def choose_engine() -> str:
     )
 
 
-def llamacpp_command(gguf_file: Path, settings: ServeSettings) -> str:
+def llamacpp_command(gguf_file: Path, settings: ServeSettings, drafting: Drafting | None = None) -> str:
     """The command that serves the same file with llama.cpp's own program."""
     command = ["llama-server", "-m", str(gguf_file), "--host", settings.host, "--port", str(settings.port)]
     command += ["-c", str(settings.context * settings.parallel), "-np", str(settings.parallel)]
     if settings.threads:
         command += ["-t", str(settings.threads)]
+    if drafting:
+        command += ["--spec-type", "draft-simple", "--model-draft", str(drafting.model)]
+        command += ["--spec-draft-n-max", str(drafting.longest), "--spec-draft-p-min", f"{drafting.sure:.3f}"]
+        if settings.threads:
+            command += ["--spec-draft-threads", str(settings.threads)]
     return shlex.join(command)
 
 
@@ -67,6 +74,7 @@ def serve(
     file_type: str = "q8_0",
     settings: ServeSettings | None = None,
     say: Callable[[str], None] = print,
+    lossless: str | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -74,6 +82,7 @@ def serve(
         model: a checkpoint, or for llama.cpp a `.gguf` file.
         engine: `llamacpp`, `vllm`, or `auto`.
         file_type: what a checkpoint is exported as for llama.cpp.
+        lossless: the dense model of `model`, which is served instead; `model` drafts for it, if that pays (llama.cpp).
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
@@ -92,37 +101,37 @@ def serve(
     settings = settings or ServeSettings()
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
-        _serve_llamacpp(model, file_type, settings, say)
+        _serve_llamacpp(model, lossless, file_type, settings, say)
+    elif lossless:
+        raise FactorLLMError(f"--lossless measures and drafts in llama.cpp, not in {engine}; use --engine llamacpp")
     elif engine == "vllm":
         _serve_vllm(model, settings, say)
     else:
         raise FactorLLMError("transformers does not serve; use --engine llamacpp or vllm")
 
 
-def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
-    if not installed("llamacpp"):
-        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
-    import xllamacpp
-
-    from factorllm.engines.llamacpp import server_params
-
+def _serve_llamacpp(
+    model: str, lossless: str | None, file_type: str, settings: ServeSettings, say: Callable[[str], None]
+) -> None:
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
-        path = as_gguf(model, file_type, Path(folder), say)
-        params = server_params(str(path), settings.options)
+        path, drafting = as_gguf(model, file_type, Path(folder), say), None
+        if lossless:
+            student, path = path, as_gguf(lossless, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
+            drafting = decide(path, student, settings.threads, say)
+        served = lossless or model
+        params = lossless_params(path, settings.options, drafting)
         params.hostnames, params.port = [settings.host], settings.port
-        params.model_alias = {Path(model).resolve().name}
-        try:
-            server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise FactorLLMError(
-                f"llama.cpp cannot serve {model} on {settings.host}:{settings.port}: {error}"
-            ) from None
+        params.model_alias = {Path(served).resolve().name}
+        params.endpoint_metrics = bool(lossless)
+        server = open_server(params, f"serve {served} on {settings.host}:{settings.port}")
         # One token: a server that is told to stop before its loop has begun never ends.
         server.handle_completions({"prompt": [0], "max_tokens": 1})
-        say(f"without factorllm: {llamacpp_command(path, settings)}")
-        say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
+        say(f"without factorllm: {llamacpp_command(path, settings, drafting)}")
+        say(f"serving {served} at {server.listening_address}/v1; stop with Ctrl-C")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
+        if lossless:
+            say(measured_by(server.listening_address))
         say("stopped")
 
 
