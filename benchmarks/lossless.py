@@ -1,0 +1,135 @@
+"""Students, prunes and quantised files that draft for a dense model: the table of docs/serving.md.
+
+    python benchmarks/lossless.py time dense.gguf draft.gguf --text TEXT --results lossless.jsonl
+    python benchmarks/lossless.py same dense.gguf draft.gguf --text TEXT --results lossless.jsonl --prompts 200
+    python benchmarks/lossless.py table --results lossless.jsonl --out docs/serving.md --mark lossless
+
+`time`: what `serve --lossless` forecasts and decides, and the speed with drafts in turns with the dense model alone, on
+prompts that it has not seen: as decided and, where that is off, with drafts of one token. `same`: greedy texts with
+drafts, whatever they cost, beside those of the dense model alone; where one differs, how far apart the two tokens are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from common import commit, markdown_table, replace_part
+
+from factorllm.engines.base import Options
+from factorllm.engines.llamacpp import open_server, post
+from factorllm.engines.lossless import Drafting, decide, lossless_params
+from factorllm.text.documents import read_documents
+
+BEGINNING = 120  # characters of a document that a prompt has
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["time", "same", "table"])
+    parser.add_argument("models", type=Path, nargs="*", help="GGUF files: the dense one, and what drafts")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--text", help="whose documents' beginnings are the prompts")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--mark", default="lossless")
+    options = parser.parse_args()
+    if options.what == "table":
+        replace_part(options.out, options.mark, table(options.results))
+        return
+    dense, student = options.models
+    prompts = [each[:BEGINNING] for each in itertools.islice(read_documents(options.text), options.prompts)]
+    run = timed if options.what == "time" else same
+    found = run(dense, student, prompts, options.tokens, options.threads)
+    found |= {"what": options.what, "dense": dense.stem, "draft": student.stem, "commit": commit()}
+    with options.results.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(found)
+
+
+def timed(dense: Path, student: Path, prompts: list[str], tokens: int, threads: int | None) -> dict:
+    """What is decided, and the speed over the dense model alone on prompts in turns."""
+    said: list[str] = []
+    decided = decide(dense, student, threads, said.append)
+    drafting = decided or Drafting(student, 1)
+    alone, drafts = servers(dense, [None, drafting], threads)
+    pairs = [[ask(one, prompt, tokens)["timings"] for one in (alone, drafts)] for prompt in prompts]
+    first, second = (sum(timings[i]["predicted_ms"] for timings in pairs) for i in range(2))
+    taken, drafted = (sum(each[1].get(key, 0) for each in pairs) for key in ("draft_n_accepted", "draft_n"))
+    return {
+        "said": said,
+        "on": decided is not None,
+        "longest": drafting.longest,
+        "sure": drafting.sure,
+        "speed_up": first / second,
+        "accepted": taken / max(drafted, 1),
+    }
+
+
+def same(dense: Path, student: Path, prompts: list[str], tokens: int, threads: int | None) -> dict:
+    """How many texts are the same with drafts of up to four tokens; of the others, the margin where they part."""
+    alone, drafts = servers(dense, [None, Drafting(student, 4, 0.5)], threads)
+    equal, margins = 0, []
+    for prompt in prompts:
+        one, two = (ask(server, prompt, tokens)["tokens"] for server in (alone, drafts))
+        equal += one == two
+        if one != two:
+            margins.append(margin(alone, prompt, one, two))
+            print(f"after {equal + len(margins)}: {margins}", flush=True)
+    return {"prompts": len(prompts), "tokens": tokens, "equal": equal, "margins": margins}
+
+
+def margin(server, prompt: str, one: list[int], two: list[int]) -> float:
+    """Difference of the log-probabilities of the two tokens at which two texts part."""
+    place = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    asked = {"content": prompt, "add_special": True}
+    read = post(server.listening_address, "/tokenize", asked)["tokens"] + one[:place]
+    top = ask(server, read, 1, n_probs=20)["completion_probabilities"][0]["top_logprobs"]
+    said = {item["id"]: item["logprob"] for item in top}
+    return abs(said[one[place]] - said.get(two[place], float("-inf")))
+
+
+def servers(dense: Path, draftings: list[Drafting | None], threads: int | None) -> list:
+    options = Options(context=512, decode_threads=threads)
+    return [open_server(lossless_params(dense, options, each), f"load {dense}") for each in draftings]
+
+
+def ask(server, prompt: str | list[int], count: int, **more) -> dict:
+    asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    return post(server.listening_address, "/completion", asked | {"return_tokens": True} | more)
+
+
+def table(results: Path) -> str:
+    """One row for each pair, from the last measurement of each kind."""
+    pairs: dict[tuple[str, str], dict[str, dict]] = {}
+    for found in map(json.loads, results.read_text().splitlines()):
+        pairs.setdefault((found["dense"], found["draft"]), {})[found["what"]] = found
+    rows = [
+        [dense, draft, *time_cells(found.get("time")), *same_cells(found.get("same"))]
+        for (dense, draft), found in pairs.items()
+    ]
+    head = ["dense model", "draft", "forecast", "served", "drafts", "measured with them", "accepted", "same text"]
+    return markdown_table([*head, "margins where not"], rows)
+
+
+def time_cells(found: dict | None) -> list[str]:
+    if found is None:
+        return [""] * 5
+    forecast = found["said"][0].split()[1]
+    drafts = f"up to {found['longest']}, {found['sure']:.0%} sure"
+    served = "with drafts" if found["on"] else "without"
+    return [f"{forecast} x", served, drafts, f"{found['speed_up']:.2f} x", f"{found['accepted']:.0%}"]
+
+
+def same_cells(found: dict | None) -> list[str]:
+    if found is None:
+        return ["", ""]
+    return [f"{found['equal']} of {found['prompts']}", ", ".join(f"{each:.1e}" for each in sorted(found["margins"]))]
+
+
+if __name__ == "__main__":
+    main()
