@@ -1,0 +1,1 @@
+"""One OpenAI address in front of engines' own servers: which of them answers a request, and when."""

@@ -1,0 +1,66 @@
+"""A llama.cpp server in a process of its own, so that one is loaded while others answer, and its memory is given back
+when it ends: `python -m factorllm.serving.backend GGUF OPTIONS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from factorllm.engines.base import Options
+from factorllm.engines.process import STARTED_WITH
+from factorllm.errors import FactorLLMError
+
+
+class Backend:
+    """A model that is loaded and answers at `address`.
+
+    Raises:
+        FactorLLMError: when llama.cpp cannot load it.
+    """
+
+    def __init__(self, gguf_file: Path, options: Options):
+        command = [sys.executable, "-m", "factorllm.serving.backend", str(gguf_file), json.dumps(asdict(options))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | STARTED_WITH
+        )
+        line = self._process.stdout.readline()
+        if not line.startswith("http"):
+            self.close()
+            raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {line.strip() or 'its process ended'}")
+        self.address = line.strip()
+
+    def close(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def main() -> None:
+    said = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import xllamacpp
+
+    from factorllm.engines.llamacpp import server_params
+
+    params = server_params(sys.argv[1], Options(**json.loads(sys.argv[2])))
+    params.ui = False
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        said.write(f"{error}\n")
+        os._exit(1)
+    # One token: a server that is told to stop before its loop has begun never ends.
+    server.handle_completions({"prompt": [0], "max_tokens": 1})
+    said.write(f"{server.listening_address}\n")
+    sys.stdin.read()  # until whoever started it has ended
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

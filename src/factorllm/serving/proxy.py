@@ -1,0 +1,145 @@
+"""One OpenAI address in front of others: each request is given a place, and what comes back from there is passed on as
+it comes."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+from factorllm.errors import FactorLLMError
+
+PLACED = ("/v1/completions", "/v1/chat/completions")
+"""What is given a place; a body has a `prompt`, or `messages`."""
+
+_LARGEST = 64 << 20  # bytes of a body
+_PIECE = 1 << 16
+
+
+class Front(ABC):
+    """What stands behind the one address."""
+
+    @abstractmethod
+    def place(self, path: str, body: dict) -> AbstractContextManager[tuple[str, dict]]:
+        """The address, http://HOST:PORT, that answers a request, and the body to send there; held until it is answered.
+
+        Raises:
+            FactorLLMError: when the request cannot be answered; the client is told.
+        """
+
+    @abstractmethod
+    def models(self) -> list[str]:
+        """Names for /v1/models."""
+
+    def metrics(self) -> str:
+        """For /metrics, in Prometheus' text format."""
+        return ""
+
+
+class Proxy(ThreadingHTTPServer):
+    """Listens on an address; `serve_forever` answers, each request in a thread of its own.
+
+    Raises:
+        FactorLLMError: when nothing can listen there.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, front: Front):
+        self.front = front
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise FactorLLMError(f"nothing can listen on {host}:{port}: {error.strerror}; use another --port") from None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        front, path = self.server.front, urlsplit(self.path).path
+        if path == "/health":
+            self._answer(200, {"status": "ok"})
+        elif path == "/v1/models":
+            models = [{"id": name, "object": "model", "owned_by": "factorllm"} for name in front.models()]
+            self._answer(200, {"object": "list", "data": models})
+        elif path == "/metrics":
+            self._send(200, "text/plain; version=0.0.4", front.metrics().encode())
+        else:
+            self._refuse(404, f"there is no {path}")
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        body = self._body()
+        if path not in PLACED:
+            self._refuse(404, f"there is no {path}; use {' or '.join(PLACED)}")
+        elif body is None:
+            self._refuse(400, "the body is no JSON mapping of at most 64 MiB")
+        else:
+            self._pass_on(path, body)
+
+    def _pass_on(self, path: str, body: dict) -> None:
+        try:
+            with self.server.front.place(path, body) as (address, sent):
+                connection = HTTPConnection(urlsplit(address).netloc)
+                try:
+                    content = json.dumps(sent).encode()
+                    connection.request("POST", path, content, {"Content-Type": "application/json"})
+                    reply = connection.getresponse()
+                    self._copy(reply)
+                finally:  # a client that went away: the engine stops at a closed connection
+                    connection.close()
+        except FactorLLMError as error:
+            self._refuse(400, str(error))
+        except (OSError, HTTPException):
+            # The client has gone, or the engine's server has: where an answer has begun, it can only be broken off.
+            self.close_connection = True
+            if not self._begun:
+                self._refuse(502, "the engine's server does not answer")
+
+    _begun = False
+
+    def _copy(self, reply: HTTPResponse) -> None:
+        """Pass an answer on, each piece when it is there."""
+        self._begun = True
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.getheader("Content-Type", "application/json"))
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while piece := reply.read1(_PIECE):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.flush()
+        self.wfile.write(b"0\r\n\r\n")
+        self._begun = False  # the next request of this connection
+
+    def _body(self) -> dict | None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _LARGEST:
+            self.close_connection = True  # what follows would be taken for the next request
+            return None
+        with suppress(ValueError, RecursionError):
+            body = json.loads(self.rfile.read(int(length)))
+            return body if isinstance(body, dict) else None
+        return None
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._answer(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+
+    def _answer(self, status: int, content: dict) -> None:
+        self._send(status, "application/json", json.dumps(content).encode())
+
+    def _send(self, status: int, kind: str, content: bytes) -> None:
+        with suppress(OSError):  # the client has gone
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing of users' requests is written anywhere."""

@@ -1,0 +1,153 @@
+"""The one address: what is passed on, and what clients are told when it cannot be."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import pytest
+
+from factorllm.errors import FactorLLMError
+from factorllm.serving.proxy import Front, Proxy
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Answers with what it was sent; a stream in pieces, the second when `go` is set."""
+
+    go = threading.Event()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(429 if body.get("prompt") == "too much" else 200)
+        self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
+        self.end_headers()
+        if body.get("stream"):
+            for text in ("first", "second"):
+                self.wfile.write(b"data: %s\n\n" % json.dumps({"choices": [{"index": 0, "text": text}]}).encode())
+                self.go.wait(10)
+            self.wfile.write(b"data: [DONE]\n\n")
+        else:
+            self.wfile.write(json.dumps({"choices": [{"index": 0, "text": json.dumps(body)}]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+class Told(Front):
+    def __init__(self, address):
+        self.address, self.held = address, 0
+
+    @contextmanager
+    def place(self, path, body):
+        if body.get("prompt") == "refused":
+            raise FactorLLMError("this is refused")
+        self.held += 1
+        try:
+            yield self.address, body | {"seed": 7}
+        finally:
+            self.held -= 1
+
+    def models(self):
+        return ["one"]
+
+    def metrics(self):
+        return "some_total 1\n"
+
+
+@contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def front():
+    Engine.go.clear()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Engine)) as address:
+        yield Told(address)
+
+
+@pytest.fixture
+def address(front):
+    with running(Proxy("127.0.0.1", 0, front)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def ask(address: str, method: str, path: str, content: bytes | None = None, **headers: str):
+    connection = HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection.request(method, path, content, headers)
+    reply = connection.getresponse()
+    return reply.status, reply.read()
+
+
+def test_a_request_is_passed_on_as_the_front_rewrites_it(client, front):
+    answer = client.completions.create(model="one", prompt="hello")
+    assert json.loads(answer.choices[0].text) == {"model": "one", "prompt": "hello", "seed": 7}
+    assert [model.id for model in client.models.list()] == ["one"]
+    assert front.held == 0
+
+
+def test_a_stream_comes_piece_by_piece(client, front):
+    stream = iter(client.completions.create(model="one", prompt="hello", stream=True))
+    assert next(stream).choices[0].text == "first"  # the second is not sent before the first has come
+    assert front.held == 1
+    Engine.go.set()
+    assert next(stream).choices[0].text == "second"
+
+
+def test_refusals_reach_the_client_and_the_connection_lives_on(client):
+    with pytest.raises(openai.BadRequestError, match="this is refused"):
+        client.completions.create(model="one", prompt="refused")
+    with pytest.raises(openai.RateLimitError):  # the engine's own
+        client.completions.create(model="one", prompt="too much")
+    assert client.completions.create(model="one", prompt="hello").choices
+
+
+def test_an_engine_that_is_gone_is_told(client, front):
+    front.address = "http://127.0.0.1:9"
+    with pytest.raises(openai.InternalServerError, match="does not answer"):
+        client.completions.create(model="one", prompt="hello")
+    assert front.held == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("GET", "/health", None, 200),
+        ("GET", "/metrics", None, 200),
+        ("GET", "/elsewhere", None, 404),
+        ("POST", "/v1/embeddings", b"{}", 404),
+        ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", b"[1]", 400),
+        ("POST", "/v1/completions", b"\xff", 400),
+    ],
+)
+def test_paths_and_bodies(address, method, path, content, status):
+    found, said = ask(address, method, path, content)
+    assert found == status
+    if status >= 400:
+        assert json.loads(said)["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_not_read(address):
+    status, _ = ask(address, "POST", "/v1/completions", b"{}", **{"Content-Length": str(1 << 40)})
+    assert status == 400
+
+
+def test_a_port_that_is_taken_is_refused(address, front):
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(FactorLLMError, match=f"listen on 127.0.0.1:{port}: .*; use another --port"):
+        Proxy("127.0.0.1", port, front)
