@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--text", help="whose documents' beginnings are the prompts")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--first", type=int, default=0, help="document that the first prompt is of")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
@@ -42,7 +43,8 @@ def main() -> None:
         replace_part(options.out, options.mark, table(options.results))
         return
     dense, student = options.models
-    prompts = [each[:BEGINNING] for each in itertools.islice(read_documents(options.text), options.prompts)]
+    wanted = itertools.islice(read_documents(options.text), options.first, options.first + options.prompts)
+    prompts = [each[:BEGINNING] for each in wanted]
     run = timed if options.what == "time" else same
     found = run(dense, student, prompts, options.tokens, options.threads)
     found |= {"what": options.what, "dense": dense.stem, "draft": student.stem, "commit": commit()}
@@ -73,14 +75,12 @@ def timed(dense: Path, student: Path, prompts: list[str], tokens: int, threads: 
 def same(dense: Path, student: Path, prompts: list[str], tokens: int, threads: int | None) -> dict:
     """How many texts are the same with drafts of up to four tokens; of the others, the margin where they part."""
     alone, drafts = servers(dense, [None, Drafting(student, 4, 0.5)], threads)
-    equal, margins = 0, []
-    for prompt in prompts:
+    margins = []
+    for done, prompt in enumerate(prompts, 1):
         one, two = (ask(server, prompt, tokens)["tokens"] for server in (alone, drafts))
-        equal += one == two
-        if one != two:
-            margins.append(margin(alone, prompt, one, two))
-            print(f"after {equal + len(margins)}: {margins}", flush=True)
-    return {"prompts": len(prompts), "tokens": tokens, "equal": equal, "margins": margins}
+        margins += [] if one == two else [margin(alone, prompt, one, two)]
+        print(f"{done} prompts: {margins}", flush=True)
+    return {"prompts": len(prompts), "tokens": tokens, "margins": margins}
 
 
 def margin(server, prompt: str, one: list[int], two: list[int]) -> float:
@@ -104,31 +104,33 @@ def ask(server, prompt: str | list[int], count: int, **more) -> dict:
 
 
 def table(results: Path) -> str:
-    """One row for each pair, from the last measurement of each kind."""
-    pairs: dict[tuple[str, str], dict[str, dict]] = {}
+    """One row for each pair: the last that was timed, and all texts."""
+    pairs: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for found in map(json.loads, results.read_text().splitlines()):
-        pairs.setdefault((found["dense"], found["draft"]), {})[found["what"]] = found
+        pair = pairs.setdefault((found["dense"], found["draft"]), {"time": [], "same": []})
+        pair[found["what"]].append(found)
     rows = [
-        [dense, draft, *time_cells(found.get("time")), *same_cells(found.get("same"))]
+        [dense, draft, *time_cells(found["time"]), *same_cells(found["same"])]
         for (dense, draft), found in pairs.items()
     ]
     head = ["dense model", "draft", "forecast", "served", "drafts", "measured with them", "accepted", "same text"]
     return markdown_table([*head, "margins where not"], rows)
 
 
-def time_cells(found: dict | None) -> list[str]:
-    if found is None:
+def time_cells(runs: list[dict]) -> list[str]:
+    if not runs:
         return [""] * 5
+    found = runs[-1]
     forecast = found["said"][0].split()[1]
     drafts = f"up to {found['longest']}, {found['sure']:.0%} sure"
     served = "with drafts" if found["on"] else "without"
     return [f"{forecast} x", served, drafts, f"{found['speed_up']:.2f} x", f"{found['accepted']:.0%}"]
 
 
-def same_cells(found: dict | None) -> list[str]:
-    if found is None:
-        return ["", ""]
-    return [f"{found['equal']} of {found['prompts']}", ", ".join(f"{each:.1e}" for each in sorted(found["margins"]))]
+def same_cells(runs: list[dict]) -> list[str]:
+    prompts = sum(run["prompts"] for run in runs)
+    margins = sorted(margin for run in runs for margin in run["margins"])
+    return [f"{prompts - len(margins)} of {prompts}", ", ".join(f"{each:.1e}" for each in margins)]
 
 
 if __name__ == "__main__":
