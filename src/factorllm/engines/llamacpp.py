@@ -69,18 +69,18 @@ def post(address: str, path: str, body: dict) -> dict:
         raise RuntimeError(json.load(error)["error"]["message"]) from None
 
 
-class LlamaCpp(Engine):
-    def __init__(self, model: str, options: Options):
-        import xllamacpp
+class Client:
+    """What a server of llama.cpp can be asked for about tokens.
 
-        params = server_params(model, options)
-        params.cache_ram_mib = 0
-        params.ui = False
-        self._server, self._batch = xllamacpp.Server(params), options.batch
+    Args:
+        address: of the server.
+    """
+
+    def __init__(self, address: str):
+        self._address = address
         # Of the server, for reading a large vocabulary from the file takes seconds.
-        with urlopen(f"{self._server.listening_address}/v1/models") as reply:
+        with urlopen(f"{address}/v1/models") as reply:
             self._vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
-        self._seeds = itertools.count(1000)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._complete(tokens, count, return_tokens=True)["tokens"]
@@ -99,16 +99,7 @@ class LlamaCpp(Engine):
 
     def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         """For each token that follows its log-probability, and the likeliest one in its place."""
-        return self._follow(0, tokens, following)
-
-    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
-        """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
-        found = []
-        with ThreadPoolExecutor(self._batch) as pool:
-            for first in range(0, len(rows), self._batch):
-                some = rows[first : first + self._batch]
-                found += pool.map(lambda slot, row: self._follow(slot, row[:1], row[1:]), range(len(some)), some)
-        return found
+        return self._follow(-1, tokens, following)
 
     def _follow(self, slot: int, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         # The server has no probabilities of prompts. So its sampler is made to take each token; the log-probabilities
@@ -130,6 +121,40 @@ class LlamaCpp(Engine):
         """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
         return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
 
+    def _complete(self, prompt: list[int], count: int, **more) -> dict:
+        body = {
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        } | more
+        return self._post("/completion", body)
+
+    def _post(self, path: str, body: dict) -> dict:
+        return post(self._address, path, body)
+
+
+class LlamaCpp(Client, Engine):
+    def __init__(self, model: str, options: Options):
+        import xllamacpp
+
+        params = server_params(model, options)
+        params.cache_ram_mib = 0
+        params.ui = False
+        self._server, self._batch = xllamacpp.Server(params), options.batch
+        super().__init__(self._server.listening_address)
+        self._seeds = itertools.count(1000)
+
+    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
+        """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
+        found = []
+        with ThreadPoolExecutor(self._batch) as pool:
+            for first in range(0, len(rows), self._batch):
+                some = rows[first : first + self._batch]
+                found += pool.map(lambda slot, row: self._follow(slot, row[:1], row[1:]), range(len(some)), some)
+        return found
+
     def prefill(self, length: int) -> float:
         prompt = random_tokens(length, self._vocabulary, next(self._seeds))
         start = time.perf_counter()
@@ -147,19 +172,6 @@ class LlamaCpp(Engine):
             list(pool.map(run, range(batch), [1] * batch))
             answers = list(pool.map(run, range(batch), [steps + 1] * batch))
         return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
-
-    def _complete(self, prompt: list[int], count: int, **more) -> dict:
-        body = {
-            "prompt": prompt,
-            "n_predict": count,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        } | more
-        return self._post("/completion", body)
-
-    def _post(self, path: str, body: dict) -> dict:
-        return post(self._server.listening_address, path, body)
 
 
 def _number(found: float | None) -> float:

@@ -22,6 +22,8 @@ from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
+from factorllm.serving.proxy import Proxy
+from factorllm.serving.retrieval import Library, Retrieval
 
 
 def choose_engine() -> str:
@@ -75,6 +77,7 @@ def serve(
     settings: ServeSettings | None = None,
     say: Callable[[str], None] = print,
     lossless: str | None = None,
+    retrieval: Path | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -83,6 +86,7 @@ def serve(
         engine: `llamacpp`, `vllm`, or `auto`.
         file_type: what a checkpoint is exported as for llama.cpp.
         lossless: the dense model of `model`, which is served instead; `model` drafts for it, if that pays (llama.cpp).
+        retrieval: a folder of text files, whose passages are given to the model where it says they help (llama.cpp).
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
@@ -100,10 +104,14 @@ def serve(
     """
     settings = settings or ServeSettings()
     engine = choose_engine() if engine == "auto" else engine_name(engine)
+    if lossless and retrieval:
+        raise FactorLLMError("--lossless with --retrieval was never measured, so it is refused; leave one of them out")
     if engine == "llamacpp":
-        _serve_llamacpp(model, lossless, file_type, settings, say)
-    elif lossless:
-        raise FactorLLMError(f"--lossless measures and drafts in llama.cpp, not in {engine}; use --engine llamacpp")
+        library = Library(retrieval) if retrieval else None
+        _serve_llamacpp(model, lossless, library, file_type, settings, say)
+    elif lossless or retrieval:
+        option = "--lossless" if lossless else "--retrieval"
+        raise FactorLLMError(f"{option} measures probabilities in llama.cpp, not in {engine}; use --engine llamacpp")
     elif engine == "vllm":
         _serve_vllm(model, settings, say)
     else:
@@ -111,7 +119,12 @@ def serve(
 
 
 def _serve_llamacpp(
-    model: str, lossless: str | None, file_type: str, settings: ServeSettings, say: Callable[[str], None]
+    model: str,
+    lossless: str | None,
+    library: Library | None,
+    file_type: str,
+    settings: ServeSettings,
+    say: Callable[[str], None],
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         path, drafting = as_gguf(model, file_type, Path(folder), say), None
@@ -119,17 +132,25 @@ def _serve_llamacpp(
             student, path = path, as_gguf(lossless, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
             drafting = decide(path, student, settings.threads, say)
         served = lossless or model
+        name, address = Path(served).resolve().name, f"{settings.host}:{settings.port}"
         params = lossless_params(path, settings.options, drafting)
-        params.hostnames, params.port = [settings.host], settings.port
-        params.model_alias = {Path(served).resolve().name}
+        params.model_alias = {name}
         params.endpoint_metrics = bool(lossless)
-        server = open_server(params, f"serve {served} on {settings.host}:{settings.port}")
+        if library is None:
+            params.hostnames, params.port = [settings.host], settings.port
+        server = open_server(params, f"serve {served} on {address}")
         # One token: a server that is told to stop before its loop has begun never ends.
         server.handle_completions({"prompt": [0], "max_tokens": 1})
-        say(f"without factorllm: {llamacpp_command(path, settings, drafting)}")
-        say(f"serving {served} at {server.listening_address}/v1; stop with Ctrl-C")
+        if library is None:
+            wait: Callable[[], object] = threading.Event().wait
+            say(f"without factorllm: {llamacpp_command(path, settings, drafting)}")
+        else:
+            retrieval = Retrieval(library, server.listening_address, name)
+            wait = Proxy(settings.host, settings.port, retrieval).serve_forever
+            say(f"passages to look in: {len(library.passages)}")
+        say(f"serving {served} at http://{address}/v1; stop with Ctrl-C")
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            wait()
         if lossless:
             say(measured_by(server.listening_address))
         say("stopped")

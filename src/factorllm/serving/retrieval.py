@@ -1,0 +1,200 @@
+"""What a conversion forgot, given back from the user's own files.
+
+Passages that share words with the question are found by BM25. Which of them help is judged by the model that answers,
+as the adaptive selection of RA-BLIP (arXiv 2410.14154) has it, by likelihood: a passage that answers a question makes
+the question likely. It is kept where each token of the question gains, on average, more than `GAIN` nats over the same
+question after a passage that has nothing to do with it. Without such a passage the model answers from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from factorllm.engines.llamacpp import Client, post
+from factorllm.errors import FactorLLMError
+from factorllm.serving.proxy import Front
+
+GAIN = 1.0
+"""Nats a token of the question that a passage must bring to be kept."""
+
+CANDIDATES = 4
+"""Passages that BM25 proposes."""
+
+SUFFIXES = (".txt", ".md", ".rst", ".org", ".tex", ".html", ".csv", ".json", ".jsonl", ".yaml", ".toml", ".py")
+"""What is read."""
+
+_WORDS = 150  # of a passage
+_ASKED = 48  # tokens of a question that are judged: the last
+_WITH = "Answer with the help of this text, where it says something about the question:\n\n"
+
+
+def bm25() -> ModuleType:
+    """The library that searches.
+
+    Raises:
+        FactorLLMError: when it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise FactorLLMError("--retrieval searches with bm25s; pip install 'factorllm[retrieval]'") from None
+    return bm25s
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a file."""
+
+    source: str
+    text: str
+
+
+def read_passages(folder: Path) -> list[Passage]:
+    """The files of a folder and of those in it, in parts of whole paragraphs.
+
+    Raises:
+        FactorLLMError: when there is no text.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [
+        Passage(str(path.relative_to(folder)), text)
+        for path in files
+        for text in _parts(path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    if not found:
+        raise FactorLLMError(f"{folder} holds no text; give a folder with files of {', '.join(SUFFIXES)}")
+    return found
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Paragraphs, put together up to so many words; longer ones are cut."""
+    part: list[str] = []
+    for paragraph in text.split("\n\n"):
+        words = paragraph.split(" ")
+        pieces = [" ".join(words[first : first + _WORDS]) for first in range(0, len(words), _WORDS)]
+        for piece in filter(str.strip, pieces):
+            if part and len(" ".join([*part, piece]).split(" ")) > _WORDS:
+                yield "\n\n".join(part)
+                part = []
+            part.append(piece.strip())
+    if part:
+        yield "\n\n".join(part)
+
+
+class Library:
+    """Passages that can be searched by words.
+
+    Raises:
+        FactorLLMError: when bm25s is not installed, or the folder holds no text.
+    """
+
+    def __init__(self, folder: Path):
+        self._bm25s = bm25()
+        self.passages = read_passages(folder)
+        self._index = self._bm25s.BM25()
+        self._index.index(self._words([passage.text for passage in self.passages]), show_progress=False)
+
+    def search(self, question: str, count: int = CANDIDATES) -> list[int]:
+        """Numbers of the passages that share words with a question, the best first."""
+        words = self._words([question])
+        if not words[0]:
+            return []
+        count = min(count, len(self.passages))
+        numbers, scores = self._index.retrieve(words, k=count, show_progress=False)
+        return [int(number) for number, score in zip(numbers[0], scores[0], strict=True) if score > 0]
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        return self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
+
+
+class Judge:
+    """What a model in llama.cpp's server says of passages.
+
+    Args:
+        address: of the server.
+        unrelated: a passage to compare with.
+    """
+
+    def __init__(self, address: str, unrelated: str):
+        self._address, self._client, self._unrelated = address, Client(address), unrelated
+
+    def gains(self, question: str, passages: list[str]) -> list[float]:
+        """For each passage, nats that a token of the question gains by it on average."""
+        tokens = self._client.tokenize(question)[-_ASKED:]
+        base, *found = [self._log_likelihood(passage, tokens) for passage in [self._unrelated, *passages]]
+        return [(each - base) / len(tokens) for each in found]
+
+    def _log_likelihood(self, passage: str, tokens: list[int]) -> float:
+        return sum(value for value, _ in self._client.score(self._before_question(passage), tokens))
+
+    def _before_question(self, passage: str) -> list[int]:
+        """Tokens of a conversation in the model's own template, up to where the question begins."""
+        mark = "\x1e"
+        asked = {"messages": with_passages([{"role": "user", "content": mark}], [passage])}
+        prompt = post(self._address, "/apply-template", asked)["prompt"].partition(mark)[0]
+        return self._client.tokenize(prompt, special=True)
+
+
+def with_passages(messages: list[dict], passages: list[str]) -> list[dict]:
+    """A conversation that begins with passages, after the user's own system message if there is one."""
+    text = _WITH + "\n\n".join(passages)
+    if messages and messages[0].get("role") == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+class Retrieval(Front):
+    """Conversations get the passages that help; all else goes on as it is.
+
+    Args:
+        address: of llama.cpp's server.
+        name: of its model.
+    """
+
+    def __init__(self, library: Library, address: str, name: str):
+        self._library, self._address, self._name = library, address, name
+        self._judge = Judge(address, library.passages[len(library.passages) // 2].text)
+        self._asked = self._helped = self._found = self._kept = 0
+
+    @contextmanager
+    def place(self, path: str, body: dict) -> Iterator[tuple[str, dict]]:
+        question = question_of(body.get("messages"))
+        if question and (kept := self.select(question)):
+            body = body | {"messages": with_passages(body["messages"], kept)}
+        yield self._address, body
+
+    def select(self, question: str) -> list[str]:
+        """The passages that are kept, in the order of the files: so a follow-up finds them in the cache."""
+        found = self._library.search(question)
+        texts = [self._library.passages[number].text for number in sorted(found)]
+        gains = self._judge.gains(question, texts) if texts else []
+        kept = [text for text, gain in zip(texts, gains, strict=True) if gain > GAIN]
+        self._asked, self._helped = self._asked + 1, self._helped + bool(kept)
+        self._found, self._kept = self._found + len(found), self._kept + len(kept)
+        return kept
+
+    def models(self) -> list[str]:
+        return [self._name]
+
+    def metrics(self) -> str:
+        counters = {
+            "questions": self._asked,
+            "questions_with_passages": self._helped,
+            "passages_found": self._found,
+            "passages_kept": self._kept,
+        }
+        return "".join(f"factorllm_retrieval_{name}_total {value}\n" for name, value in counters.items())
+
+
+def question_of(messages: object) -> str:
+    """What the user asked last; of images and the like, the text beside them."""
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+        return ""
+    content = messages[-1].get("content")
+    if isinstance(content, list):
+        content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content.strip() if messages[-1].get("role") == "user" and isinstance(content, str) else ""
