@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 
 from common import commit, markdown_table, replace_part
 
+from factorllm.engines import lossless
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server, post
 from factorllm.engines.lossless import Drafting, decide, lossless_params
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="document that the first prompt is of")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu", action="store_true", help="CPU time at one thread, where the machine is not quiet")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--mark", default="lossless")
     options = parser.parse_args()
@@ -45,6 +48,8 @@ def main() -> None:
     dense, student = options.models
     wanted = itertools.islice(read_documents(options.text), options.first, options.first + options.prompts)
     prompts = [each[:BEGINNING] for each in wanted]
+    if options.cpu:
+        options.threads, lossless.timings = 1, cpu_timings
     run = timed if options.what == "time" else same
     found = run(dense, student, prompts, options.tokens, options.threads)
     found |= {"what": options.what, "dense": dense.stem, "draft": student.stem, "commit": commit()}
@@ -59,7 +64,8 @@ def timed(dense: Path, student: Path, prompts: list[str], tokens: int, threads: 
     decided = decide(dense, student, threads, said.append)
     drafting = decided or Drafting(student, 1)
     alone, drafts = servers(dense, [None, drafting], threads)
-    pairs = [[ask(one, prompt, tokens)["timings"] for one in (alone, drafts)] for prompt in prompts]
+    addresses = [each.listening_address for each in (alone, drafts)]
+    pairs = [[lossless.timings(address, prompt, tokens) for address in addresses] for prompt in prompts]
     first, second = (sum(timings[i]["predicted_ms"] for timings in pairs) for i in range(2))
     taken, drafted = (sum(each[1].get(key, 0) for each in pairs) for key in ("draft_n_accepted", "draft_n"))
     return {
@@ -70,6 +76,15 @@ def timed(dense: Path, student: Path, prompts: list[str], tokens: int, threads: 
         "speed_up": first / second,
         "accepted": taken / max(drafted, 1),
     }
+
+
+def cpu_timings(address: str, text: str, tokens: int) -> dict:
+    """As llama.cpp's timings, with the CPU time that this process, and so the server in it, took for the answer."""
+    asked = {"prompt": text, "temperature": 0, "ignore_eos": True, "cache_prompt": True}
+    post(address, "/completion", asked | {"n_predict": 1})
+    start = time.process_time()
+    found = post(address, "/completion", asked | {"n_predict": tokens})["timings"]
+    return found | {"predicted_ms": 1000 * (time.process_time() - start)}
 
 
 def same(dense: Path, student: Path, prompts: list[str], tokens: int, threads: int | None) -> dict:

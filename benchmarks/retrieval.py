@@ -23,7 +23,7 @@ from common import commit, markdown_table, replace_part
 
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server, post, server_params
-from factorllm.serving.retrieval import GAIN, Judge, Library, with_passages
+from factorllm.serving.retrieval import Judge, Library, helpful, with_passages
 
 SYLLABLES = [
     "vel",
@@ -51,14 +51,14 @@ NAMES = ["Ada", "Boris", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "
 KINDS = ["Museum", "Bridge", "Library", "Observatory", "Harbour"]
 WARES = ["copper", "tin", "salt", "amber", "marble", "wool", "glass", "silk"]
 KNOWN = [
-    ("Who founded Microsoft?", "Gates"),
-    ("In which country is the town of Oxford?", "England|United Kingdom|UK"),
-    ("What is the first month of the year?", "January"),
-    ("Which animal gives us wool?", "sheep"),
-    ("Which planet is the first from the sun?", "Mercury"),
-    ("What is glass made from?", "sand|silica"),
-    ("In which city is the Golden Gate Bridge?", "San Francisco"),
-    ("Which company was founded by Steve Jobs?", "Apple"),
+    ("Who founded the company Amazon?", "Bezos"),
+    ("In which town was William Shakespeare born?", "Stratford"),
+    ("What is the first day of the week after Sunday?", "Monday"),
+    ("Which insect makes silk?", "silkworm|moth|caterpillar"),
+    ("In which country does the Eiffel Tower stand?", "France"),
+    ("In which year did the second world war end?", "1945"),
+    ("In which city is the Tower Bridge?", "London"),
+    ("Which sea is between Europe and Africa and full of trade?", "Mediterranean"),
 ]
 WAYS = {"closed": "none", "always": "all four", "yes": "where yes beats no", "kept": "as served"}
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="question to begin with")
     parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=4, help="of the documents; 3 was looked at to choose the threshold")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--mark", default="retrieval")
@@ -78,13 +79,14 @@ def main() -> None:
         replace_part(options.out, options.mark, table(options.results))
         return
     with tempfile.TemporaryDirectory() as folder:
-        questions = write_documents(Path(folder))[options.first : options.first + options.questions]
+        questions = write_documents(Path(folder), options.seed)
+        questions = questions[options.first : options.first + options.questions]
         ask_all(options.model, Library(Path(folder)), questions, options.threads, options.results)
 
 
-def write_documents(folder: Path) -> list[tuple[str, str, str | None]]:
+def write_documents(folder: Path, seed: int) -> list[tuple[str, str, str | None]]:
     """Write the documents; the questions with the answers, and the passages that hold them."""
-    chooser, planted = random.Random(3), []
+    chooser, planted = random.Random(seed), []
 
     def name() -> str:
         return "".join(chooser.sample(SYLLABLES, chooser.choice([2, 3]))).capitalize()
@@ -111,16 +113,16 @@ def write_documents(folder: Path) -> list[tuple[str, str, str | None]]:
 def ask_all(model: Path, library: Library, questions: list, threads: int | None, results: Path) -> None:
     server = open_server(server_params(str(model), Options(context=1024, decode_threads=threads)), f"load {model}")
     address = server.listening_address
-    judge = Judge(address, library.passages[len(library.passages) // 2].text)
+    judge = Judge(address)
     for question, wanted, gold in questions:
-        texts = [library.passages[number].text for number in sorted(library.search(question))]
-        gains = judge.gains(question, texts) if texts else []
+        texts, unrelated = library.candidates(question)
+        gains = judge.gains(question, texts, unrelated) if texts else []
         odds = [odds_of_yes(address, question, text) for text in texts]
         chosen = {
             "closed": [],
             "always": texts,
             "yes": [text for text, each in zip(texts, odds, strict=True) if each > 0],
-            "kept": [text for text, gain in zip(texts, gains, strict=True) if gain > GAIN],
+            "kept": [text for text, helps in zip(texts, helpful(gains), strict=True) if helps],
         }
         answers: dict[tuple[str, ...], str] = {}
         for passages in chosen.values():

@@ -86,6 +86,21 @@ def test_words_find_passages(library):
     assert library.search("Xyzzy?") == library.search("the of ?") == []
 
 
+def test_what_is_compared_with_was_not_found(library):
+    texts, unrelated = library.candidates("When was the Velmora bridge opened?")
+    assert (texts, unrelated) == ([FACTS["bridge.txt"]], FACTS["more/museum.md"])
+    texts, unrelated = library.candidates("Velmora museum: nothing?")
+    assert (texts, unrelated) == (list(FACTS.values()), "")
+
+
+@pytest.mark.parametrize(
+    ("gains", "kept"),
+    [([4.0, 3.0, 1.6, 0.1], "1100"), ([1.6, 1.4], "10"), ([1.2, 0.3], "00"), ([], "")],
+)
+def test_passages_that_bring_little_or_less_than_others_are_not_kept(gains, kept):
+    assert retrieval.helpful(gains) == [each == "1" for each in kept]
+
+
 def test_passages_stand_before_the_conversation():
     asked = [{"role": "user", "content": "Why?"}]
     (system, question) = with_passages(asked, ["one", "two"])
@@ -145,7 +160,7 @@ def test_gains_are_the_models_likelihoods(model, address):
         return sum(said[place, token] for place, token in zip(places, asked, strict=True)) / len(asked)
 
     wanted = [(mean(passage) - mean("Nothing.")).item() for passage in passages]
-    assert Judge(address, "Nothing.").gains(question, passages) == pytest.approx(wanted, abs=2e-3)
+    assert Judge(address).gains(question, passages, "Nothing.") == pytest.approx(wanted, abs=2e-3)
     assert abs(wanted[0] - wanted[1]) > 0.01
 
 
@@ -154,8 +169,9 @@ def test_what_helps_is_kept_and_nothing_else_changes(library, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def gains(self, question, passages):
-            return [2.0 if "1847" in passage else 0.5 for passage in passages]
+        def gains(self, question, passages, unrelated):
+            assert unrelated not in passages
+            return [3.0 if "1847" in passage else 1.4 for passage in passages]
 
     monkeypatch.setattr(retrieval, "Judge", Told)
     front = Retrieval(library, "http://nowhere", "tiny")
@@ -193,7 +209,7 @@ def running(proxy):
 
 @pytest.mark.engine
 def test_an_answer_is_that_of_the_conversation_with_its_passages(library, address, monkeypatch):
-    monkeypatch.setattr(retrieval, "GAIN", float("-inf"))
+    monkeypatch.setattr(retrieval, "helpful", lambda gains: [True] * len(gains))
     asked = [{"role": "user", "content": "When was the Velmora bridge opened?"}]
     with running(Proxy("127.0.0.1", 0, Retrieval(library, address, "tiny"))) as through:
         said = answer(through, asked)

@@ -182,7 +182,7 @@ def try_out(alone: str, drafts: str) -> Trial:
     Args:
         alone, drafts: their addresses.
     """
-    found = [(_timings(alone, text), _timings(drafts, text)) for text in SAMPLE]
+    found = [(timings(alone, text), timings(drafts, text)) for text in SAMPLE]
     return Trial(
         alone=sum(one["predicted_ms"] for one, _ in found),
         drafted=sum(two["predicted_ms"] for _, two in found),
@@ -192,8 +192,9 @@ def try_out(alone: str, drafts: str) -> Trial:
     )
 
 
-def _timings(address: str, text: str) -> dict:
-    asked = {"prompt": text, "n_predict": _TOKENS, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+def timings(address: str, text: str, tokens: int = _TOKENS) -> dict:
+    """What llama.cpp says of the time that so many more tokens took, and of drafts among them."""
+    asked = {"prompt": text, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     return post(address, "/completion", asked)["timings"]
 
 

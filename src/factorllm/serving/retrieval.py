@@ -3,7 +3,8 @@
 Passages that share words with the question are found by BM25. Which of them help is judged by the model that answers,
 as the adaptive selection of RA-BLIP (arXiv 2410.14154) has it, by likelihood: a passage that answers a question makes
 the question likely. It is kept where each token of the question gains, on average, more than `GAIN` nats over the same
-question after a passage that has nothing to do with it. Without such a passage the model answers from memory.
+question after a passage that was not found, and is less than that behind the best. Without such a passage the model
+answers from memory. Asked whether a passage answers a question, models of this size say no to all (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from factorllm.engines.llamacpp import Client, post
 from factorllm.errors import FactorLLMError
 from factorllm.serving.proxy import Front
 
-GAIN = 1.0
-"""Nats a token of the question that a passage must bring to be kept."""
+GAIN = 1.5
+"""Nats a token of the question that a passage must bring to be kept, and that it may be behind the best."""
 
 CANDIDATES = 4
 """Passages that BM25 proposes."""
@@ -107,6 +108,12 @@ class Library:
         numbers, scores = self._index.retrieve(words, k=count, show_progress=False)
         return [int(number) for number, score in zip(numbers[0], scores[0], strict=True) if score > 0]
 
+    def candidates(self, question: str) -> tuple[list[str], str]:
+        """The passages that are found, in the order of the files, and one that is not, empty where all are."""
+        found = sorted(self.search(question))
+        other = next((number for number in range(len(self.passages)) if number not in found), None)
+        return [self.passages[each].text for each in found], "" if other is None else self.passages[other].text
+
     def _words(self, texts: list[str]) -> list[list[str]]:
         return self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
 
@@ -116,16 +123,15 @@ class Judge:
 
     Args:
         address: of the server.
-        unrelated: a passage to compare with.
     """
 
-    def __init__(self, address: str, unrelated: str):
-        self._address, self._client, self._unrelated = address, Client(address), unrelated
+    def __init__(self, address: str):
+        self._address, self._client = address, Client(address)
 
-    def gains(self, question: str, passages: list[str]) -> list[float]:
-        """For each passage, nats that a token of the question gains by it on average."""
+    def gains(self, question: str, passages: list[str], unrelated: str) -> list[float]:
+        """For each passage, nats that a token of the question gains by it on average, over an unrelated passage."""
         tokens = self._client.tokenize(question)[-_ASKED:]
-        base, *found = [self._log_likelihood(passage, tokens) for passage in [self._unrelated, *passages]]
+        base, *found = [self._log_likelihood(passage, tokens) for passage in [unrelated, *passages]]
         return [(each - base) / len(tokens) for each in found]
 
     def _log_likelihood(self, passage: str, tokens: list[int]) -> float:
@@ -137,6 +143,11 @@ class Judge:
         asked = {"messages": with_passages([{"role": "user", "content": mark}], [passage])}
         prompt = post(self._address, "/apply-template", asked)["prompt"].partition(mark)[0]
         return self._client.tokenize(prompt, special=True)
+
+
+def helpful(gains: list[float]) -> list[bool]:
+    """Which passages are kept, by what they bring."""
+    return [gain > GAIN and gain > max(gains) - GAIN for gain in gains]
 
 
 def with_passages(messages: list[dict], passages: list[str]) -> list[dict]:
@@ -157,7 +168,7 @@ class Retrieval(Front):
 
     def __init__(self, library: Library, address: str, name: str):
         self._library, self._address, self._name = library, address, name
-        self._judge = Judge(address, library.passages[len(library.passages) // 2].text)
+        self._judge = Judge(address)
         self._asked = self._helped = self._found = self._kept = 0
 
     @contextmanager
@@ -169,12 +180,11 @@ class Retrieval(Front):
 
     def select(self, question: str) -> list[str]:
         """The passages that are kept, in the order of the files: so a follow-up finds them in the cache."""
-        found = self._library.search(question)
-        texts = [self._library.passages[number].text for number in sorted(found)]
-        gains = self._judge.gains(question, texts) if texts else []
-        kept = [text for text, gain in zip(texts, gains, strict=True) if gain > GAIN]
+        texts, unrelated = self._library.candidates(question)
+        gains = self._judge.gains(question, texts, unrelated) if texts else []
+        kept = [text for text, helps in zip(texts, helpful(gains), strict=True) if helps]
         self._asked, self._helped = self._asked + 1, self._helped + bool(kept)
-        self._found, self._kept = self._found + len(found), self._kept + len(kept)
+        self._found, self._kept = self._found + len(texts), self._kept + len(kept)
         return kept
 
     def models(self) -> list[str]:
