@@ -78,7 +78,7 @@ def timed(dense: Path, student: Path, prompts: list[str], tokens: int, threads: 
     }
 
 
-def cpu_timings(address: str, text: str, tokens: int) -> dict:
+def cpu_timings(address: str, text: str, tokens: int = 48) -> dict:
     """As llama.cpp's timings, with the CPU time that this process, and so the server in it, took for the answer."""
     asked = {"prompt": text, "temperature": 0, "ignore_eos": True, "cache_prompt": True}
     post(address, "/completion", asked | {"n_predict": 1})
