@@ -55,8 +55,13 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
     (tmp_path / "long.txt").write_text(text)
     found = read_passages(tmp_path)
     assert " ".join(passage.text for passage in found).split() == text.split()
-    assert max(len(passage.text.split()) for passage in found) <= 150
-    assert len(found) < 10
+    assert max(len(passage.text) for passage in found) <= 900
+    assert len(found) < len(text) / 450
+
+
+def test_texts_without_spaces_are_cut_too(tmp_path):
+    (tmp_path / "long.txt").write_text("文" * 2000)
+    assert [len(passage.text) for passage in read_passages(tmp_path)] == [900, 900, 200]
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
@@ -193,6 +198,15 @@ def test_what_helps_is_kept_and_nothing_else_changes(library, monkeypatch):
     assert counted["factorllm_retrieval_questions_total"] == "3"
     assert counted["factorllm_retrieval_questions_with_passages_total"] == "1"
     assert counted["factorllm_retrieval_passages_kept_total"] == "1"
+
+
+@pytest.mark.engine
+def test_what_cannot_be_judged_is_told(model, folder):
+    pytest.importorskip("bm25s")
+    (folder / "bridge.txt").write_text("The Velmora bridge " + "is long " * 100)
+    server = open_server(server_params(str(model / "dense.gguf"), Options(context=128, decode_threads=1)), "load")
+    with pytest.raises(FactorLLMError, match=r"cannot judge passages.*more --context may help"):
+        Retrieval(Library(folder), server.listening_address, "tiny").select("How long is the Velmora bridge?")
 
 
 @contextmanager

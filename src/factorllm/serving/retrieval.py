@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from types import ModuleType
 
 from factorllm.engines.llamacpp import Client, post
@@ -28,8 +29,9 @@ CANDIDATES = 4
 SUFFIXES = (".txt", ".md", ".rst", ".org", ".tex", ".html", ".csv", ".json", ".jsonl", ".yaml", ".toml", ".py")
 """What is read."""
 
-_WORDS = 150  # of a passage
+_LONGEST = 900  # characters of a passage
 _ASKED = 48  # tokens of a question that are judged: the last
+_MARK = "[the-question-stands-here]"
 _WITH = "Answer with the help of this text, where it says something about the question:\n\n"
 
 
@@ -72,18 +74,16 @@ def read_passages(folder: Path) -> list[Passage]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Paragraphs, put together up to so many words; longer ones are cut."""
-    part: list[str] = []
+    """Paragraphs, put together up to so many characters; longer ones are cut, between words where there are any."""
+    part = ""
     for paragraph in text.split("\n\n"):
-        words = paragraph.split(" ")
-        pieces = [" ".join(words[first : first + _WORDS]) for first in range(0, len(words), _WORDS)]
-        for piece in filter(str.strip, pieces):
-            if part and len(" ".join([*part, piece]).split(" ")) > _WORDS:
-                yield "\n\n".join(part)
-                part = []
-            part.append(piece.strip())
+        for piece in wrap(paragraph, _LONGEST, replace_whitespace=False, expand_tabs=False, break_on_hyphens=False):
+            if part and len(part) + len(piece) + 2 > _LONGEST:
+                yield part
+                part = ""
+            part = f"{part}\n\n{piece}" if part else piece
     if part:
-        yield "\n\n".join(part)
+        yield part
 
 
 class Library:
@@ -139,9 +139,12 @@ class Judge:
 
     def _before_question(self, passage: str) -> list[int]:
         """Tokens of a conversation in the model's own template, up to where the question begins."""
-        mark = "\x1e"
-        asked = {"messages": with_passages([{"role": "user", "content": mark}], [passage])}
-        prompt = post(self._address, "/apply-template", asked)["prompt"].partition(mark)[0]
+        asked = {"messages": with_passages([{"role": "user", "content": _MARK}], [passage])}
+        prompt, found, _ = post(self._address, "/apply-template", asked)["prompt"].rpartition(_MARK)
+        if not found:
+            raise FactorLLMError(
+                "the model's chat template does not show what the user asked; serve it without --retrieval"
+            )
         return self._client.tokenize(prompt, special=True)
 
 
@@ -179,9 +182,16 @@ class Retrieval(Front):
         yield self._address, body
 
     def select(self, question: str) -> list[str]:
-        """The passages that are kept, in the order of the files: so a follow-up finds them in the cache."""
+        """The passages that are kept, in the order of the files: so a follow-up finds them in the cache.
+
+        Raises:
+            FactorLLMError: when the model cannot judge them, as for a context that is too short.
+        """
         texts, unrelated = self._library.candidates(question)
-        gains = self._judge.gains(question, texts, unrelated) if texts else []
+        try:
+            gains = self._judge.gains(question, texts, unrelated) if texts else []
+        except RuntimeError as error:
+            raise FactorLLMError(f"llama.cpp cannot judge passages: {error}; more --context may help") from None
         kept = [text for text, helps in zip(texts, helpful(gains), strict=True) if helps]
         self._asked, self._helped = self._asked + 1, self._helped + bool(kept)
         self._found, self._kept = self._found + len(texts), self._kept + len(kept)
