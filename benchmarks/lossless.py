@@ -120,6 +120,7 @@ def ask(server, prompt: str | list[int], count: int, **more) -> dict:
 
 def table(results: Path) -> str:
     """One row for each pair: the last that was timed, and all texts."""
+    made = "`python benchmarks/lossless.py time DENSE.gguf DRAFT.gguf --cpu`, and `same`, for each pair.\n\n"
     pairs: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for found in map(json.loads, results.read_text().splitlines()):
         pair = pairs.setdefault((found["dense"], found["draft"]), {"time": [], "same": []})
@@ -129,7 +130,7 @@ def table(results: Path) -> str:
         for (dense, draft), found in pairs.items()
     ]
     head = ["dense model", "draft", "forecast", "served", "drafts", "measured with them", "accepted", "same text"]
-    return markdown_table([*head, "margins where not"], rows)
+    return made + markdown_table([*head, "margins where not"], rows)
 
 
 def time_cells(runs: list[dict]) -> list[str]:

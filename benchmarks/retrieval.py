@@ -170,6 +170,7 @@ def answer(address: str, question: str, passages: list[str]) -> str:
 
 def table(results: Path) -> str:
     """Right answers of each model in each way, of planted facts, of known ones, and of both."""
+    made = "`python benchmarks/retrieval.py ask MODEL.gguf --results retrieval.jsonl` for each: right answers.\n\n"
     found = [json.loads(line) for line in results.read_text().splitlines()]
     rows = []
     for model in dict.fromkeys(each["model"] for each in found):
@@ -179,7 +180,7 @@ def table(results: Path) -> str:
                 right = [each["right"][way] for each in found if each["model"] == model and each["planted"] in of]
                 cells.append(f"{sum(right)} of {len(right)}")
             rows.append(cells)
-    return markdown_table(["model", "passages", "planted facts", "known facts", "both"], rows)
+    return made + markdown_table(["model", "passages", "planted facts", "known facts", "both"], rows)
 
 
 if __name__ == "__main__":
