@@ -144,6 +144,8 @@ def time_cells(runs: list[dict]) -> list[str]:
 
 
 def same_cells(runs: list[dict]) -> list[str]:
+    if not runs:
+        return ["", ""]
     prompts = sum(run["prompts"] for run in runs)
     margins = sorted(margin for run in runs for margin in run["margins"])
     return [f"{prompts - len(margins)} of {prompts}", ", ".join(f"{each:.1e}" for each in margins)]
