@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import FileType, settings_from
+from factorllm.cli.options import IS_PATH, FileType, settings_from
 from factorllm.engines.settings import ServeSettings
 
 
@@ -18,9 +19,24 @@ def serve(
     ],
     engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm where there is a GPU.")] = "auto",
     file_type: FileType = "q8_0",
+    lossless: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Serve the dense model, and let MODEL draft for it where that is measured to pay (llama.cpp).",
+        ),
+    ] = None,
+    retrieval: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            parser=IS_PATH["parser"],
+            help="Text files whose passages the model is given where it finds that they help (llama.cpp).",
+        ),
+    ] = None,
     **chosen,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
     from factorllm.engines.serve import serve as run
 
-    run(model, engine, file_type, ServeSettings(**chosen), terminal.say)
+    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval)

@@ -8,8 +8,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from factorllm.engines import installed
-from factorllm.engines.process import how_to_install
+from factorllm.engines.llamacpp import open_server, server_params
 from factorllm.engines.settings import ServeSettings
 from factorllm.errors import FactorLLMError
 
@@ -25,18 +24,9 @@ class Chat:
     """
 
     def __init__(self, gguf_file: Path, settings: ServeSettings):
-        if not installed("llamacpp"):
-            raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
-        import xllamacpp
-
-        from factorllm.engines.llamacpp import server_params
-
         params = server_params(str(gguf_file), settings.options)
         params.ui = False
-        try:
-            self._server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {error}") from None
+        self._server = open_server(params, f"load {gguf_file}")
         self._messages: list[dict[str, str]] = []
         self._longest = max(settings.context // 4, 1)  # of an answer, so that there is room for some turns
 

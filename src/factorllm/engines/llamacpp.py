@@ -11,10 +11,18 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from factorllm.engines.base import Engine, Options, random_tokens
+from factorllm.engines.process import how_to_install, installed
+from factorllm.errors import FactorLLMError
 
 
 def server_params(model: str, options: Options):
-    """Parameters of llama.cpp's server for one model."""
+    """Parameters of llama.cpp's server for one model.
+
+    Raises:
+        FactorLLMError: when llama.cpp is not installed.
+    """
+    if not installed("llamacpp"):
+        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -29,18 +37,50 @@ def server_params(model: str, options: Options):
     return params
 
 
-class LlamaCpp(Engine):
-    def __init__(self, model: str, options: Options):
-        import xllamacpp
+def open_server(params, does: str):
+    """llama.cpp's own server in this process, which lives as long as what is returned.
 
-        params = server_params(model, options)
-        params.cache_ram_mib = 0
-        params.ui = False
-        self._server, self._batch = xllamacpp.Server(params), options.batch
+    Args:
+        params: its parameters, of `server_params`.
+        does: what it is opened for, as in "llama.cpp cannot ...".
+
+    Raises:
+        FactorLLMError: when llama.cpp cannot.
+    """
+    import xllamacpp
+
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise FactorLLMError(f"llama.cpp cannot {does}: {error}") from None
+
+
+def post(address: str, path: str, body: dict) -> dict:
+    """What a server at an address answers.
+
+    Raises:
+        RuntimeError: when it refuses.
+    """
+    request = Request(f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request) as reply:
+            return json.load(reply)
+    except HTTPError as error:
+        raise RuntimeError(json.load(error)["error"]["message"]) from None
+
+
+class Client:
+    """What a server of llama.cpp can be asked for about tokens.
+
+    Args:
+        address: of the server.
+    """
+
+    def __init__(self, address: str):
+        self._address = address
         # Of the server, for reading a large vocabulary from the file takes seconds.
-        with urlopen(f"{self._server.listening_address}/v1/models") as reply:
+        with urlopen(f"{address}/v1/models") as reply:
             self._vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
-        self._seeds = itertools.count(1000)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._complete(tokens, count, return_tokens=True)["tokens"]
@@ -68,16 +108,7 @@ class LlamaCpp(Engine):
 
     def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         """For each token that follows its log-probability, and the likeliest one in its place."""
-        return self._follow(0, tokens, following)
-
-    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
-        """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
-        found = []
-        with ThreadPoolExecutor(self._batch) as pool:
-            for first in range(0, len(rows), self._batch):
-                some = rows[first : first + self._batch]
-                found += pool.map(lambda slot, row: self._follow(slot, row[:1], row[1:]), range(len(some)), some)
-        return found
+        return self._follow(-1, tokens, following)
 
     def _follow(self, slot: int, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         # The server has no probabilities of prompts. So its sampler is made to take each token; the log-probabilities
@@ -99,6 +130,40 @@ class LlamaCpp(Engine):
         """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
         return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
 
+    def _complete(self, prompt: list[int], count: int, **more) -> dict:
+        body = {
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        } | more
+        return self._post("/completion", body)
+
+    def _post(self, path: str, body: dict) -> dict:
+        return post(self._address, path, body)
+
+
+class LlamaCpp(Client, Engine):
+    def __init__(self, model: str, options: Options):
+        import xllamacpp
+
+        params = server_params(model, options)
+        params.cache_ram_mib = 0
+        params.ui = False
+        self._server, self._batch = xllamacpp.Server(params), options.batch
+        super().__init__(self._server.listening_address)
+        self._seeds = itertools.count(1000)
+
+    def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
+        """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
+        found = []
+        with ThreadPoolExecutor(self._batch) as pool:
+            for first in range(0, len(rows), self._batch):
+                some = rows[first : first + self._batch]
+                found += pool.map(lambda slot, row: self._follow(slot, row[:1], row[1:]), range(len(some)), some)
+        return found
+
     def prefill(self, length: int) -> float:
         prompt = random_tokens(length, self._vocabulary, next(self._seeds))
         start = time.perf_counter()
@@ -116,26 +181,6 @@ class LlamaCpp(Engine):
             list(pool.map(run, range(batch), [1] * batch))
             answers = list(pool.map(run, range(batch), [steps + 1] * batch))
         return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
-
-    def _complete(self, prompt: list[int], count: int, **more) -> dict:
-        body = {
-            "prompt": prompt,
-            "n_predict": count,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        } | more
-        return self._post("/completion", body)
-
-    def _post(self, path: str, body: dict) -> dict:
-        request = Request(
-            f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urlopen(request) as reply:
-                return json.load(reply)
-        except HTTPError as error:
-            raise RuntimeError(json.load(error)["error"]["message"]) from None
 
 
 def _number(found: float | None) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import tempfile
 import threading
@@ -16,6 +15,8 @@ import torch
 
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
+from factorllm.engines.llamacpp import open_server
+from factorllm.engines.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
@@ -25,7 +26,8 @@ from factorllm.exporting.ready import as_gguf
 from factorllm.runs.disk import IN_TMPDIR
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
-from factorllm.serving.proxy import Proxy
+from factorllm.serving.proxy import Front, Proxy
+from factorllm.serving.retrieval import Library, Retrieval
 from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
 
@@ -45,12 +47,17 @@ def choose_engine() -> str:
     )
 
 
-def llamacpp_command(gguf_file: Path, settings: ServeSettings) -> str:
+def llamacpp_command(gguf_file: Path, settings: ServeSettings, drafting: Drafting | None = None) -> str:
     """The command that serves the same file with llama.cpp's own program."""
     command = ["llama-server", "-m", str(gguf_file), "--host", settings.host, "--port", str(settings.port)]
     command += ["-c", str(settings.context * settings.parallel), "-np", str(settings.parallel)]
     if settings.threads:
         command += ["-t", str(settings.threads)]
+    if drafting:
+        command += ["--spec-type", "draft-simple", "--model-draft", str(drafting.model)]
+        command += ["--spec-draft-n-max", str(drafting.longest), "--spec-draft-p-min", f"{drafting.sure:.3f}"]
+        if settings.threads:
+            command += ["--spec-draft-threads", str(settings.threads)]
     return shlex.join(command)
 
 
@@ -84,6 +91,8 @@ def serve(
     file_type: str = "q8_0",
     settings: ServeSettings | None = None,
     say: Callable[[str], None] = print,
+    lossless: str | None = None,
+    retrieval: Path | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -91,6 +100,8 @@ def serve(
         model: a checkpoint, or for llama.cpp a `.gguf` file, or a folder with a checkpoint for each kind of text.
         engine: `llamacpp`, `vllm`, or `auto`.
         file_type: what a checkpoint is exported as for llama.cpp.
+        lossless: the dense model of `model`, which is served instead; `model` drafts for it, if that pays (llama.cpp).
+        retrieval: a folder of text files, whose passages are given to the model where it says they help (llama.cpp).
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
@@ -107,12 +118,17 @@ def serve(
         >>> server.terminate()
     """
     settings = settings or ServeSettings()
+    _refuse_beside(model, lossless, retrieval)
     if (Path(model) / KINDS).is_dir():
         _serve_kinds(model, engine, file_type, settings, say)
         return
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
-        _serve_llamacpp(model, file_type, settings, say)
+        library = Library(retrieval) if retrieval else None
+        _serve_llamacpp(model, lossless, library, file_type, settings, say)
+    elif lossless or retrieval:
+        option = "--lossless" if lossless else "--retrieval"
+        raise FactorLLMError(f"{option} measures probabilities in llama.cpp, not in {engine}; use --engine llamacpp")
     elif engine == "vllm":
         _serve_vllm(model, settings, say)
     else:
@@ -130,37 +146,80 @@ def _serve_kinds(model: str, engine: str, file_type: str, settings: ServeSetting
     serve_kinds(Path(model), file_type, settings, say)
 
 
-def _serve_llamacpp(model: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
-    if not installed("llamacpp"):
-        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
-    import xllamacpp
+def _refuse_beside(model: str, lossless: str | None, retrieval: Path | None) -> None:
+    """What was never measured together is refused."""
+    asked = [option for option, value in (("--lossless", lossless), ("--retrieval", retrieval)) if value]
+    if len(asked) > 1:
+        raise FactorLLMError("--lossless with --retrieval was never measured, so it is refused; leave one of them out")
+    folder = Path(model)
+    if asked and (folder / KINDS).is_dir():
+        raise FactorLLMError(
+            f"{asked[0]} is for one model, and {model} holds one for each kind of text; give one of them: "
+            f"{folder / KINDS / '0'}"
+        )
+    if asked and adapter_folders(folder):
+        raise FactorLLMError(
+            f"{asked[0]} was never measured with adapters such as those of {model}, so it is refused; leave it out"
+        )
 
-    from factorllm.engines.llamacpp import server_params
 
+def _serve_llamacpp(
+    model: str,
+    lossless: str | None,
+    library: Library | None,
+    file_type: str,
+    settings: ServeSettings,
+    say: Callable[[str], None],
+) -> None:
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
-        path, adapters = _files(model, file_type, Path(folder), say)
-        params = server_params(str(path), settings.options)
-        params.hostnames, params.port = [settings.host], settings.port
-        if adapters:  # behind our own address
-            params.hostnames, params.port = ["127.0.0.1"], _free_port()
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in adapters]
-        params.model_alias = {Path(model).resolve().name}
-        try:
-            server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise FactorLLMError(
-                f"llama.cpp cannot serve {model} on {settings.host}:{settings.port}: {error}"
-            ) from None
+        (path, adapters), drafting = _files(model, file_type, Path(folder), say), None
+        if lossless:
+            student, path = path, as_gguf(lossless, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
+            drafting = decide(path, student, settings.threads, say)
+        served, address = lossless or model, f"{settings.host}:{settings.port}"
+        params = _params(path, adapters, drafting, settings)
+        params.model_alias = {Path(served).resolve().name}
+        params.endpoint_metrics = bool(lossless)
+        if library is None and not adapters:
+            params.hostnames, params.port = [settings.host], settings.port
+        server = open_server(params, f"serve {served} on {address}")
         # One token: a server that is told to stop before its loop has begun never ends.
         server.handle_completions({"prompt": [0], "max_tokens": 1})
-        if adapters:
-            _serve_mixed(model, server.listening_address, settings, say)
+        front = _front(model, server.listening_address, library, bool(adapters))
+        wait: Callable[[], object] = threading.Event().wait
+        if front is None:
+            say(f"without factorllm: {llamacpp_command(path, settings, drafting)}")
         else:
-            say(f"without factorllm: {llamacpp_command(path, settings)}")
-            say(f"serving {model} at {server.listening_address}/v1; stop with Ctrl-C")
-            with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+            wait = Proxy(settings.host, settings.port, front).serve_forever
+            say(
+                f"passages to look in: {len(library.passages)}"
+                if library
+                else "each prompt gets the adapters of its kinds"
+            )
+        say(f"serving {served} at http://{address}/v1; stop with Ctrl-C")
+        with suppress(KeyboardInterrupt):
+            wait()
+        if lossless:
+            say(measured_by(server.listening_address))
         say("stopped")
+
+
+def _params(path: Path, adapters: Sequence[Path], drafting: Drafting | None, settings: ServeSettings):
+    """Of llama.cpp's server; each request says which adapters it wants."""
+    params = lossless_params(path, settings.options, drafting)
+    if adapters:
+        import xllamacpp
+
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in adapters]
+    return params
+
+
+def _front(model: str, behind: str, library: Library | None, has_adapters: bool) -> Front | None:
+    """What stands before llama.cpp's server at the address `behind`; None where it answers itself."""
+    folder = Path(model).resolve()
+    if has_adapters:
+        return Mixed(behind, folder.name, Intuition.load(folder))
+    return None if library is None else Retrieval(library, behind, folder.name)
 
 
 def _files(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> tuple[Path, Sequence[Path]]:
@@ -170,22 +229,6 @@ def _files(model: str, file_type: str, work: Path, say: Callable[[str], None]) -
     say(f"writing {model} as {file_type} into {work}")
     made = export_gguf(model, work / f"model-{file_type}.gguf", file_type, say=say, when_full=IN_TMPDIR)
     return made.path, made.adapters
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def _serve_mixed(model: str, behind: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
-    """Each request with the adapters of its prompt's kinds."""
-    folder = Path(model)
-    proxy = Proxy(settings.host, settings.port, Mixed(behind, folder.resolve().name, Intuition.load(folder)))
-    say(f"serving {model} at http://{settings.host}:{settings.port}/v1, each prompt with its kinds; stop with Ctrl-C")
-    with proxy, suppress(KeyboardInterrupt):
-        proxy.serve_forever()
 
 
 def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
