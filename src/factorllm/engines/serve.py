@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -204,7 +205,7 @@ def _serve_llamacpp(
         say("stopped")
 
 
-def _params(path: Path, adapters: Sequence[Path], drafting: Drafting | None, settings: ServeSettings):
+def _params(path: Path, adapters: Sequence[Path], drafting: Drafting | None, settings: ServeSettings) -> Any:
     """Of llama.cpp's server; each request says which adapters it wants."""
     params = lossless_params(path, settings.options, drafting)
     if adapters:
