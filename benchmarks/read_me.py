@@ -46,6 +46,8 @@ def quality(dense: str, made: str, general: str, texts: list[str]) -> None:
         encoded = (tokenizer(document, add_special_tokens=False).input_ids for document in read_documents(text))
         long = (tokens[: PROMPT + SCORED] for tokens in encoded if len(tokens) >= PROMPT + SCORED)
         found = list(itertools.islice(long, DOCUMENTS))
+        if not found:
+            raise SystemExit(f"{text} has no document of {PROMPT + SCORED} tokens; leave it out, or take longer ones")
         rows += found
         owner += [kind] * len(found)
     tokens, owner = torch.tensor(rows), np.array(owner)

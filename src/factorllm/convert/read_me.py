@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.finish import complete, finite_rows, load_written, provenance, write_spent
 from factorllm.convert.job import Job, Student
-from factorllm.dense.families import family_of
+from factorllm.dense.families import family_of, ffn_layers
 from factorllm.dense.ffn import neuron_energy
 from factorllm.dense.names import layer_prefix
 from factorllm.measure.cost import Cost, cost_of, dense_shape
@@ -89,7 +89,7 @@ def _fit_intuition(job: Job, dense: PreTrainedModel) -> Intuition:
 
 
 def kept_masks(journal: list[dict], names: list[str], width: int) -> list[Tensor]:
-    """For each layer which neurons each student keeps: (K, f), fp32, of 0 and 1."""
+    """For each FFN which neurons each student keeps: (K, f), fp32, of 0 and 1."""
     masks = []
     for entry in journal:
         mask = torch.zeros(len(names), width)
@@ -107,7 +107,7 @@ def energy_held(model: PreTrainedModel, tokens: Tensor, masks: list[Tensor], win
     Args:
         model: the dense model.
         tokens: (sequences, length), int64.
-        masks: for each layer, (K, f).
+        masks: for each FFN, (K, f).
         window: tokens; the rest of a sequence is left out.
     """
     layout = family_of(model.config).ffn
@@ -122,7 +122,7 @@ def energy_held(model: PreTrainedModel, tokens: Tensor, masks: list[Tensor], win
         return hook
 
     hooks = []
-    for index, mask in enumerate(masks):
+    for index, mask in zip(ffn_layers(model.config), masks, strict=True):
         down = model.get_submodule(f"{layer_prefix(index)}{layout.slot}.{layout.down}")
         hooks.append(down.register_forward_pre_hook(look(mask.to(model.device))))
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from factorllm.dense.names import part_of_layer
+from factorllm.dense.names import place_in_layers
 from factorllm.dense.safetensors import open_folder
 from factorllm.errors import FactorLLMError
 from factorllm.hosts import host_of
@@ -112,10 +112,15 @@ def lora_config(model: PreTrainedModel, rank: int) -> LoraConfig:
 
 
 def _targets(model: PreTrainedModel) -> list[str]:
-    parts = ("self_attn", *host_of(model.config).ffn_parts(model.config))
+    host = host_of(model.config)
+
+    def has_adapter(name: str) -> bool:
+        place = place_in_layers(name)
+        is_attention = place is not None and place[1] == "self_attn"
+        return (is_attention or host.is_of_ffn(name, model.config)) and not name.endswith("shared_expert_gate")
+
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inside = [name for name in names if part_of_layer(name) in parts and not name.endswith("shared_expert_gate")]
-    return sorted({".".join(name.split(".")[-2:]) for name in inside})
+    return sorted({".".join(name.split(".")[-2:]) for name in filter(has_adapter, names)})
 
 
 def plain_adapters(state: dict[str, Tensor], kinds: int) -> list[Adapter]:
