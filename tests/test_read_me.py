@@ -16,8 +16,7 @@ from test_export import byte_level_tokenizer, save_model
 from factorllm import FactorLLMError, ServeSettings, Settings, factorize, serve
 from factorllm.cli.terminal import console
 from factorllm.convert.partition import keep_top_energy
-from factorllm.convert.read_me import energy_held
-from factorllm.dense.ffn import FFN, neuron_energy
+from factorllm.dense.ffn import FFN
 from factorllm.dense.safetensors import open_folder
 from factorllm.recipe import Shape, parse_read_me, parse_recipe
 from factorllm.runs.output import CHECKPOINT, check_output
@@ -97,28 +96,6 @@ def test_neurons_of_a_kind_are_those_of_its_own_energy_and_a_little_of_all():
     shape = Shape(4, 2, 0, 2, 0)
     assert keep_top_energy(ffn, hidden, shape).shared.tolist() == [1, 3]
     assert keep_top_energy(ffn, hidden, shape, own).shared.tolist() == [0, 2]
-
-
-def test_the_energy_that_kinds_hold_is_the_dense_models_own(dense):
-    """Against a layer by hand: of all neurons it is 1, of none 0, and halves sum to 1."""
-    model = load_student(dense)
-    width, layers = model.config.intermediate_size, model.config.num_hidden_layers
-    tokens = torch.randint(0, 256, (3, 32), generator=torch.Generator().manual_seed(0))
-    half = (torch.arange(width) % 2).float()
-    masks = [torch.stack([torch.ones(width), torch.zeros(width), half, 1 - half])] * layers
-    shares = energy_held(model, tokens, masks, 16)
-    assert shares.shape == (6, 4)
-    assert torch.allclose(shares[:, 0], torch.ones(6))
-    assert not shares[:, 1].any()
-    assert torch.allclose(shares[:, 2] + shares[:, 3], torch.ones(6))
-    seen = []
-    down = model.model.layers[0].mlp.down_proj
-    hook = down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    model(tokens)
-    hook.remove()
-    energy = neuron_energy(seen[0][0, :16], down.weight.square().sum(0)).detach()
-    first = energy_held(model, tokens, [torch.stack([half, half])] + [torch.zeros(2, width)] * (layers - 1), 16)
-    assert torch.allclose(first[0, 0] * layers, (energy @ half / energy.sum(1)).mean())
 
 
 def test_each_kind_is_a_checkpoint_of_its_own_and_the_prompt_chooses_it(made, text, dense):

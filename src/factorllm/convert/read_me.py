@@ -15,9 +15,6 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.finish import complete, finite_rows, load_written, provenance, write_spent
 from factorllm.convert.job import Job, Student
-from factorllm.dense.families import family_of, ffn_layers
-from factorllm.dense.ffn import neuron_energy
-from factorllm.dense.names import layer_prefix
 from factorllm.measure.cost import Cost, cost_of, dense_shape
 from factorllm.measure.perplexity import perplexity
 from factorllm.recipe import ReadMe
@@ -40,7 +37,6 @@ def finish_kinds(job: Job, logit_scales: dict[str, float], recipe: ReadMe) -> Su
     text, others = job.text, [student for student in job.students if student.kind is None]
     with meter(job.console, "measuring perplexity", (2 + len(others)) * len(text.held_out)) as bar:
         model = job.source.load_model(job.settings.compute_dtype, job.settings.torch_device)
-        intuition = _fit_intuition(job, model)
         measured = {"dense": _by_kind(job, lambda kind, model=model: model, bar)}
         del model
         measured["student"] = _by_kind(job, lambda kind: load_written(job, job.kept[kind]), bar)
@@ -48,7 +44,7 @@ def finish_kinds(job: Job, logit_scales: dict[str, float], recipe: ReadMe) -> Su
             model = load_written(job, pruned)
             measured[pruned.name] = _by_kind(job, lambda kind, model=model: model, bar)
             del model
-    folder = job.work.folder_at("student")
+    folder, intuition = job.work.folder_at("student"), _fit_intuition(job)
     summary = _summary(job, recipe, measured, logit_scales)
     for student in job.kept:
         of_kind = _summary(job, recipe, measured, logit_scales, student)
@@ -77,64 +73,16 @@ def read_kinds_summary(out: Path, recipe: ReadMe) -> Summary:
     return replace(read_summary(out, made), recipe=recipe)
 
 
-def _fit_intuition(job: Job, dense: PreTrainedModel) -> Intuition:
-    """Fitted to Read-ME's labels on the calibration text: of each prompt, the share of the dense model's own energy
-    that each kind's neurons hold."""
-    tokens, window = job.text.calibration, min(PROMPT, job.text.calibration.shape[1])
-    masks = kept_masks(job.ffn_entries, [student.name for student in job.kept], job.students[0].shape.ffn_width)
-    shares = energy_held(dense, tokens, masks, window)
-    prompts = tokens[:, : tokens.shape[1] // window * window].reshape(-1, window)
-    labels = (shares / _SURE).softmax(1).double().numpy()
-    return Intuition.fit(_decoded(job, prompts), labels)
+def _fit_intuition(job: Job) -> Intuition:
+    """Fitted to pieces of the calibration text, whose kinds are known.
 
-
-def kept_masks(journal: list[dict], names: list[str], width: int) -> list[Tensor]:
-    """For each FFN which neurons each student keeps: (K, f), fp32, of 0 and 1."""
-    masks = []
-    for entry in journal:
-        mask = torch.zeros(len(names), width)
-        for row, name in enumerate(names):
-            mask[row, entry["neurons"][name]] = 1
-        masks.append(mask)
-    return masks
-
-
-@torch.inference_mode()
-def energy_held(model: PreTrainedModel, tokens: Tensor, masks: list[Tensor], window: int) -> Tensor:
-    """The share of the FFNs' contribution energy that the neurons of each kind hold, mean over layers and over the
-    tokens of each window: (windows, K), fp32.
-
-    Args:
-        model: the dense model.
-        tokens: (sequences, length), int64.
-        masks: for each FFN, (K, f).
-        window: tokens; the rest of a sequence is left out.
+    Read-ME's own labels, of each prompt the share of the dense model's energy that each kind's neurons hold, choose
+    worse (docs/experiments/2026-11.md).
     """
-    layout = family_of(model.config).ffn
-    total: list[Tensor] = []
-
-    def look(mask: Tensor) -> Callable:
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            hidden = inputs[0].reshape(-1, mask.shape[1])
-            energy = neuron_energy(hidden, module.weight.float().square().sum(0))
-            total[-1] += energy @ mask.T / energy.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-        return hook
-
-    hooks = []
-    for index, mask in zip(ffn_layers(model.config), masks, strict=True):
-        down = model.get_submodule(f"{layer_prefix(index)}{layout.slot}.{layout.down}")
-        hooks.append(down.register_forward_pre_hook(look(mask.to(model.device))))
-    try:
-        for rows in tokens.split(max(2048 // tokens.shape[1], 1)):
-            total.append(torch.zeros(rows.numel(), masks[0].shape[0], device=model.device))
-            model.base_model(rows.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shares = torch.cat(total).view(*tokens.shape, -1) / len(masks)
-    whole = tokens.shape[1] // window
-    return shares[:, : whole * window].unflatten(1, (whole, window)).mean(2).flatten(0, 1).cpu()
+    tokens, window = job.text.calibration, min(PROMPT, job.text.calibration.shape[1])
+    pieces = tokens.shape[1] // window
+    prompts = tokens[:, : pieces * window].reshape(-1, window)
+    return Intuition.from_labels(_decoded(job, prompts), job.text.kinds.repeat_interleave(pieces).tolist())
 
 
 def _decoded(job: Job, prompts: Tensor) -> list[str]:
