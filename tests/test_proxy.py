@@ -1,7 +1,10 @@
 """The one address: what is passed on, and what clients are told when it cannot be."""
 
 import json
+import socket
+import struct
 import threading
+import time
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -151,3 +154,14 @@ def test_a_port_that_is_taken_is_refused(address, front):
     port = int(address.rpartition(":")[2])
     with pytest.raises(FactorLLMError, match=f"listen on 127.0.0.1:{port}: .*; use another --port"):
         Proxy("127.0.0.1", port, front)
+
+
+def test_a_client_that_resets_the_connection_leaves_no_traceback(address, capsys):
+    host, _, port = address.removeprefix("http://").partition(":")
+    client = socket.create_connection((host, int(port)))
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: it\r\n\r\n")
+    client.recv(4096)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+    client.close()
+    time.sleep(1)
+    assert capsys.readouterr().err == ""

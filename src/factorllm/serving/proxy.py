@@ -4,6 +4,7 @@ it comes."""
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -55,6 +56,11 @@ class Proxy(ThreadingHTTPServer):
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise FactorLLMError(f"nothing can listen on {host}:{port}: {error.strerror}; use another --port") from None
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is no fault."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
