@@ -332,21 +332,24 @@ def test_what_is_not_measured_through_llamacpp_is_refused(models, data, tmp_path
 
 
 @pytest.mark.engine
-def test_a_file_is_loaded_once_for_all_tasks_and_not_for_what_is_cached(models, tmp_path, monkeypatch):
+def test_files_are_scored_side_by_side_as_one_after_the_other_and_loaded_once_each(models, tmp_path, monkeypatch):
     from factorllm.measure import gguf_subject, scores
 
     write_lines(tmp_path / "piqa.jsonl", [{"query": f"q{n}", "choices": ["a", "b"], "gold": n % 2} for n in range(6)])
     write_lines(tmp_path / "lambada_openai.jsonl", [{"context": "the model", "continuation": "of"}])
-    subject, loaded, start = GgufSubject.of(models / "student.gguf"), [], gguf_subject.EngineProcess
+    settings = EvalSettings(tasks=("piqa", "lambada_openai"), data=tmp_path)
+    subjects = {name: GgufSubject.of(models / f"{name}.gguf") for name in ("student", "dense")}
+    console, loaded, start = Console(quiet=True), [], gguf_subject.EngineProcess
     monkeypatch.setattr(gguf_subject, "EngineProcess", lambda *given: loaded.append(given) or start(*given))
-
-    def scored(cache, *tasks):
-        settings = EvalSettings(tasks=tasks, data=tmp_path)
-        return scores.scores_of(subject, "student", settings, tmp_path / cache, Console(quiet=True))
-
-    both = scored("one", "piqa", "lambada_openai")
-    assert len(loaded) == 1
-    assert scored("two", "lambada_openai") | scored("two", "piqa") == both
-    assert len(loaded) == 3
-    assert scored("two", "piqa", "lambada_openai") == both
-    assert len(loaded) == 3
+    monkeypatch.setattr(scores.torch, "get_num_threads", lambda: 2)
+    together = scores.scores_of_files(subjects, settings, tmp_path / "together", console)
+    assert sorted((path.stem, options.decode_threads) for _, path, options in loaded) == [("dense", 1), ("student", 1)]
+    alone = {name: scores.scores_of(each, name, settings, tmp_path / "c", console) for name, each in subjects.items()}
+    assert together == alone
+    assert list(together) == list(subjects)
+    loaded.clear()
+    assert scores.scores_of_files(subjects, settings, tmp_path / "c", console) == alone
+    assert not loaded
+    monkeypatch.setattr(scores, "available_memory", lambda: 0)
+    assert scores.scores_of_files(subjects, settings, tmp_path / "third", console) == alone
+    assert {options.decode_threads for *_, options in loaded} == {None}

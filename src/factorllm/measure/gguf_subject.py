@@ -149,12 +149,17 @@ class GgufSubject:
         return Followed(logprobs, likeliest)
 
     @contextmanager
-    def scoring(self, settings: EvalSettings) -> Iterator[Callable[[str], Score]]:
-        """The model, loaded to be scored on one task after the other."""
+    def scoring(self, settings: EvalSettings, threads: int | None = None) -> Iterator[Callable[[str], Score]]:
+        """The model, loaded to be scored on one task after the other.
+
+        Args:
+            threads: None leaves them to the engine.
+        """
         need_lm_eval()
         from factorllm.measure.served import Served
 
-        with EngineProcess("llamacpp", self.path, Options(context=self.context)) as process:
+        options = Options(context=self.context, decode_threads=threads)
+        with EngineProcess("llamacpp", self.path, options) as process:
             model = Served(process, self.context, self.begin)
             yield lambda task: ask(model, task, settings.data, settings.limit, settings.run_generated_code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache as once
@@ -36,6 +37,7 @@ from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
 from factorllm.runs.device import usable_device
 from factorllm.runs.digest import digest_of
+from factorllm.runs.memory import available_memory
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
@@ -46,6 +48,9 @@ from factorllm.text.parts import open_text
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factorllm" / "scores"
 """Where scores are kept, by what they were measured on."""
+
+_MEMORY_OF_A_BYTE = 2
+"""Bytes that a byte of a file takes at most while it is asked, its context with it."""
 
 Measured = TypeVar("Measured", Score, Followed)
 
@@ -141,7 +146,7 @@ def _of_gguf(
     if text is not None:
         _check_vocabularies(subjects)
         tokens = subjects["student"].held_out(text)
-    scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
+    scores = scores_of_files(subjects, settings, cache, console)
     if text is None:
         return subjects, Evaluation(scores)
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
@@ -182,7 +187,7 @@ class _Subject:
         return self.load()
 
     @contextmanager
-    def scoring(self, settings: EvalSettings) -> Iterator[Callable[[str], Score]]:
+    def scoring(self, settings: EvalSettings, _threads: int | None = None) -> Iterator[Callable[[str], Score]]:
         allowed = settings.run_generated_code
         yield lambda task: run_task(self.model, self.tokenizer, task, settings.data, settings.limit, allowed)
 
@@ -236,17 +241,49 @@ def _check_vocabularies(subjects: Mapping[str, _Subject | GgufSubject]) -> None:
         )
 
 
+def scores_of_files(
+    subjects: Mapping[str, GgufSubject], settings: EvalSettings, cache: Path, console: Console
+) -> dict[str, dict[str, Score]]:
+    """The scores of several files, each loaded once, side by side: one token at a time of one model keeps few cores
+    busy, and while its answers are counted the others go on. Where they do not fit into memory, one after the other.
+
+    Raises:
+        FactorLLMError: of the first that cannot be scored.
+    """
+    asked = [each for each in subjects.values() if not _is_cached(each, settings, cache)]
+    sizes = {name: each.path.stat().st_size for name, each in subjects.items()}
+    cores = torch.get_num_threads()
+    fit = cores > 1 and _MEMORY_OF_A_BYTE * sum(each.path.stat().st_size for each in asked) < available_memory()
+    workers = max(min(len(asked), 2 * cores), 1) if fit else 1
+    threads = max(cores // workers, 1) if workers > 1 else None
+    with ThreadPoolExecutor(workers) as pool:
+        running = {
+            name: pool.submit(scores_of, subjects[name], name, settings, cache, console, threads)
+            for name in sorted(subjects, key=sizes.__getitem__, reverse=True)  # what takes longest goes first
+        }
+        return {name: running[name].result() for name in subjects}
+
+
+def _is_cached(subject: GgufSubject, settings: EvalSettings, cache: Path) -> bool:
+    return all(_file_of(subject, task, settings, cache).exists() for task in settings.tasks)
+
+
 def scores_of(
-    subject: _Subject | GgufSubject, name: str, settings: EvalSettings, cache: Path, console: Console
+    subject: _Subject | GgufSubject,
+    name: str,
+    settings: EvalSettings,
+    cache: Path,
+    console: Console,
+    threads: int | None = None,
 ) -> dict[str, Score]:
-    """The scores of one model, which is loaded once, and one task at a time, so that an interrupted run keeps what it
-    has.
+    """The scores of one model, one task at a time, so that an interrupted run keeps what it has.
 
     Args:
         name: of the model, for the console.
+        threads: of llama.cpp; None leaves them to it.
     """
     with ExitStack() as stack:
-        load = once(lambda: stack.enter_context(subject.scoring(settings)))
+        load = once(lambda: stack.enter_context(subject.scoring(settings, threads)))
 
         def ask(task: str) -> Score:
             console.print(f"{name}: {task}")

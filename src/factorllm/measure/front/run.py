@@ -21,7 +21,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
 from factorllm.measure.front.show import front_json, write_picture
 from factorllm.measure.gguf_subject import GgufSubject, check_gguf
-from factorllm.measure.scores import CACHE, follow_text, scores_of
+from factorllm.measure.scores import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.subjects import Subject, open_subject
 from factorllm.measure.speed.timing import Measure, measure_speed
@@ -197,10 +197,8 @@ def _ask(
     tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         found = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
-    return {
-        subject.path: (found[name].perplexity, scores_of(subject, name, settings, cache, console))
-        for name, subject in subjects.items()
-    }
+    scores = scores_of_files(subjects, settings, cache, console)
+    return {subject.path: (found[name].perplexity, scores[name]) for name, subject in subjects.items()}
 
 
 def _time(
