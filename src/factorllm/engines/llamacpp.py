@@ -15,14 +15,23 @@ from factorllm.engines.process import how_to_install, installed
 from factorllm.errors import FactorLLMError
 
 
+def require_llamacpp() -> None:
+    """Refuse before any work where llama.cpp is missing.
+
+    Raises:
+        FactorLLMError: when it is not installed.
+    """
+    if not installed("llamacpp"):
+        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
+
+
 def server_params(model: str, options: Options):
     """Parameters of llama.cpp's server for one model.
 
     Raises:
         FactorLLMError: when llama.cpp is not installed.
     """
-    if not installed("llamacpp"):
-        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
+    require_llamacpp()
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -53,6 +62,13 @@ def open_server(params, does: str):
         return xllamacpp.Server(params)
     except RuntimeError as error:
         raise FactorLLMError(f"llama.cpp cannot {does}: {error}") from None
+
+
+def start_server(params, does: str):
+    """`open_server`, once its loop runs: one that is told to stop before never ends. So it says one token."""
+    server = open_server(params, does)
+    server.handle_completions({"prompt": [0], "max_tokens": 1})
+    return server
 
 
 def post(address: str, path: str, body: dict) -> dict:

@@ -16,17 +16,16 @@ import torch
 
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
-from factorllm.engines.llamacpp import open_server
+from factorllm.engines.llamacpp import require_llamacpp, start_server
 from factorllm.engines.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
-from factorllm.exporting.gguf_file import export_gguf
-from factorllm.exporting.ready import as_gguf
-from factorllm.runs.disk import IN_TMPDIR
+from factorllm.exporting.ready import as_gguf, export_for_now
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
+from factorllm.serving.kinds import serve_kinds
 from factorllm.serving.proxy import Front, Proxy
 from factorllm.serving.retrieval import Library, Retrieval
 from factorllm.student.adapters import adapter_folders, read_adapter
@@ -142,8 +141,6 @@ def _serve_kinds(model: str, engine: str, file_type: str, settings: ServeSetting
             f"{model} holds a model for each kind of text, which llama.cpp's servers answer together; use --engine "
             f"llamacpp, or serve one of them: {Path(model) / KINDS / '0'}"
         )
-    from factorllm.serving.kinds import serve_kinds
-
     serve_kinds(Path(model), file_type, settings, say)
 
 
@@ -172,6 +169,7 @@ def _serve_llamacpp(
     settings: ServeSettings,
     say: Callable[[str], None],
 ) -> None:
+    require_llamacpp()
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         (path, adapters), drafting = _files(model, file_type, Path(folder), say), None
         if lossless:
@@ -183,9 +181,7 @@ def _serve_llamacpp(
         params.endpoint_metrics = bool(lossless)
         if library is None and not adapters:
             params.hostnames, params.port = [settings.host], settings.port
-        server = open_server(params, f"serve {served} on {address}")
-        # One token: a server that is told to stop before its loop has begun never ends.
-        server.handle_completions({"prompt": [0], "max_tokens": 1})
+        server = start_server(params, f"serve {served} on {address}")
         front = _front(model, server.listening_address, library, bool(adapters))
         wait: Callable[[], object] = threading.Event().wait
         if front is None:
@@ -227,8 +223,7 @@ def _files(model: str, file_type: str, work: Path, say: Callable[[str], None]) -
     """The GGUF file of a model, and those of its adapters."""
     if not adapter_folders(Path(model)):
         return as_gguf(model, file_type, work, say), ()
-    say(f"writing {model} as {file_type} into {work}")
-    made = export_gguf(model, work / f"model-{file_type}.gguf", file_type, say=say, when_full=IN_TMPDIR)
+    made = export_for_now(model, file_type, work, say)
     return made.path, made.adapters
 
 

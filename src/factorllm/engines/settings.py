@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from factorllm.engines.base import Options
 from factorllm.runs.settings import Threads
+from factorllm.serving.schedule import Policy
 
 
 class ServeSettings(BaseModel):
@@ -33,7 +32,7 @@ class ServeSettings(BaseModel):
 
     in_memory: int | None = Field(default=None, ge=1)
     """Models in memory at once, of a folder with one for each kind of text. Default: all of them."""
-    policy: Literal["belady", "lru", "fifo"] = "belady"
+    policy: Policy = "belady"
     """Which of them leaves memory for another: the one that the queues need last, or was used longest ago; fifo also
     answers in order, whatever the kind."""
     wait_limit: float = Field(default=30.0, gt=0, le=86_400)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from factorllm.exporting.gguf_file import export_gguf
+from factorllm.exporting.gguf_file import Exported, export_gguf
 from factorllm.runs.disk import IN_TMPDIR
 from factorllm.student.adapters import refuse_adapters
 
@@ -28,8 +28,17 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     refuse_adapters(path, "they would be left out here: use factorllm serve")
     if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
         return found[0]
-    path = work / f"{path.resolve().name}-{file_type}.gguf"
-    say(f"writing {model} as {file_type} into {work}")
-    export_gguf(model, path, file_type, say=say, when_full=IN_TMPDIR)
+    made = export_for_now(model, file_type, work, say)
     say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
-    return path
+    return made.path
+
+
+def export_for_now(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> Exported:
+    """Export a model, with its adapters if it has some, into a folder that does not stay.
+
+    Raises:
+        FactorLLMError: when it cannot be exported.
+    """
+    say(f"writing {model} as {file_type} into {work}")
+    path = work / f"{Path(model).resolve().name}-{file_type}.gguf"
+    return export_gguf(model, path, file_type, say=say, when_full=IN_TMPDIR)

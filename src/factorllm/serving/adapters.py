@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from factorllm.serving.kinds import text_of
-from factorllm.serving.proxy import Front
+from factorllm.serving.proxy import Front, text_of
 from factorllm.text.intuition import Intuition
 
 _LEAST = 0.02

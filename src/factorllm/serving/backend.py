@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from factorllm.engines.base import Options
+from factorllm.engines.llamacpp import server_params, start_server
 from factorllm.engines.process import STARTED_WITH
 from factorllm.errors import FactorLLMError
 
@@ -30,7 +31,7 @@ class Backend:
         line = self._process.stdout.readline()
         if not line.startswith("http"):
             self.close()
-            raise FactorLLMError(f"llama.cpp cannot load {gguf_file}: {line.strip() or 'its process ended'}")
+            raise FactorLLMError(line.strip() or f"llama.cpp cannot load {gguf_file}: its process ended")
         self.address = line.strip()
 
     @property
@@ -48,19 +49,13 @@ class Backend:
 def main() -> None:
     said = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import xllamacpp
-
-    from factorllm.engines.llamacpp import server_params
-
     params = server_params(sys.argv[1], Options(**json.loads(sys.argv[2])))
     params.ui = False
     try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as error:
+        server = start_server(params, f"load {sys.argv[1]}")
+    except FactorLLMError as error:
         said.write(f"{error}\n")
         os._exit(1)
-    # One token: a server that is told to stop before its loop has begun never ends.
-    server.handle_completions({"prompt": [0], "max_tokens": 1})
     said.write(f"{server.listening_address}\n")
     sys.stdin.read()  # until whoever started it has ended
     os._exit(0)

@@ -12,30 +12,15 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from factorllm.engines.process import how_to_install, installed
+from factorllm.engines.llamacpp import require_llamacpp
 from factorllm.engines.settings import ServeSettings
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
-from factorllm.serving.proxy import Front, Proxy
+from factorllm.serving.proxy import Front, Proxy, text_of
 from factorllm.serving.schedule import Load, Schedule, Start
 from factorllm.text.intuition import Intuition
-
-
-def text_of(body: dict) -> str:
-    """What a request says, as one text: its prompts, or the contents of its messages. Prompts in tokens say nothing."""
-    messages = body.get("messages")
-    said = [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
-    said.append(body.get("prompt"))
-    return "\n".join(piece for each in said for piece in _pieces(each))
-
-
-def _pieces(said: object) -> Iterator[str]:
-    for piece in said if isinstance(said, list) else [said]:
-        text = piece.get("text") if isinstance(piece, dict) else piece
-        if isinstance(text, str):
-            yield text
 
 
 class KindFront(Front):
@@ -133,8 +118,7 @@ def serve_kinds(folder: Path, file_type: str, settings: ServeSettings, say: Call
     Raises:
         FactorLLMError: when llama.cpp is not installed, a part is damaged, or nothing can listen at the address.
     """
-    if not installed("llamacpp"):
-        raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
+    require_llamacpp()
     intuition = Intuition.load(folder)
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as work:
         checkpoints = [folder / KINDS / str(kind) for kind in range(intuition.kinds)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,22 @@ PLACED = ("/v1/completions", "/v1/chat/completions")
 
 _LARGEST = 64 << 20  # bytes of a body
 _PIECE = 1 << 16
+
+
+def text_of(body: dict) -> str:
+    """What a request says, as one text: its prompts, or the contents of its messages. Prompts in tokens say nothing."""
+    messages = body.get("messages")
+    said = [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    said.append(body.get("prompt"))
+    return "\n".join(piece for each in said for piece in _pieces(each))
+
+
+def _pieces(said: object) -> Iterator[str]:
+    """The texts of a content: itself, or its parts, of which images have none."""
+    for piece in said if isinstance(said, list) else [said]:
+        text = piece.get("text") if isinstance(piece, dict) else piece
+        if isinstance(text, str):
+            yield text
 
 
 class Front(ABC):

@@ -129,7 +129,7 @@ class Schedule:
         while len(self._running) < self._parallel and (kind := self._startable(now)) is not None:
             actions.append(self._start(kind, now))
         if (kind := self._wanted(now)) is not None:
-            self._make_room(kind, now)
+            self._make_room(now)
             self._unload(actions)
             if self._has_room():
                 self._loading = kind
@@ -172,7 +172,7 @@ class Schedule:
             return absent[0] if absent[0] != self._leaving else None
         return None
 
-    def _make_room(self, wanted: int, now: float) -> None:
+    def _make_room(self, now: float) -> None:
         if len(self._there) < self._in_memory or self._leaving is not None:
             return
         needed = {kind: place for place, kind in enumerate(self._order(now))}
