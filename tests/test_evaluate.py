@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
 from factorllm.measure import scores
-from factorllm.measure.agreement import agreement
+from factorllm.measure.agreement import on_text
 from factorllm.measure.scores import Evaluation, evaluate
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import TASKS, Score, check_tasks, in_mean, local_task, retention, run_task
@@ -181,7 +181,7 @@ def test_perplexity_and_agreement_on_the_text_that_was_held_out(student, dense_f
 
 def test_a_model_agrees_with_itself(dense_folder):
     model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32)
-    found = agreement(model, model, some_tokens(model.config))
+    _, found = on_text(model, model, some_tokens(model.config))
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.top_1 == 1
 

@@ -19,7 +19,7 @@ from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
 from factorllm.exporting import export_gguf
 from factorllm.measure import humaneval, programs
-from factorllm.measure.agreement import agreement
+from factorllm.measure.agreement import on_text
 from factorllm.measure.gguf_subject import GgufSubject
 from factorllm.measure.perplexity import perplexity
 from factorllm.measure.programs import Limits, check_runner, passes
@@ -300,7 +300,8 @@ def test_a_text_says_the_same_through_llamacpp_and_through_transformers(models, 
         assert (torch.tensor(followed[name].likeliest) == likeliest).float().mean() > 0.99
     close = followed["student"].agreement(followed["dense"])
     assert close.kl is None
-    assert close.top_1 == pytest.approx(agreement(loaded["dense"], loaded["student"], tokens).top_1, abs=0.01)
+    _, wanted = on_text(loaded["dense"], loaded["student"], tokens)
+    assert close.top_1 == pytest.approx(wanted.top_1, abs=0.01)
 
     monkeypatch.setattr(GgufSubject, "held_out", lambda self, text: tokens)
     found = evaluate(

@@ -42,6 +42,13 @@ def refusing(what: object, instead: str) -> Iterator[None]:
         raise FactorLLMError(f"{what} cannot be used ({one_line(error)}); {instead}") from error
 
 
+def first_problem(error: ValidationError) -> str:
+    """Where the first problem of a file's content is, and what it is."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"])) or "as a whole"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+
+
 def _is_of_input(error: BaseException) -> bool:
     if getattr(error, "errno", None) in DISK_FULL:
         return False

@@ -45,8 +45,8 @@ def evaluate(
     if out:
         out = located(out)
         check_output(out, SCORES, [checkpoint, against, chosen["data"], text, chain])
-    asked = EvalSettings(**chosen).tasks if tasks is None and chain is None else names_in(tasks or "")
-    settings = EvalSettings(tasks=asked, **chosen)
+    asked = {} if tasks is None and chain is None else {"tasks": names_in(tasks or "")}
+    settings = EvalSettings(**asked, **chosen)
     found = run(checkpoint, against=against, text=text, chain=chain, settings=settings, console=terminal.console)
     if found.scores["student"] or found.perplexity:
         terminal.console.print(score_table(found))

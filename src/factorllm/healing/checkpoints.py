@@ -8,7 +8,6 @@ are not whole yet.
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from factorllm.runs.memory import available_memory
+from factorllm.runs.output import read_json
 
 _UNFINISHED = "unfinished"
 _ROOM = 1.25  # times what is copied, that must be free for it
@@ -99,9 +99,4 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 def read_state(checkpoint: Path) -> dict | None:
     """The Trainer's state in a checkpoint; None where that is not whole."""
-    if (checkpoint / _UNFINISHED).exists():
-        return None
-    try:
-        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return None if (checkpoint / _UNFINISHED).exists() else read_json(checkpoint / TRAINER_STATE_NAME)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from factorllm.student.adapters import Mixture, refuse_adapters
 from factorllm.student.read import check_shape, load_student, read_partitions, read_provenance
 from factorllm.text import CalibrationText
 from factorllm.text.calibration import hold_out, refuse_too_few, say_notes, text_origin
+from factorllm.text.intuition import Intuition
 from factorllm.text.parts import Parts, open_text, sequences_of
 
 _GENERATION = "generation_config.json"
@@ -89,8 +91,12 @@ class HealJob:
 
     def mixture(self) -> Mixture:
         """Kinds of the text that is trained on."""
-        tokenizer = self.teacher.tokenizer()
-        return Mixture(find_kinds(self.text["train"], tokenizer, self.settings.kinds, self.made_with.seed), tokenizer)
+        return Mixture(self.intuition, self.teacher.tokenizer())
+
+    @cached_property
+    def intuition(self) -> Intuition:
+        """Of the kinds that are found in the text that is trained on."""
+        return find_kinds(self.text["train"], self.teacher.tokenizer(), self.settings.kinds, self.made_with.seed)
 
     def load(self, checkpoint: Path) -> PreTrainedModel:
         """The student, before or after, with fp32 weights."""

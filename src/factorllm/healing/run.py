@@ -156,8 +156,8 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.settings.train == "mor1e":
         _copy_student(job, folder)
-        config, intuition = lora_config(job.load(job.student), job.settings.kind_rank), job.mixture().intuition
-        write_adapters(folder, plain_adapters(state, intuition.kinds), config, intuition)
+        config = lora_config(job.load(job.student), job.settings.kind_rank)
+        write_adapters(folder, plain_adapters(state, job.intuition.kinds), config, job.intuition)
         return
     if job.settings.train == "lora":
         whole: Any = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, first_problem, refusing
 from factorllm.healing.settings import HealSettings
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
@@ -112,7 +112,4 @@ def read_plan(path: Path) -> MakePlan:
     try:
         return MakePlan(**content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "as a whole"
-        said = problem["msg"].removeprefix("Value error, ")
-        raise FactorLLMError(f"{path}: {where}: {said}; mend it there") from None
+        raise FactorLLMError(f"{path}: {first_problem(error)}; mend it there") from None

@@ -54,13 +54,3 @@ def on_text(
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     perplexities = {name: from_loss(loss / predicted) for name, loss in losses.items()}
     return perplexities, Agreement(kl / tokens.numel(), same / tokens.numel())
-
-
-def agreement(
-    dense: PreTrainedModel,
-    student: PreTrainedModel,
-    tokens: Tensor,
-    tick: Callable[[int], None] = lambda sequences: None,
-) -> Agreement:
-    """What `on_text` says of the agreement of two models."""
-    return on_text(dense, student, tokens, tick)[1]

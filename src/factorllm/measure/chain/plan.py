@@ -16,7 +16,7 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, first_problem, refusing
 from factorllm.text.documents import json_lines, whole_characters
 
 BUILT_IN = ("emotion-cause",)
@@ -180,22 +180,16 @@ def read_chain(chain: str | Path) -> Chain:
         raise FactorLLMError(f"{path} holds no keys such as `documents:` and `steps:`; write them")
     try:
         file = _File(**content)
-    except (ValidationError, TypeError) as error:
-        raise FactorLLMError(f"{path}: {_said(error)}; mend it there") from None
+    except ValidationError as error:
+        raise FactorLLMError(f"{path}: {first_problem(error)}; mend it there") from None
+    except TypeError:
+        raise FactorLLMError(f"{path}: its keys are no texts; mend it there") from None
     documents = file.documents
     if isinstance(documents, str):
         documents = tuple(record for _, record in json_lines(path.parent / documents))
     found = Chain(path.stem, documents, file.steps, file.result)
     _check(found, path)
     return found
-
-
-def _said(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return "its keys are no texts"
-    problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"])) or "as a whole"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _check(chain: Chain, path: Path) -> None:
