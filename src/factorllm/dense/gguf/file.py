@@ -23,6 +23,7 @@ from factorllm.errors import FactorLLMError, refusing
 _ARCHITECTURES = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ROPE_FREQS = "rope_freqs.weight"
+_ROWS_AT_ONCE = 4096
 _AGAIN = "it is truncated or damaged: fetch it again"
 
 
@@ -137,8 +138,11 @@ class GGUFSource(ModelSource):
     def _dequantised(self, tensor: gguf.ReaderTensor) -> torch.Tensor:
         instead = "use a file of another type, Q8_0 or F16 for the best quality"
         with refusing(f"tensor {tensor.name} of {self.label}, of type {tensor.tensor_type.name},", instead):
-            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            weight = np.require(found, requirements="W")  # F32 is the file itself, which is not to be written to
+            weight = np.empty(tuple(reversed(tensor.shape.tolist())), np.float32)
+            rows, stored = weight.reshape(-1, weight.shape[-1]), tensor.data.reshape(-1, tensor.data.shape[-1])
+            for start in range(0, len(rows), _ROWS_AT_ONCE):  # gguf holds twice what it is given
+                part = slice(start, start + _ROWS_AT_ONCE)
+                rows[part] = gguf.quants.dequantize(stored[part], tensor.tensor_type)
         _forget_pages(tensor.data)
         return torch.from_numpy(weight)
 
@@ -158,6 +162,7 @@ class _Reader(gguf.GGUFReader):
     def _get(self, offset: int, dtype, count: int = 1, **more) -> np.ndarray:
         if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
             raise ValueError("its header goes on past its end")
+        self.data = np.asarray(self.data)  # each token is a slice of it, and slices of a memmap take 0.5 KB
         return super()._get(offset, dtype, count, **more)
 
 
