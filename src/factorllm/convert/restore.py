@@ -11,6 +11,7 @@ from torch import Tensor
 from factorllm.convert.ridge import GatedHidden, RidgeStatistics, solve_ridge
 from factorllm.convert.task import LayerTask
 from factorllm.dense.ffn import FFN
+from factorllm.runs.memory import give_back_freed_memory
 
 FOLDS = 3
 """Parts of the calibration text for the cross-validation in `ridge.solve_ridge`."""
@@ -23,6 +24,7 @@ def restore(task: LayerTask, kept: FFN, router: Tensor | None) -> tuple[Tensor, 
     down = kept.down.float()
     if task.recipe.restore == "none":
         return down, None, load
+    give_back_freed_memory()  # what malloc kept of the activations would come on top of the largest matrices
     down, strength = solve_ridge(folds, down, task.strength_before)
     return task.ranks.same(down), strength, load
 

@@ -30,7 +30,7 @@ def available_memory() -> int:
 
 
 def give_back_freed_memory() -> None:
-    """Give back to the system what malloc kept, where the C library can: before a whole model is loaded."""
+    """Give back to the system what malloc kept, where the C library can: before much is needed at once."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
