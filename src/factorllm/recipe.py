@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from factorllm.errors import FactorLLMError
 
-_CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?", re.IGNORECASE)
+_CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?(?:D(\d+))?", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
 _READ_ME = re.compile(r"read-me:K(\d+)(?::(.+))?", re.IGNORECASE)
 
@@ -37,7 +37,7 @@ our restore, which none of them has, unless a YAML file says `restore: none`."""
 
 @dataclass(frozen=True)
 class Shape:
-    """How one FFN is cut: a shared part and routed experts of equal width.
+    """How FFNs are cut: a shared part and routed experts of equal width.
 
     Attributes:
         ffn_width: neurons of the dense FFN, f.
@@ -45,6 +45,7 @@ class Shape:
         experts: number of routed experts, N; 0 in a static prune.
         expert_width: neurons of one routed expert.
         top_k: routed experts that run for a token, k.
+        leading_dense: first layers of the model whose FFN is not cut.
 
     Example:
         >>> shape = Shape(ffn_width=1536, shared_width=384, experts=6, expert_width=192, top_k=2)
@@ -57,6 +58,7 @@ class Shape:
     experts: int
     expert_width: int
     top_k: int
+    leading_dense: int = 0
 
     @property
     def kept_width(self) -> int:
@@ -101,7 +103,7 @@ class Recipe(BaseModel):
 
     The FFN is cut into `parts` equal parts: `shared` of them always run, the other `parts - shared` are routed
     experts of which `active` run for a token. With `overlapping`, a token runs one of so many routed experts, each as
-    wide as `active` parts, and a neuron may be in several of them.
+    wide as `active` parts, and a neuron may be in several of them. The FFNs of the first `dense` layers stay whole.
 
     Example:
         >>> Recipe(shared=2, active=2, parts=8, partition="kmeans").shape(1536).top_k
@@ -118,6 +120,8 @@ class Recipe(BaseModel):
     """Equal parts that the FFN is cut into."""
     overlapping: int | None = Field(default=None, ge=2)
     """Routed experts that may share neurons. They take more memory than the dense FFN, and run no more of it."""
+    dense: int = Field(default=0, ge=0)
+    """First layers whose FFN stays whole: what is left out there costs the most."""
     partition: PartitionName = "energy"
     """How neurons are grouped into experts."""
     router: RouterName = "refined"
@@ -140,6 +144,10 @@ class Recipe(BaseModel):
             )
         if self.shared + self.active == 0:
             raise ValueError("no part of the FFN would run; make at least one part shared or active")
+        if self.dense and self.is_prune:
+            raise ValueError(
+                "in a static prune all FFNs are of one width; make at least one part active, or leave D out"
+            )
         if self.overlapping:
             self._check_overlapping(self.overlapping, routed)
         return self
@@ -172,10 +180,11 @@ class Recipe(BaseModel):
 
     @property
     def name(self) -> str:
-        return f"S{self.shared}A{self.active}E{self.parts}" + (f"N{self.overlapping}" if self.overlapping else "")
+        counts = {"S": self.shared, "A": self.active, "E": self.parts, "N": self.overlapping, "D": self.dense}
+        return "".join(f"{key}{count}" for key, count in counts.items() if count or key in "SAE")
 
     def static_prune(self) -> Recipe:
-        """The static prune with the same active parameters: the baseline of every table."""
+        """The static prune with the same active parameters in each FFN that is cut: the baseline of every table."""
         return Recipe(shared=self.shared + self.active, active=0, parts=self.parts, restore=self.restore)
 
     def shape(self, ffn_width: int) -> Shape:
@@ -193,13 +202,13 @@ class Recipe(BaseModel):
         width = ffn_width // self.parts
         experts = 0 if self.is_prune else self.experts
         expert_width = width * self.active if self.overlapping else width
-        return Shape(ffn_width, self.shared * width, experts, expert_width, self.top_k)
+        return Shape(ffn_width, self.shared * width, experts, expert_width, self.top_k, self.dense)
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read a recipe: `S2A2E8` (CMoE's notation), `S0A4E8N3` (the same with 3 experts that overlap), `1R4E2K` (the
-    paper's), the path of a YAML file, or a published method of `LITERATURE`, alone or with another shape: `cmoe`,
-    `cmoe:S3A3E8`.
+    """Read a recipe: `S2A2E8` (CMoE's notation), `S0A4E8N3` (the same with 3 experts that overlap), `S2A2E8D1` (the
+    first layer's FFN stays whole), `1R4E2K` (the paper's), the path of a YAML file, or a published method of
+    `LITERATURE`, alone or with another shape: `cmoe`, `cmoe:S3A3E8`.
 
     Raises:
         FactorLLMError: when the text is none of these, or says something that cannot be built.
@@ -215,8 +224,9 @@ def parse_recipe(text: str) -> Recipe:
             usual, fields = LITERATURE[method]
             return Recipe(**parse_recipe(shape or usual).model_dump() | fields)
         if match := _CMOE.fullmatch(text):
-            shared, active, parts = map(int, match.groups()[:3])
-            return Recipe(shared=shared, active=active, parts=parts, overlapping=int(match[4]) if match[4] else None)
+            names = ("shared", "active", "parts", "overlapping", "dense")
+            counts = {name: int(said) for name, said in zip(names, match.groups(), strict=True) if said}
+            return Recipe.model_validate(counts)
         if match := _PAPER.fullmatch(text):
             routers, experts, top_k = map(int, match.groups())
             if routers != 1:
@@ -230,7 +240,7 @@ def parse_recipe(text: str) -> Recipe:
         raise FactorLLMError(f"recipe {text} makes a model for each kind of text, which only `factorize` does")
     raise FactorLLMError(
         f"recipe {text!r} is not understood; write S2A2E8 (2 shared, 2 active, 8 parts), S0A4E8N3 (one of "
-        f"3 overlapping experts of 4 of 8 parts), 1R4E2K (1 router, 4 experts, "
+        f"3 overlapping experts of 4 of 8 parts), S2A2E8D1 (the first layer's FFN whole), 1R4E2K (1 router, 4 experts, "
         f"top-2), the path of a .yaml file, or {', '.join(LITERATURE)}"
     )
 

@@ -167,7 +167,7 @@ def _convert_layers(job: Job) -> None:
             seconds, statistics, neurons = {"teacher": clock.lap()}, {}, {}
             for student in job.students:
                 ffn = None
-                if isinstance(layer, DenseLayer):
+                if isinstance(layer, DenseLayer) and index >= student.shape.leading_dense:
                     ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
                     neurons[student.name] = split.order.tolist()
                 else:
@@ -181,9 +181,12 @@ def _convert_layers(job: Job) -> None:
 def _steps(job: Job) -> list[int]:
     """Times that a sequence goes through each layer, over all sequences."""
     having, each = ffn_layers(job.source.config), passes(job.settings.tune)
-    return [
-        len(job.calibration) * (1 + (each if layer in having else 1) * len(job.students)) for layer in range(job.layers)
-    ]
+
+    def times(layer: int) -> int:
+        cut = (layer in having and layer >= student.shape.leading_dense for student in job.students)
+        return 1 + sum(each if is_cut else 1 for is_cut in cut)
+
+    return [len(job.calibration) * times(layer) for layer in range(job.layers)]
 
 
 def _convert(
@@ -197,8 +200,7 @@ def _convert(
     )
     generator = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + index)
     # The journal, so that a resumed run looks where the killed one would have.
-    entries = job.ffn_entries
-    done = entries[-1]["statistics"].get(student.name) if entries else None
+    done = job.statistics(student.name)
     ffn, split, statistics = convert_layer(
         LayerTask(
             layer,
@@ -208,7 +210,7 @@ def _convert(
             student.host,
             generator,
             workplace,
-            strength_before=done and done["ridge_strength"],
+            strength_before=done[-1]["ridge_strength"] if done else None,
             own=job.own(student),
         )
     )
@@ -224,7 +226,7 @@ def _advance_held_out(job: Job, student: Student, layer: DenseLayer, index: int,
 
 
 def _advance_student(job: Job, student: Student, layer: DecoderLayer, index: int, bar: Meter) -> None:
-    """Through a layer without an FFN, which is the dense model's."""
+    """Through a layer whose FFN is not cut, which is the dense model's."""
     _advance(job, student.name, layer, index, bar.advance)
     if job.mixed:
         _advance(job, job.held_out_name(student), layer, index)

@@ -63,7 +63,9 @@ def complete(job: Job, student: Student, summary: Summary, name: str) -> None:
     """
     made = provenance(job, summary)
     write_json(student.folder / PROVENANCE, made)
-    write_json(student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.ffn_entries])
+    write_json(
+        student.folder / PARTITION_FILE, [entry["neurons"][student.name] for entry in job.ffn_entries(student.name)]
+    )
     write_text(student.folder / "README.md", model_card(name, made, job.licence))
     if job.source.wrapper:
         wrap(student.folder, job.source.wrapper, job.source.tensors)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from factorllm.convert.mixing import Mixed, read_mixed
 from factorllm.dense import ModelSource, open_model
-from factorllm.dense.families import ffn_layers, ffn_width
+from factorllm.dense.families import ffn_width
 from factorllm.dense.reference import check_against_references
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import processor_digest, seeing
@@ -105,15 +105,13 @@ class Job:
     def layers(self) -> int:
         return self.source.config.num_hidden_layers
 
-    @property
-    def ffn_entries(self) -> list[dict]:
-        """What was journalled of each layer that has an FFN, in their order."""
-        having = ffn_layers(self.source.config)
-        return [entry for entry in self.work.journal if entry["layer"] in having]
+    def ffn_entries(self, name: str) -> list[dict]:
+        """What was journalled of each layer whose FFN a student has cut, in their order."""
+        return [entry for entry in self.work.journal if name in entry["statistics"]]
 
     def statistics(self, name: str) -> list[dict[str, Any]]:
-        """A student's statistics of each layer that has an FFN, with the layer's number."""
-        return [{"layer": entry["layer"], **entry["statistics"][name]} for entry in self.ffn_entries]
+        """A student's statistics of each layer whose FFN it has cut, with the layer's number."""
+        return [{"layer": entry["layer"], **entry["statistics"][name]} for entry in self.ffn_entries(name)]
 
     @cached_property
     def tensor_names(self) -> list[str]:

@@ -131,15 +131,20 @@ def has_experts(config: PreTrainedConfig) -> bool:
 
 
 def ffn_layers(config: PreTrainedConfig) -> Sequence[int]:
-    """The layers that have an FFN, in their order: of most families, all.
+    """The layers that have an FFN, in their order: of most families, all. Of a student those whose FFN was cut.
 
     Args:
         config: of a dense model or of a student.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or not family.ffn_kinds:
-        return range(config.num_hidden_layers)
+        return range(leading_dense(config), config.num_hidden_layers)
     return [index for index, kind in enumerate(config.layer_types) if kind in family.ffn_kinds]
+
+
+def leading_dense(config: PreTrainedConfig) -> int:
+    """How many of a student's first layers keep their FFN whole."""
+    return getattr(config, "first_k_dense_replace", 0)
 
 
 def activation(config: PreTrainedConfig) -> str:

@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import Tensor
 
 from factorllm.dense.families import (
-    ffn_layers,
     head_dim,
     key_value_heads,
     rope_of,
@@ -346,7 +345,7 @@ def _keys(checkpoint: Layout) -> GGUFKeys:
     if checkpoint.wrapper:
         keys |= checkpoint.wrapper.gguf_keys
     keys |= rope_keys(rope_of(config)) | form.gguf_other_keys(config) | checkpoint.host.gguf_keys(config)
-    layers, having = range(config.num_hidden_layers), ffn_layers(config)
-    if len(having) < len(layers):
-        keys["feed_forward_length"] = [keys["feed_forward_length"] * (layer in having) for layer in layers]
+    having = [bool(checkpoint.host.gguf_ffn_at(layer, config)) for layer in range(config.num_hidden_layers)]
+    if not all(having):
+        keys["feed_forward_length"] = [keys["feed_forward_length"] * has for has in having]
     return keys

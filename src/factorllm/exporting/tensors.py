@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from factorllm.dense.families import ffn_layers, head_dim, key_value_heads, rope_of
+from factorllm.dense.families import head_dim, key_value_heads, rope_of
 from factorllm.dense.gguf.rope import rope_factors
 from factorllm.dense.names import HEAD, embeddings, layer_prefix
 from factorllm.exporting.checkpoints import Layout
@@ -62,9 +62,7 @@ def _layer_tensors(checkpoint: Layout, layer: int) -> Iterator[tuple[str, Tensor
                 if kind == "weight":
                     tensor = form.gguf_content(source, tensor, checkpoint.config)
                 yield f"{target}.{kind}", _as_llamacpp_has_it(tensor, source, checkpoint)
-    if layer not in ffn_layers(checkpoint.config):
-        return
-    for target, stored in checkpoint.host.gguf_ffn_of(checkpoint.config).items():
+    for target, stored in checkpoint.host.gguf_ffn_at(layer, checkpoint.config).items():
         # llama.cpp wants the gate of the shared expert as a vector.
         yield target, _stored(checkpoint, prefix, stored).squeeze(0)
 

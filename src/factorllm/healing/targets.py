@@ -121,7 +121,7 @@ def _recorded_priors(teacher: PreTrainedModel, asked: Asked) -> Iterator[list[Te
     """The prior (tokens, N) of each FFN, filled while the teacher runs."""
     priors, hooks = [], []
     layout = family_of(teacher.config).ffn
-    layers = layers_with_ffn(teacher) if asked.partitions else []
+    layers = layers_with_ffn(teacher)[-len(asked.partitions) :] if asked.partitions else []
     ffns = [ffn_of(layer, teacher.config) for layer in layers]
     for layer, ffn, split in zip(layers, ffns, asked.partitions, strict=True):
 

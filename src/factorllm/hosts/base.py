@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.families import (
     activation,
+    family_of,
     ffn_layers,
     head_dim,
+    leading_dense,
     normalises_heads,
     rope_of,
     rope_type,
@@ -142,6 +144,12 @@ class Host(GGUFForm, ABC):
         """What is so of a GGUF file beside the FFNs."""
         return self
 
+    def gguf_ffn_at(self, layer: int, config: PreTrainedConfig) -> dict[str, Stored]:
+        """The tensors of a layer's FFN by their names in GGUF files."""
+        if layer in ffn_layers(config):
+            return self.gguf_ffn_of(config)
+        return _WHOLE_FFN if layer < leading_dense(config) else {}
+
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """Those of `gguf_ffn` that a student has: some hosts have a shared expert or none."""
         if self.shape(config).shared_width:
@@ -164,7 +172,8 @@ class Host(GGUFForm, ABC):
         shared = keys.get("expert_shared_feed_forward_length", keys.get("expert_shared_count", 0) * width)
         if not experts:
             shared = width
-        return Shape(shared + experts * width, shared, experts, width, top_k)
+        leading = keys.get("leading_dense_block_count", 0)
+        return Shape(shared + experts * width, shared, experts, width, top_k, leading)
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """The parts of a decoder layer in transformers that are the FFN, in a layer that has one."""
@@ -217,6 +226,7 @@ class MoeHost(Host):
         shares_whole_experts: whether the shared expert must be as wide as some routed ones.
         activation: of its experts, by the name in transformers.
         rotates_parts: whether it can rotate a part of each head by its position.
+        leads_dense: whether its first layers can have an FFN that is whole.
     """
 
     families: tuple[str, ...]
@@ -224,6 +234,7 @@ class MoeHost(Host):
     shares_whole_experts: bool = False
     activation: str = "silu"
     rotates_parts: bool = False
+    leads_dense: bool = False
 
     gates: Gates
     gguf_architecture: str | None
@@ -246,6 +257,7 @@ class MoeHost(Host):
             self._reason_against_family(config)
             or self._reason_against_others(config)
             or self._reason_against_shape(shape)
+            or self._reason_against_leading(config, shape)
             or _misaligned(config, shape)
         )
 
@@ -263,6 +275,14 @@ class MoeHost(Host):
         """What this host has not, of what the dense model has."""
         return None
 
+    def _reason_against_leading(self, config: PreTrainedConfig, shape: Shape) -> str | None:
+        if shape.leading_dense >= config.num_hidden_layers:
+            return f"of {config.num_hidden_layers} layers at least one must have experts"
+        if shape.leading_dense and not self.leads_dense:
+            return "all its layers have experts"
+        fused = family_of(config).ffn.is_fused
+        return "in whole FFNs it holds gate and up apart" if shape.leading_dense and fused else None
+
     def _reason_against_shape(self, shape: Shape) -> str | None:
         if shape.shared_width and self.shared == "no":
             return "it has no shared expert"
@@ -270,6 +290,8 @@ class MoeHost(Host):
             return "its shared part must be a multiple of an expert"
         return "it always has a shared expert" if not shape.shared_width and self.shared == "always" else None
 
+
+_WHOLE_FFN = {f"ffn_{name}.weight": Stored(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")}
 
 _OWN = {"model_type", "architectures", "transformers_version", "dtype"}
 

@@ -35,6 +35,7 @@ class Glm4MoeHost(MoeHost):
     gates = SIGMOID
     ties_embeddings = False
     rotates_parts = True
+    leads_dense = True
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
         "exp_probs_b.bias": Stored("mlp.gate.e_score_correction_bias"),
@@ -62,7 +63,7 @@ class Glm4MoeHost(MoeHost):
             n_routed_experts=shape.experts,
             num_experts_per_tok=shape.top_k,
             n_shared_experts=shape.shared_width // shape.expert_width,
-            first_k_dense_replace=0,
+            first_k_dense_replace=shape.leading_dense,
             num_nextn_predict_layers=0,
             norm_topk_prob=False,
             routed_scaling_factor=2.0,  # gate weights are 2 x sigmoid(logit): 1 for flat routers
@@ -85,7 +86,7 @@ class Glm4MoeHost(MoeHost):
             "expert_count": config.n_routed_experts,
             "expert_used_count": config.num_experts_per_tok,
             "expert_shared_count": config.n_shared_experts,
-            "leading_dense_block_count": 0,
+            "leading_dense_block_count": config.first_k_dense_replace,
             "nextn_predict_layers": 0,
             "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
             "expert_weights_norm": False,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import ffn_layers, ffn_width
+from factorllm.dense.families import ffn_layers, ffn_width, leading_dense
 from factorllm.dense.names import HEAD, embeddings
 from factorllm.dense.pretrained import parameter_shapes
 from factorllm.hosts import host_of
@@ -41,7 +41,9 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
         config: of the dense model, or of the student.
         head_apart: whether the student's host holds the output head apart from the embeddings, tied or not.
     """
-    d, host, ffns = config.hidden_size, host_of(config), len(ffn_layers(config))
+    d, host = config.hidden_size, host_of(config)
+    # In a student's own config, the FFNs that are whole are no part of it any more.
+    ffns, whole = len(ffn_layers(config)), shape.leading_dense - leading_dense(config)
     outside = {name: size for name, size in parameter_shapes(config).items() if not host.is_of_ffn(name, config)}
     table = outside.pop(embeddings(config)).numel()
     head = outside.pop(HEAD).numel() if HEAD in outside else table
@@ -49,10 +51,12 @@ def cost_of(config: PreTrainedConfig, shape: Shape, head_apart: bool = False) ->
     vectors = sum(size.numel() for size in outside.values() if len(size) == 1)
     neuron, router = host.matrices(config) * d, shape.experts * d
 
-    active = matrices + ffns * (neuron * shape.active_width + router) + head
-    held = matrices + ffns * (neuron * shape.kept_width + router) + head
+    matrices += whole * neuron * shape.ffn_width + head
+    cut = ffns - whole
+    active = matrices + cut * (neuron * shape.active_width + router)
+    held = matrices + cut * (neuron * shape.kept_width + router)
     return Cost(
-        ffn_sparsity=shape.sparsity,
+        ffn_sparsity=shape.sparsity * cut / (cut + shape.leading_dense),
         total_parameters=held + vectors + (0 if config.tie_word_embeddings and not head_apart else table),
         active_parameters=active + vectors,
         flops_per_token=2 * active,

@@ -113,7 +113,7 @@ def _student_shapes(dense: PreTrainedConfig, shape: Shape, host: Host) -> dict[s
     found = {name: tensor for name, tensor in empty.items() if not name.startswith(LAYERS)}
     if not host.ties_embeddings and HEAD not in found:
         found[HEAD] = found[embeddings(dense)]
-    ffn, having = _empty_ffn(dense, shape), ffn_layers(dense)
+    ffn, having = _empty_ffn(dense, shape), ffn_layers(host.config(dense, shape))
     for layer in range(dense.num_hidden_layers):
         prefix = layer_prefix(layer)
         names = [name.removeprefix(prefix) for name in empty if name.startswith(prefix)]
