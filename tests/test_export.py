@@ -101,6 +101,7 @@ HOSTED = [
     ("attention-bias", "granitemoeshared", "S2A2E8"),
     ("wide-heads", "mixtral", "S0A2E4"),
     ("wide-heads", "glm4_moe", "S2A2E8"),
+    ("qwen3", "glm4_moe", "S2A2E8D1"),
 ]
 
 

@@ -36,6 +36,7 @@ HOSTED = [
     ("qwen2", "qwen2_moe", "S2A2E8"),
     ("mha", "qwen2_moe", "S0A2E8"),
     ("qwen3", "glm4_moe", "S2A2E8"),
+    ("qwen3", "glm4_moe", "S2A2E8D1"),
     ("glm", "glm4_moe", "S2A2E8"),
     ("smollm3", "granitemoe_swa", "S0A2E8"),
     ("windowed", "granitemoe_swa", "S2A2E8"),

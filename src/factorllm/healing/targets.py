@@ -36,7 +36,7 @@ class Asked:
         bfloat16: whether matrix products before the output head are computed in bfloat16.
         vocabulary: most likely tokens that are kept for each position.
         temperature: of their probabilities.
-        partitions: for each FFN, the student's experts; empty for a student without routers.
+        partitions: for each FFN that was cut, the student's experts; empty for a student without routers.
         top_k, prior: of the student's recipe.
         streams: layers whose residual stream is kept.
         batch: sequences that the teacher runs at once.
