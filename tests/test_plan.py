@@ -101,6 +101,20 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
     assert found["S4A0E8"].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 + 12 * 4.56), rel=1e-6)
 
 
+def test_times_by_which_a_shape_would_take_none_are_refused(monkeypatch):
+    """As where other programs run at times: nothing of a shape without shared neurons seems to take any."""
+
+    def disturbed(said: dict) -> dict[str, float]:
+        shared = said.get("expert_shared_feed_forward_length", said["feed_forward_length"])
+        return dict.fromkeys(("decode", "prefill"), said["block_count"] * shared / 100)
+
+    monkeypatch.setattr(forecasting, "measure_speed", timed_by(disturbed))
+    monkeypatch.setattr(forecasting, "_LAYER_BYTES", 1)
+    config = LlamaConfig(**BASE | {"num_hidden_layers": 12, "intermediate_size": 512})
+    with pytest.raises(FactorLLMError, match="contradict each other.*repeat the command"):
+        forecasting.forecast(config, ("q8_0",))
+
+
 def test_a_config_without_weights_is_enough(tmp_path):
     LlamaConfig(**BASE).save_pretrained(tmp_path)
     assert read_dense_config(str(tmp_path)).num_hidden_layers == BASE["num_hidden_layers"]

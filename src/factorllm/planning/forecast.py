@@ -95,7 +95,7 @@ def forecast(
 
     Raises:
         FactorLLMError: when llama.cpp is not installed or has no such architecture, no shape is possible, or
-            some layers have no FFN.
+            some layers have no FFN; when other programs disturb the timing.
     """
     console = console or Console(quiet=True)
     if len(ffn_layers(config)) < config.num_hidden_layers:
@@ -113,6 +113,11 @@ def forecast(
     found = []
     for file_type in types:
         steps = _fit(config, timed, file_type, console)
+        if any(step.seconds(shape, config.num_hidden_layers) <= 0 for step in steps.values() for _, shape in shapes):
+            raise FactorLLMError(
+                "the times of llama.cpp contradict each other, for some shape would take none: stop other programs "
+                "that use this machine, and repeat the command"
+            )
         found += [_expected(config, recipe, shape, file_type, steps) for recipe, shape in shapes]
     return found
 
