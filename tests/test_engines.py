@@ -73,6 +73,24 @@ def test_what_starts_vllm_needs_nothing_that_its_environment_lacks():
     assert {"accelerate", "gguf", "torch", "transformers", "factorllm.dense"}.isdisjoint(loaded)
 
 
+@pytest.mark.engine
+def test_llamacpp_takes_as_many_threads_as_the_environment_allows(monkeypatch):
+    pytest.importorskip("xllamacpp")
+    from factorllm.engines.llamacpp import server_params
+
+    def threads(**options) -> tuple[int, int]:
+        params = server_params("model.gguf", Options(**options))
+        return params.cpuparams.n_threads, params.cpuparams_batch.n_threads
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads() == (3, 3)
+    assert threads(decode_threads=2) == (2, 2)
+    assert threads(prefill_threads=2) == (3, 2)
+    for nothing in ("", "0", "4,2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nothing)
+        assert threads() == (-1, -1)
+
+
 def test_names_of_engines():
     assert engine_name("llama.cpp") == engine_name("LlamaCpp") == "llamacpp"
     with pytest.raises(FactorLLMError, match="engines: llamacpp, transformers, vllm"):

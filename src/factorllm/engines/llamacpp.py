@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
@@ -39,11 +40,20 @@ def server_params(model: str, options: Options):
     params.n_parallel = options.batch
     params.n_ctx = options.context * options.batch
     params.verbosity = -1
-    if options.decode_threads:
-        params.cpuparams.n_threads = options.decode_threads
-    if options.prefill_threads or options.decode_threads:
-        params.cpuparams_batch.n_threads = options.prefill_threads or options.decode_threads
+    if decode := options.decode_threads or _usual_threads():
+        params.cpuparams.n_threads = decode
+    if prefill := options.prefill_threads or decode:
+        params.cpuparams_batch.n_threads = prefill
     return params
+
+
+def _usual_threads() -> int | None:
+    """As many as OMP_NUM_THREADS allows, which torch heeds too; None where it says nothing.
+
+    llama.cpp's threads wait for each other by spinning: two on a core that is shared take ten times as long as one.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) or None if said.isdecimal() else None
 
 
 def open_server(params, does: str):
