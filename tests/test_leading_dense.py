@@ -11,6 +11,7 @@ from families import TINY
 from test_export import factorized
 from test_families import ASKED
 from test_heal import tensors
+from test_hosts import build
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, HealSettings, Recipe, factorize, heal, parse_recipe
@@ -36,11 +37,8 @@ def made(text_file, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gqa-tied", "qwen2", "qwen3", "mistral"])
 def test_all_experts_on_equals_dense(name, tmp_path, text_file):
-    dense = save_dense(CONFIGS[name], tmp_path / "dense")
     recipe = Recipe(shared=2, active=6, parts=8, dense=2, restore="none")
-    settings = SETTINGS.model_copy(update={"baseline": False})
-    factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense, student = build(CONFIGS[name], recipe, tmp_path, text_file, SETTINGS)
     tokens = some_tokens(CONFIGS[name])
     with torch.no_grad():
         assert relative_error(student(tokens).logits, dense(tokens).logits) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from factorllm.convert.layer import convert_layer, passes
 from factorllm.convert.partition import Partition
 from factorllm.convert.read_me import finish_kinds, read_kinds_summary
 from factorllm.convert.task import TOO_LARGE, LayerTask, Streams, Workplace
-from factorllm.convert.write import check_dtype, temper, write_companions, write_layer, write_outer_shards
+from factorllm.convert.write import (
+    check_dtype,
+    student_config,
+    temper,
+    write_companions,
+    write_layer,
+    write_outer_shards,
+)
 from factorllm.dense.ends import Ends
 from factorllm.dense.families import ffn_layers
 from factorllm.dense.layer import DecoderLayer, DenseLayer, LayerLoader
@@ -154,7 +161,8 @@ def _convert_layers(job: Job) -> None:
     if job.ranks.is_main:
         write_outer_shards(job)
 
-    done, steps = job.work.layers_done, _steps(job)
+    cut = {student.name: ffn_layers(student_config(job, student)) for student in job.students}
+    done, steps = job.work.layers_done, _steps(job, list(cut.values()))
     with meter(job.console, "factorising", sum(steps), sum(steps[:done])) as bar:
         scratch = job.work.folder_at(f"scratch-{job.ranks.index}")
         limit, bearable = settings.memory_limit, job.bears_rounding
@@ -167,7 +175,7 @@ def _convert_layers(job: Job) -> None:
             seconds, statistics, neurons = {"teacher": clock.lap()}, {}, {}
             for student in job.students:
                 ffn = None
-                if isinstance(layer, DenseLayer) and index >= student.shape.leading_dense:
+                if isinstance(layer, DenseLayer) and index in cut[student.name]:
                     ffn, split, statistics[student.name] = _convert(job, student, layer, index, workplace)
                     neurons[student.name] = split.order.tolist()
                 else:
@@ -178,15 +186,17 @@ def _convert_layers(job: Job) -> None:
             _commit_layer(job, index, statistics, neurons, seconds)
 
 
-def _steps(job: Job) -> list[int]:
-    """Times that a sequence goes through each layer, over all sequences."""
-    having, each = ffn_layers(job.source.config), passes(job.settings.tune)
+def _steps(job: Job, cut: list[Sequence[int]]) -> list[int]:
+    """Times that a sequence goes through each layer, over all sequences.
 
-    def times(layer: int) -> int:
-        cut = (layer in having and layer >= student.shape.leading_dense for student in job.students)
-        return 1 + sum(each if is_cut else 1 for is_cut in cut)
-
-    return [len(job.calibration) * times(layer) for layer in range(job.layers)]
+    Args:
+        cut: for each student, the layers whose FFN is cut.
+    """
+    each = passes(job.settings.tune)
+    return [
+        len(job.calibration) * (1 + sum(each if layer in layers else 1 for layers in cut))
+        for layer in range(job.layers)
+    ]
 
 
 def _convert(
