@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import ot
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -24,6 +23,8 @@ def balanced_assignment(cost: Tensor, sizes: list[int]) -> Tensor:
     Returns:
         (n,), int64, labels 0..m-1 on the CPU.
     """
+    import ot  # takes seconds, with half of scikit-learn, and healing, evaluating and serving do without
+
     costs = np.ascontiguousarray(cost.double().cpu().numpy())
     # The simplex compares costs with an absolute tolerance, so their scale must be one.
     costs /= max(np.abs(costs).max(), np.finfo(np.float64).tiny)
