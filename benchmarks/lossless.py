@@ -21,7 +21,8 @@ from common import commit, markdown_table, replace_part
 
 from factorllm.engines import lossless
 from factorllm.engines.base import Options
-from factorllm.engines.llamacpp import open_server, post
+from factorllm.engines.llamacpp import open_server
+from factorllm.engines.llamacpp_client import post
 from factorllm.engines.lossless import Drafting, decide, lossless_params
 from factorllm.text.documents import read_documents
 

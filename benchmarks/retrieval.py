@@ -22,7 +22,8 @@ from pathlib import Path
 from common import commit, markdown_table, replace_part
 
 from factorllm.engines.base import Options
-from factorllm.engines.llamacpp import open_server, post, server_params
+from factorllm.engines.llamacpp import open_server, server_params
+from factorllm.engines.llamacpp_client import post
 from factorllm.serving.retrieval import Judge, Library, helpful, with_passages
 
 SYLLABLES = [

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, serve
 from factorllm.engines.base import Options
-from factorllm.engines.llamacpp import open_server, post
+from factorllm.engines.llamacpp import open_server
+from factorllm.engines.llamacpp_client import post
 from factorllm.engines.lossless import SAMPLE, Costs, Drafting, decide, lossless_params, try_out
 from factorllm.engines.serve import llamacpp_command
 from factorllm.engines.settings import ServeSettings

@@ -29,6 +29,12 @@ def evaluate(
         str | None,
         typer.Option(help="YAML file of a chain of questions, or emotion-cause.", metavar="FILE|NAME"),
     ] = None,
+    dense_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--dense-prompt", help="Of .gguf files: the model of --against reads the prompts that the student answers."
+        ),
+    ] = False,
     text: Annotated[str | None, typer.Option(help="Text to measure perplexity and agreement on.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the numbers as JSON.", **IS_PATH)] = None,
     **chosen,
@@ -47,7 +53,15 @@ def evaluate(
         check_output(out, SCORES, [checkpoint, against, chosen["data"], text, chain])
     asked = {} if tasks is None and chain is None else {"tasks": names_in(tasks or "")}
     settings = EvalSettings(**asked, **chosen)
-    found = run(checkpoint, against=against, text=text, chain=chain, settings=settings, console=terminal.console)
+    found = run(
+        checkpoint,
+        against=against,
+        text=text,
+        chain=chain,
+        dense_prompt=dense_prompt,
+        settings=settings,
+        console=terminal.console,
+    )
     if found.scores["student"] or found.perplexity:
         terminal.console.print(score_table(found))
     if found.chain:

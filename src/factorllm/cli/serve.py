@@ -34,9 +34,16 @@ def serve(
             help="Text files whose passages the model is given where it finds that they help (llama.cpp).",
         ),
     ] = None,
+    dense_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="The dense model, which reads the prompts that MODEL answers: nearer to it (llama.cpp).",
+        ),
+    ] = None,
     **chosen,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
     from factorllm.engines.serve import serve as run
 
-    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval)
+    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval, dense_prompt)

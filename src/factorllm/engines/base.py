@@ -19,6 +19,7 @@ class Options:
         prefill_threads: threads of prompts.
         dtype: of weights that are not quantised; None leaves it to the engine.
         experts: back end of transformers' experts.
+        reader: `.gguf` file of the dense model, which reads prompts for its student; llama.cpp's only.
     """
 
     context: int = 4096
@@ -27,6 +28,7 @@ class Options:
     prefill_threads: int | None = None
     dtype: str | None = None
     experts: str | None = None
+    reader: str | None = None
 
 
 class Engine(ABC):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from pathlib import Path
 
 from factorllm.engines.base import Engine, Options, random_tokens
+from factorllm.engines.dense_prompt import DensePrompt
+from factorllm.engines.llamacpp_client import Client
 from factorllm.engines.process import how_to_install, installed
 from factorllm.errors import FactorLLMError
 
@@ -81,105 +81,33 @@ def start_server(params, does: str):
     return server
 
 
-def post(address: str, path: str, body: dict) -> dict:
-    """What a server at an address answers.
-
-    Raises:
-        RuntimeError: when it refuses.
-    """
-    request = Request(f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urlopen(request) as reply:
-            return json.load(reply)
-    except HTTPError as error:
-        raise RuntimeError(json.load(error)["error"]["message"]) from None
-
-
-class Client:
-    """What a server of llama.cpp can be asked for about tokens.
-
-    Args:
-        address: of the server.
-    """
-
-    def __init__(self, address: str):
-        self._address = address
-        # Of the server, for reading a large vocabulary from the file takes seconds.
-        with urlopen(f"{address}/v1/models") as reply:
-            self._vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
-
-    def generate(self, tokens: list[int], count: int) -> list[int]:
-        return self._complete(tokens, count, return_tokens=True)["tokens"]
-
-    def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
-        # The server keeps back tokens that end within a character, and their probabilities with them. So the sampler is
-        # made to take a plain one; the log-probabilities are those before sampling.
-        plain = self.tokenize("a")[-1]
-        answer = self._complete(tokens, 1, n_probs=count, logit_bias=[[plain, 1000]])
-        found = answer["completion_probabilities"][0]["top_logprobs"]
-        return [(item["id"], _number(item["logprob"])) for item in found]
-
-    def complete(self, tokens: list[int], count: int, stop: list[str]) -> str:
-        """The most likely text that follows, up to the model's end, one of `stop`, or `count` tokens."""
-        return self._complete(tokens, count, ignore_eos=False, stop=stop)["content"]
-
-    def answer(self, tokens: list[int], count: int, grammar: str | None) -> str:
-        """The most likely line of text that follows, of at most `count` tokens, all of which a GBNF grammar lets
-        through. What the prompt before began with as well stays in the cache."""
-        held = {"grammar": grammar} if grammar else {}
-        said = self._complete(tokens, count, ignore_eos=False, stop=["\n"], cache_prompt=True, n_probs=1, **held)
-        if any(item["logprob"] is None for item in said.get("completion_probabilities", ())):
-            raise RuntimeError("it computes NaN")
-        return said["content"]
-
-    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
-        """For each token that follows its log-probability, and the likeliest one in its place."""
-        return self._follow(-1, tokens, following)
-
-    def _follow(self, slot: int, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
-        # The server has no probabilities of prompts. So its sampler is made to take each token; the log-probabilities
-        # are those before sampling, and what came before stays in the cache.
-        found = []
-        for token in following:
-            forced = {"n_probs": 1, "logit_bias": [[token, 1000]], "ignore_eos": False}
-            answer = self._complete(tokens, 1, **forced, cache_prompt=True, id_slot=slot)
-            said = answer.get("completion_probabilities")
-            if said and said[0]["id"] == token:
-                found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"]))
-            else:  # a token that ends within a character is kept back: it is among all of them
-                every = self.next_tokens(tokens, self._vocabulary)
-                found.append((dict(every)[token], every[0][0]))
-            tokens = [*tokens, token]
-        return found
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
-        return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
-
-    def _complete(self, prompt: list[int], count: int, **more) -> dict:
-        body = {
-            "prompt": prompt,
-            "n_predict": count,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        } | more
-        return self._post("/completion", body)
-
-    def _post(self, path: str, body: dict) -> dict:
-        return post(self._address, path, body)
+_READ_IN = 0  # the slot that the dense model's prompts are handed over in
 
 
 class LlamaCpp(Client, Engine):
     def __init__(self, model: str, options: Options):
-        import xllamacpp
-
-        params = server_params(model, options)
-        params.cache_ram_mib = 0
-        params.ui = False
-        self._server, self._batch = xllamacpp.Server(params), options.batch
+        handed = tempfile.mkdtemp(prefix="factorllm-handed-") if options.reader else None
+        self._server, self._batch = _plain_server(model, options, handed), options.batch
         super().__init__(self._server.listening_address)
         self._seeds = itertools.count(1000)
+        self._reader: DensePrompt | None = None
+        if options.reader and handed:
+            self._dense = _plain_server(options.reader, options, handed)
+            addresses = self._dense.listening_address, self._server.listening_address
+            self._reader = DensePrompt(*addresses, Path(handed))
+
+    def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
+        if self._reader is None:
+            return super().score(tokens, following)
+        self._reader.read(tokens, _READ_IN)
+        return self._follow(_READ_IN, tokens, following)
+
+    def _complete(self, prompt: list[int], count: int, **more) -> dict:
+        """A request that names its slot goes on there; the prompt of any other is the dense model's to read."""
+        if self._reader is not None and "id_slot" not in more:
+            self._reader.read(prompt, _READ_IN)
+            more |= {"id_slot": _READ_IN, "cache_prompt": True}
+        return super()._complete(prompt, count, **more)
 
     def score_rows(self, rows: list[list[int]]) -> list[list[tuple[float, int]]]:
         """What `score` says of all tokens of each row but the first; as many rows run at once as sequences may."""
@@ -209,6 +137,13 @@ class LlamaCpp(Client, Engine):
         return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
 
 
-def _number(found: float | None) -> float:
-    """What is no number, JSON has as null."""
-    return math.nan if found is None else found
+def _plain_server(model: str, options: Options, handed: str | None):
+    """A server that keeps nothing between requests but what its slots hold; `handed`: folder for their caches."""
+    import xllamacpp
+
+    params = server_params(model, options)
+    params.cache_ram_mib = 0
+    params.ui = False
+    if handed:
+        params.slot_save_path = f"{handed}/"
+    return xllamacpp.Server(params)

@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from factorllm.engines.base import Options
-from factorllm.engines.llamacpp import open_server, post, server_params
+from factorllm.engines.llamacpp import open_server, server_params
+from factorllm.engines.llamacpp_client import post
 from factorllm.errors import FactorLLMError
 
 WORTH = 1.05

@@ -84,7 +84,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(self._folder)} | STARTED_WITH,
+            env=os.environ | {"PYTHONPATH": str(self._folder), "TMPDIR": str(self._folder)} | STARTED_WITH,
         )
         try:
             self._read()

@@ -16,7 +16,8 @@ import torch
 
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
-from factorllm.engines.llamacpp import require_llamacpp, start_server
+from factorllm.engines.dense_prompt import DensePrompt
+from factorllm.engines.llamacpp import require_llamacpp, server_params, start_server
 from factorllm.engines.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
@@ -25,6 +26,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf, export_for_now
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
+from factorllm.serving.dense_prompt import DensePromptFront
 from factorllm.serving.kinds import serve_kinds
 from factorllm.serving.proxy import Front, Proxy
 from factorllm.serving.retrieval import Library, Retrieval
@@ -93,6 +95,7 @@ def serve(
     say: Callable[[str], None] = print,
     lossless: str | None = None,
     retrieval: Path | None = None,
+    dense_prompt: str | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -102,6 +105,7 @@ def serve(
         file_type: what a checkpoint is exported as for llama.cpp.
         lossless: the dense model of `model`, which is served instead; `model` drafts for it, if that pays (llama.cpp).
         retrieval: a folder of text files, whose passages are given to the model where it says they help (llama.cpp).
+        dense_prompt: the dense model of `model`, which reads the prompts that `model` answers (llama.cpp).
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model.
@@ -118,17 +122,22 @@ def serve(
         >>> server.terminate()
     """
     settings = settings or ServeSettings()
-    _refuse_beside(model, lossless, retrieval)
+    beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
+    asked = [option for option, value in beside.items() if value]
+    _refuse_beside(model, asked)
     if (Path(model) / KINDS).is_dir():
         _serve_kinds(model, engine, file_type, settings, say)
         return
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
+        require_llamacpp()
+        if dense_prompt:
+            _serve_dense_prompt(model, dense_prompt, file_type, settings, say)
+            return
         library = Library(retrieval) if retrieval else None
         _serve_llamacpp(model, lossless, library, file_type, settings, say)
-    elif lossless or retrieval:
-        option = "--lossless" if lossless else "--retrieval"
-        raise FactorLLMError(f"{option} measures probabilities in llama.cpp, not in {engine}; use --engine llamacpp")
+    elif asked:
+        raise FactorLLMError(f"{asked[0]} works through llama.cpp, not in {engine}; use --engine llamacpp")
     elif engine == "vllm":
         _serve_vllm(model, settings, say)
     else:
@@ -144,11 +153,10 @@ def _serve_kinds(model: str, engine: str, file_type: str, settings: ServeSetting
     serve_kinds(Path(model), file_type, settings, say)
 
 
-def _refuse_beside(model: str, lossless: str | None, retrieval: Path | None) -> None:
+def _refuse_beside(model: str, asked: list[str]) -> None:
     """What was never measured together is refused."""
-    asked = [option for option, value in (("--lossless", lossless), ("--retrieval", retrieval)) if value]
     if len(asked) > 1:
-        raise FactorLLMError("--lossless with --retrieval was never measured, so it is refused; leave one of them out")
+        raise FactorLLMError(f"{' with '.join(asked)} was never measured, so it is refused; leave one of them out")
     folder = Path(model)
     if asked and (folder / KINDS).is_dir():
         raise FactorLLMError(
@@ -169,7 +177,6 @@ def _serve_llamacpp(
     settings: ServeSettings,
     say: Callable[[str], None],
 ) -> None:
-    require_llamacpp()
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         (path, adapters), drafting = _files(model, file_type, Path(folder), say), None
         if lossless:
@@ -198,6 +205,27 @@ def _serve_llamacpp(
             wait()
         if lossless:
             say(measured_by(server.listening_address))
+        say("stopped")
+
+
+def _serve_dense_prompt(
+    model: str, dense: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
+        handed = Path(tempfile.mkdtemp(dir=folder))
+        servers = []
+        for each in (dense, model):
+            path = as_gguf(each, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
+            params = server_params(str(path), settings.options)
+            params.slot_save_path, params.ui = f"{handed}/", False
+            servers.append(start_server(params, f"load {each}"))
+        behind, answering = (server.listening_address for server in servers)
+        reader, name = DensePrompt(behind, answering, handed), Path(model).resolve().name
+        with Proxy(settings.host, settings.port, DensePromptFront(reader, answering, name, settings.parallel)) as proxy:
+            say(f"{dense} reads each prompt, {model} answers it")
+            say(f"serving {model} at http://{settings.host}:{settings.port}/v1; stop with Ctrl-C")
+            with suppress(KeyboardInterrupt):
+                proxy.serve_forever()
         say("stopped")
 
 

@@ -10,7 +10,7 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTok
 
 from factorllm.errors import refusing
 
-_CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What transformers calls the argument; the name was changed among the versions that we work with."""
 
 
@@ -23,7 +23,7 @@ def next_logits(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        return model(tokens.to(model.device), use_cache=True, logits_to_keep=1, **{_CACHE: cache}).logits[:, -1]
+        return model(tokens.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
     finally:
         hook.remove()
 

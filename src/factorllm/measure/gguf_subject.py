@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,11 @@ class GgufSubject:
     """A file that llama.cpp loads when it is asked something.
 
     Attributes:
-        fingerprint: of the file, and of the engine.
+        fingerprint: of the file, of the one that reads its prompts, and of the engine.
         context: tokens that a question and its answer may have.
         begin: id of the token that begins a text, or else ends one.
         vocabulary: tokens that it knows.
+        reader: the dense model's file, where it reads the prompts.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class GgufSubject:
     context: int
     begin: int
     vocabulary: int
+    reader: Path | None = None
 
     @classmethod
     def of(cls, path: Path) -> GgufSubject:
@@ -101,6 +103,16 @@ class GgufSubject:
         engine = f"xllamacpp {version('xllamacpp')}"
         vocabulary = len(said("tokenizer.ggml.tokens"))
         return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, vocabulary)
+
+    def read_by(self, dense: GgufSubject) -> GgufSubject:
+        """The same model, whose prompts the dense one reads."""
+        context = min(self.context, dense.context)
+        return replace(self, fingerprint=self.fingerprint + dense.fingerprint, context=context, reader=dense.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is loaded when it is asked."""
+        return sum(path.stat().st_size for path in (self.path, self.reader) if path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file describes.
@@ -158,16 +170,19 @@ class GgufSubject:
         need_lm_eval()
         from factorllm.measure.served import Served
 
-        options = Options(context=self.context, decode_threads=threads)
-        with EngineProcess("llamacpp", self.path, options) as process:
+        with EngineProcess("llamacpp", self.path, self._options(threads)) as process:
             model = Served(process, self.context, self.begin)
             yield lambda task: ask(model, task, settings.data, settings.limit, settings.run_generated_code)
 
     @contextmanager
     def answering(self) -> Iterator[Ask]:
         """The model, loaded to be asked the questions of a chain."""
-        with EngineProcess("llamacpp", self.path, Options(context=self.context)) as process:
+        with EngineProcess("llamacpp", self.path, self._options()) as process:
             yield ServedAnswers(process, self.context)
+
+    def _options(self, threads: int | None = None) -> Options:
+        reader = str(self.reader) if self.reader else None
+        return Options(context=self.context, decode_threads=threads, reader=reader)
 
 
 _INSTALL = how_to_install("llamacpp")

@@ -87,6 +87,7 @@ def evaluate(
     against: str | None = None,
     text: str | None = None,
     chain: str | Path | None = None,
+    dense_prompt: bool = False,
     settings: EvalSettings | None = None,
     cache: Path = CACHE,
     console: Console | None = None,
@@ -101,6 +102,7 @@ def evaluate(
         text: a text to measure perplexity and agreement on, as for `factorize`; the part is used that the student's
             `factorize` holds out, or for a `.gguf` file, which does not say how it was made, one with default settings.
         chain: a YAML file of questions that hold the answers to earlier ones, or `emotion-cause`.
+        dense_prompt: of `.gguf` files: `against` reads the student's prompts too, as `serve --dense-prompt` has it.
 
     Raises:
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
@@ -115,12 +117,21 @@ def evaluate(
         raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text or a --chain")
     check_tasks(settings.tasks, settings.data, settings.run_generated_code)
     linked = None if chain is None else read_chain(chain)
-    measure = _of_gguf if student.suffix == ".gguf" else _of_checkpoint
+    if dense_prompt:
+        _check_dense_prompt(student, against)
+    measure = partial(_of_gguf, dense_prompt) if student.suffix == ".gguf" else _of_checkpoint
     subjects, found = measure(student, against, text, settings, cache, console)
     if linked is None:
         return found
     answers = {name: cache / f"answers-{_digest_of_parts(each)}.json" for name, each in subjects.items()}
     return replace(found, chain=measure_chain(linked, subjects, answers, console))
+
+
+def _check_dense_prompt(student: Path, against: str | None) -> None:
+    if student.suffix != ".gguf":
+        raise FactorLLMError("--dense-prompt is for .gguf files; `factorllm export` writes them")
+    if not against:
+        raise FactorLLMError("--dense-prompt lets the dense model read the prompts; name its file with --against")
 
 
 def _of_checkpoint(
@@ -139,10 +150,18 @@ def _of_checkpoint(
 
 
 def _of_gguf(
-    student: Path, against: str | None, text: str | None, settings: EvalSettings, cache: Path, console: Console
+    dense_prompt: bool,
+    student: Path,
+    against: str | None,
+    text: str | None,
+    settings: EvalSettings,
+    cache: Path,
+    console: Console,
 ) -> tuple[dict[str, GgufSubject], Evaluation]:
     check_gguf(against, settings)
     subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
+    if dense_prompt:
+        subjects["student"] = subjects["student"].read_by(subjects["dense"])
     if text is not None:
         _check_vocabularies(subjects)
         tokens = subjects["student"].held_out(text)
@@ -251,9 +270,9 @@ def scores_of_files(
         FactorLLMError: of the first that cannot be scored.
     """
     asked = [each for each in subjects.values() if not _is_cached(each, settings, cache)]
-    sizes = {name: each.path.stat().st_size for name, each in subjects.items()}
+    sizes = {name: each.size for name, each in subjects.items()}
     cores = torch.get_num_threads()
-    fit = cores > 1 and _MEMORY_OF_A_BYTE * sum(each.path.stat().st_size for each in asked) < available_memory()
+    fit = cores > 1 and _MEMORY_OF_A_BYTE * sum(each.size for each in asked) < available_memory()
     workers = max(min(len(asked), 2 * cores), 1) if fit else 1
     threads = max(cores // workers, 1) if workers > 1 else None
     with ThreadPoolExecutor(workers) as pool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import wrap
 from types import ModuleType
 
-from factorllm.engines.llamacpp import Client, post
+from factorllm.engines.llamacpp_client import Client, post
 from factorllm.errors import FactorLLMError
 from factorllm.serving.proxy import Front
 
