@@ -289,8 +289,8 @@ def test_log_probabilities_through_llamacpp_are_the_models(models):
 @pytest.mark.engine
 def test_a_text_says_the_same_through_llamacpp_and_through_transformers(models, tmp_path, monkeypatch):
     text, subjects = str(models / "text.txt"), {n: GgufSubject.of(models / f"{n}.gguf") for n in ("student", "dense")}
-    tokens = subjects["student"].held_out(text, Settings(held_out_tokens=1024))
-    assert tokens.shape == (2, 512)
+    tokens = subjects["student"].held_out(text, Settings(held_out_tokens=384, length=192))
+    assert tokens.shape == (2, 192)
     tokens[:, 100] = AutoTokenizer.from_pretrained(models / "student").eos_token_id  # it is no end of the text here
     loaded = {name: AutoModelForCausalLM.from_pretrained(models / name) for name in subjects}
     followed = {name: subject.follow(tokens) for name, subject in subjects.items()}

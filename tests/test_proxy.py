@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from factorllm.errors import FactorLLMError
-from factorllm.serving.proxy import Front, Proxy
+from factorllm.serving.proxy import Front, Proxy, UnavailableError
 
 
 class Engine(BaseHTTPRequestHandler):
@@ -46,6 +46,8 @@ class Told(Front):
     def place(self, path, body):
         if body.get("prompt") == "refused":
             raise FactorLLMError("this is refused")
+        if body.get("prompt") == "not now":
+            raise UnavailableError("it cannot be loaded")
         self.held += 1
         try:
             yield self.address, body | {"seed": 7}
@@ -114,6 +116,9 @@ def test_a_stream_comes_piece_by_piece(client, front):
 def test_refusals_reach_the_client_and_the_connection_lives_on(client):
     with pytest.raises(openai.BadRequestError, match="this is refused"):
         client.completions.create(model="one", prompt="refused")
+    with pytest.raises(openai.InternalServerError, match="it cannot be loaded") as error:
+        client.completions.create(model="one", prompt="not now")
+    assert error.value.status_code == 503
     with pytest.raises(openai.RateLimitError):  # the engine's own
         client.completions.create(model="one", prompt="too much")
     assert client.completions.create(model="one", prompt="hello").choices

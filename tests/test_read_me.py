@@ -21,7 +21,8 @@ from factorllm.dense.safetensors import open_folder
 from factorllm.recipe import Shape, parse_read_me, parse_recipe
 from factorllm.runs.output import CHECKPOINT, check_output
 from factorllm.serving import kinds as serving
-from factorllm.serving.kinds import KindFront, text_of
+from factorllm.serving.kinds import KindFront
+from factorllm.serving.proxy import UnavailableError, text_of
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.intuition import Intuition
 from factorllm.text.kinds import read_text_of_kinds
@@ -272,7 +273,7 @@ def test_a_server_that_ended_is_started_again(front):
 
 def test_a_model_that_cannot_be_loaded_is_told_and_the_others_go_on(front):
     bodies = prompts(front)
-    with pytest.raises(FactorLLMError, match="it cannot be loaded"), front.place("/v1/completions", bodies[2]):
+    with pytest.raises(UnavailableError, match="it cannot be loaded"), front.place("/v1/completions", bodies[2]):
         pass
     with front.place("/v1/completions", bodies[1]) as (address, _):
         assert address == "http://1"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from factorllm.dense.gguf.file import GGUFSource
+from factorllm.dense.hub import download
 from factorllm.dense.model import ModelSource
-from factorllm.dense.safetensors import SafetensorsSource, download
+from factorllm.dense.safetensors import SafetensorsSource
 from factorllm.errors import FactorLLMError, refusing
 
 __all__ = ["ModelSource", "local_path", "open_model"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import PreTrainedConfig
 
 from factorllm.dense import local_path, open_model
 from factorllm.dense.config_checks import check_config, check_family
+from factorllm.dense.hub import download_config
 from factorllm.dense.names import HEAD
 from factorllm.dense.safetensors import read_config
 from factorllm.dense.wrappers import unwrapped
-from factorllm.errors import refusing
 
 
 def read_dense_config(model: str) -> PreTrainedConfig:
@@ -28,16 +26,8 @@ def read_dense_config(model: str) -> PreTrainedConfig:
     is_hub_id = not path.exists() and path.suffix != ".gguf" and model.count("/") == 1
     if not is_hub_id and (not path.is_dir() or any(path.glob("*.safetensors"))):
         return open_model(model).config
-    whole = read_config(_fetch_config(model) if is_hub_id else path, model)
+    whole = read_config(download_config(model) if is_hub_id else path, model)
     config, _ = unwrapped(whole, () if whole.tie_word_embeddings else (HEAD,))
     check_family(model, config)
     check_config(model, config)
     return config
-
-
-def _fetch_config(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    instead = "check the name and the network, or give a local folder or .gguf file"
-    with refusing(f"no such model: {hub_id} is no local path, and the hub did not give it: it", instead):
-        return Path(hf_hub_download(hub_id, "config.json")).parent

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense.config_checks import check_depth, check_family
+from factorllm.dense.hub import INDEX, SINGLE
 from factorllm.dense.model import ModelSource
 from factorllm.dense.names import HEAD, embeddings, without_backbone
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
@@ -18,8 +19,6 @@ from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.output import refuse_kinds
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MOST_LABELS = 1 << 20  # transformers makes a name for each
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -42,13 +41,13 @@ class TensorFolder:
                 "merge it into them (peft's merge_and_unload), or remove it"
             )
         # transformers takes the single file where there is one, even beside an index.
-        index = {} if (folder / _SINGLE).is_file() else self._index()
-        paths = self._shards(index) if index else [folder / _SINGLE]
+        index = {} if (folder / SINGLE).is_file() else self._index()
+        paths = self._shards(index) if index else [folder / SINGLE]
         # It loads all tensors of the shards, so what counts is in them; the index must not know of more.
         self._where = {name: path for path in paths for name in _names(path)}
         if lost := sorted(index.keys() - self._where.keys()):
             raise FactorLLMError(
-                f"{self.label}: {_INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
+                f"{self.label}: {INDEX} names {lost[0]}, which is in none of its files; fetch the checkpoint again"
             )
         self._open: tuple[Path, safe_open] | None = None
         self._stored = {name: name for name in self._where}
@@ -125,7 +124,7 @@ class TensorFolder:
 
     def _shards(self, index: dict[str, str]) -> list[Path]:
         shards = sorted(set(index.values()))
-        with refusing(self.folder / _INDEX, "it is damaged: fetch it again"):
+        with refusing(self.folder / INDEX, "it is damaged: fetch it again"):
             missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise FactorLLMError(
@@ -134,7 +133,7 @@ class TensorFolder:
         return [self.folder / shard for shard in shards]
 
     def _index(self) -> dict[str, str]:
-        path = self.folder / _INDEX
+        path = self.folder / INDEX
         if not path.is_file():
             raise FactorLLMError(
                 f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
@@ -257,27 +256,6 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FactorLLMError(f"{label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
     return load_tokenizer(folder, label)
-
-
-def download(hub_id: str) -> Path:
-    """The local folder of a hub model. What is not there yet is fetched: of the weights, only the files that
-    transformers would take, and nothing of subfolders.
-
-    Raises:
-        FactorLLMError: when the hub does not give it.
-    """
-    from huggingface_hub import snapshot_download
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
-
-    instead = "check the name and the network, or give a local folder or .gguf file"
-    with refusing(f"no such model: {hub_id} is no local path, and the hub did not give it: it", instead):
-        folder = fetch([*_SMALL, _SINGLE])
-        if not (folder / _SINGLE).exists() and (folder / _INDEX).exists():
-            shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            fetch(sorted(set(shards.values())))
-    return folder
 
 
 def _open_safetensors(path: Path) -> safe_open:

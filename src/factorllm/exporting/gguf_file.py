@@ -23,7 +23,7 @@ from factorllm.dense.families import (
     sliding_window,
 )
 from factorllm.dense.gguf.rope import rope_keys
-from factorllm.dense.safetensors import download
+from factorllm.dense.hub import download
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.adapters import adapter_outputs, write_gguf_adapters
 from factorllm.exporting.checkpoints import Checkpoint, Layout, open_checkpoint

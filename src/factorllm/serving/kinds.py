@@ -18,7 +18,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
-from factorllm.serving.proxy import Front, Proxy, text_of
+from factorllm.serving.proxy import Front, Proxy, UnavailableError, text_of
 from factorllm.serving.schedule import Load, Schedule, Start
 from factorllm.text.intuition import Intuition
 
@@ -100,7 +100,7 @@ class KindFront(Front):
         except FactorLLMError as error:
             with self._lock:
                 for ticket in self._schedule.failed(kind):
-                    self._turns[ticket][1].set_exception(error)
+                    self._turns[ticket][1].set_exception(UnavailableError(str(error)))
                 self._act()
             return
         with self._lock:

@@ -37,6 +37,10 @@ def _pieces(said: object) -> Iterator[str]:
             yield text
 
 
+class UnavailableError(FactorLLMError):
+    """A request that is right cannot be answered, by no fault of the client's."""
+
+
 class Front(ABC):
     """What stands behind the one address."""
 
@@ -45,7 +49,8 @@ class Front(ABC):
         """The address, http://HOST:PORT, that answers a request, and the body to send there; held until it is answered.
 
         Raises:
-            FactorLLMError: when the request cannot be answered; the client is told.
+            UnavailableError: when the engine cannot answer, and the client is told to ask again (status 503).
+            FactorLLMError: when the request is wrong; the client is told (status 400).
         """
 
     @abstractmethod
@@ -117,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self._copy(reply)
                 finally:  # a client that went away: the engine stops at a closed connection
                     connection.close()
+        except UnavailableError as error:
+            self._refuse(503, str(error))
         except FactorLLMError as error:
             self._refuse(400, str(error))
         except (OSError, HTTPException):
@@ -151,7 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _refuse(self, status: int, message: str) -> None:
-        self._answer(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self._answer(status, {"error": {"message": message, "type": kind, "code": status}})
 
     def _answer(self, status: int, content: dict) -> None:
         self._send(status, "application/json", json.dumps(content).encode())
