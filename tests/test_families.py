@@ -1,7 +1,9 @@
 """Every dense family: it is streamed as transformers computes it, and a static prune of it is the dense model without
 some neurons."""
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from factorllm.dense.ends import Ends
 from factorllm.dense.families import FAMILIES, family_of
 from factorllm.dense.layer import ffn_of
 from factorllm.dense.modules import final_norm, layers_with_ffn
+from factorllm.dense.pretrained import skeleton
 from factorllm.dense.safetensors import open_folder
 from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
@@ -30,6 +33,27 @@ from factorllm.student.routers import Routers, router_weight
 
 def test_there_is_a_tiny_model_of_each_family():
     assert TINY.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("config", [*TINY.values(), *CONFIGS.values()], ids=lambda config: config.model_type)
+def test_a_skeleton_is_the_model_without_values(config):
+    empty, whole = skeleton(config), AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    assert [(name, each.shape) for name, each in empty.named_parameters()] == [
+        (name, each.shape) for name, each in whole.named_parameters()
+    ]
+    assert all(each.is_meta for each in empty.parameters())
+    wanted = dict(whole.named_buffers())  # they are no part of a checkpoint, and are what the model computes with
+    assert dict(empty.named_buffers()).keys() == wanted.keys()
+    for name, buffer in empty.named_buffers():
+        torch.testing.assert_close(buffer, wanted[name], msg=name)
+
+
+def test_models_that_are_made_beside_a_skeleton_have_values():
+    """A skeleton turns initialisation off for a moment, for all threads."""
+    config = CONFIGS["gqa-tied"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(skeleton, [config] * 32))
+    assert AutoModelForCausalLM.from_config(copy.deepcopy(config)).model.embed_tokens.weight.std() > 0.1
 
 
 def pruned_by_hand(model, orders: list[list[int]]) -> None:

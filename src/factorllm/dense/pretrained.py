@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.initialization import no_init_weights
 
 import factorllm.dense.text_models  # noqa: F401  registers them
 from factorllm.dense.wrappers import Wrapper
@@ -38,6 +40,9 @@ def _attention(config: PreTrainedConfig) -> dict[str, str]:
     """How attention is computed. Without it a config can name a kernel on the hub, which is code too."""
     return {"attn_implementation": "eager" if config.model_type in _EAGER else "sdpa"}
 
+
+_ONE_AT_A_TIME = threading.Lock()
+"""While a skeleton is built, functions of torch and transformers are others, for all threads."""
 
 _AGAIN = "it is damaged, or made by code that is not part of transformers, which is never run: use another copy"
 
@@ -112,8 +117,11 @@ def load_whole(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with every parameter on the meta device: its structure, without memory."""
-    with init_empty_weights(include_buffers=False):
+    """The model of a config with every parameter on the meta device: its structure, without memory.
+
+    Parameters that have no values are not initialised either, which takes ten times as long as all else.
+    """
+    with _ONE_AT_A_TIME, no_init_weights(), init_empty_weights(include_buffers=False):
         # A copy: whoever changes the model changes its config.
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **_SAFE, **_attention(config)).eval()
     model.tie_weights()
