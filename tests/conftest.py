@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import random
@@ -35,6 +36,13 @@ from factorllm.runs.settings import Settings
 
 # A shell without a terminal starts what runs in the background with Ctrl-C ignored, and so would be what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is there for good is left out of collections of garbage, of which a healing asks for four."""
+    gc.collect()
+    gc.freeze()
+
 
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 
