@@ -26,7 +26,7 @@ from factorllm.exporting.tensors import gguf_tensors
 from factorllm.hosts import HOSTS
 
 VOCABULARY = 300
-PROMPTS = 12
+PROMPTS, MORE_PROMPTS = 12, 40
 TEXT = [words(30, seed) + f" {seed * 137} it's  fine,\n\nÜber naïve 中文!" for seed in range(60)]
 
 
@@ -65,12 +65,12 @@ def save_model(config, folder: Path, tokenizer=None) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def differences(folder: Path, loaded: Path, engine: str = "llamacpp", **options) -> list[float]:
+def differences(folder: Path, loaded: Path, prompts: int = PROMPTS, **options) -> list[float]:
     """For each prompt, the largest difference of a log-probability of the next token among the ten likeliest."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
-    with EngineProcess(engine, loaded, Options(context=64, **options)) as process, torch.no_grad():
-        for seed in range(PROMPTS):
+    with EngineProcess("llamacpp", loaded, Options(context=64, **options)) as process, torch.no_grad():
+        for seed in range(prompts):
             prompt = some_tokens(model.config, rows=1, length=20 + seed, seed=seed)
             wanted = model(prompt).logits[0, -1].log_softmax(-1)
             top = process.next_tokens(prompt[0].tolist(), 10)
@@ -78,13 +78,25 @@ def differences(folder: Path, loaded: Path, engine: str = "llamacpp", **options)
     return found
 
 
-def median_differences(folder: Path, models: list[str]) -> list[float]:
-    """The median of `differences` of each of the models in a folder, exported as f32."""
-    found = []
-    for model in models:
-        export_gguf(str(folder / model), folder / f"{model}.gguf", "f32")
-        found.append(median(differences(folder / model, folder / f"{model}.gguf", decode_threads=1)))
-    return found
+def median_difference(folder: Path, model: str, prompts: int = PROMPTS) -> float:
+    """The median of `differences` of a model in a folder, exported as f32."""
+    export_gguf(str(folder / model), folder / f"{model}.gguf", "f32")
+    return median(differences(folder / model, folder / f"{model}.gguf", prompts, decode_threads=1))
+
+
+def check_no_worse(folder: Path, made: dict[str, float]) -> None:
+    """llama.cpp is no farther from transformers with each model than so many times as far as with the dense one.
+
+    Medians of few prompts are a third off, as they fall; where one is too large, more are asked.
+    """
+
+    def too_far(prompts: int) -> dict[str, float]:
+        dense = median_difference(folder, "dense", prompts)
+        assert dense < 0.02  # llama.cpp keeps keys and values in fp16
+        ratios = {model: median_difference(folder, model, prompts) / max(dense, 1e-4) for model in made}
+        return {model: ratio for model, ratio in ratios.items() if ratio > made[model]}
+
+    assert not too_far(PROMPTS) or not (far := too_far(MORE_PROMPTS)), far
 
 
 HOSTED = [
@@ -112,9 +124,7 @@ def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_fi
     save_model(config, tmp_path / "dense")
     settings = small.model_copy(update={"host": host, "baseline": False})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
-    dense, out = median_differences(tmp_path, ["dense", "out"])
-    assert out <= 1.5 * dense
-    assert dense < 0.02
+    check_no_worse(tmp_path, {"out": 1.5})
 
 
 def varied(family, **changes):
@@ -184,15 +194,12 @@ def test_llamacpp_agrees_on_other_families_and_what_is_made_of_them(family, tmp_
     for index, (host, recipe) in enumerate(OF_OTHER_FAMILIES[family]):
         settings = small.model_copy(update={"host": host, "baseline": False})
         factorize(str(tmp_path / "dense"), tmp_path / f"{index}", recipe, text=str(text_file), settings=settings)
-    made = [str(index) for index in range(len(OF_OTHER_FAMILIES[family]))]
     if family == "windowed":  # its own file ends at the window
-        assert median_differences(tmp_path, made)[0] < 0.02
+        assert median_difference(tmp_path, "0") < 0.02
         return
-    dense, *found = median_differences(tmp_path, ["dense", *made])
-    assert dense < 0.02  # llama.cpp keeps keys and values in fp16
-    for (host, _), each in zip(OF_OTHER_FAMILIES[family], found, strict=True):
-        # A prune is another model, which rounding moves otherwise.
-        assert each < (2.0 if host == "dense" else 1.5) * max(dense, 1e-4)
+    # A prune is another model, which rounding moves otherwise.
+    hosts = enumerate(host for host, _ in OF_OTHER_FAMILIES[family])
+    check_no_worse(tmp_path, {str(index): 2.0 if host == "dense" else 1.5 for index, host in hosts})
 
 
 @pytest.mark.parametrize("family", [family for family in OF_OTHER_FAMILIES if family != "windowed"])
