@@ -13,6 +13,7 @@ from factorllm.dense.sequences import Sequences
 from factorllm.runs.rows import Rows
 
 _LOGITS = 1 << 26  # elements to fit on: 256 MiB in fp32, 1,365 tokens of a vocabulary of 49,152
+_AT_ONCE = 64  # tokens: the loss copies its logits
 _BOUNDS = (0.25, 2.0)
 _TOLERANCE = 1e-3
 
@@ -27,13 +28,17 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
         teacher: (n, vocabulary) logits, fp32.
         student: (n, vocabulary) logits for the same tokens, fp32.
     """
-    wanted = teacher.softmax(dim=1)
+    pairs = list(zip(teacher.split(_AT_ONCE), student.split(_AT_ONCE), strict=True))
 
     def loss(scale: float) -> float:
-        return kl_div(log_softmax(student * scale, dim=1), wanted, reduction="batchmean").item()
+        return sum(_summed_kl(wanted, logits * scale) for wanted, logits in pairs) / len(student)
 
     best = minimize_scalar(loss, bounds=_BOUNDS, method="bounded", options={"xatol": _TOLERANCE})
     return float(best.x) if best.fun < loss(1.0) else 1.0
+
+
+def _summed_kl(teacher: Tensor, student: Tensor) -> float:
+    return kl_div(log_softmax(student, dim=1), teacher.softmax(dim=1), reduction="sum").item()
 
 
 def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: int, own: Tensor | None = None) -> Tensor:

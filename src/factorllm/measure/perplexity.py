@@ -29,11 +29,15 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, tick: Callable[[int], Non
     batch = max(_LOGITS_AT_ONCE // (tokens.shape[1] * model.config.vocab_size), 1)
     total = 0.0
     for rows in tokens.split(batch):
-        rows = rows.to(model.device)
-        for logits, row in zip(model(rows, use_cache=False).logits, rows, strict=True):
-            total += _summed_loss(logits[:-1], row[1:])
+        total += _loss_on(model, rows.to(model.device))
         tick(len(rows))
     return from_loss(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def _loss_on(model: PreTrainedModel, rows: Tensor) -> float:
+    """Summed; the logits are gone before those of the next batch come."""
+    said = model(rows, use_cache=False).logits
+    return sum(_summed_loss(logits[:-1], row[1:]) for logits, row in zip(said, rows, strict=True))
 
 
 def from_loss(loss: float) -> float:
