@@ -45,6 +45,10 @@ SPECIAL: dict[str, dict] = {
         **_WINDOW, "head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 2,
         "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "pad_token_id": 0,
     },
+    "ministral": {**_WINDOW, "head_dim": 8, "pad_token_id": 0},
+    "cwm": {
+        **_WINDOW, "head_dim": 8, "pad_token_id": 0, "rope_parameters": CONFIGS["llama3-rope"].rope_parameters,
+    },
     "ministral3": {"head_dim": 16, "rope_parameters": _YARN, "max_position_embeddings": 256},
     "seed_oss": {"head_dim": 16, "pad_token_id": 0},
     "olmo2": {"pad_token_id": 0},
@@ -52,6 +56,7 @@ SPECIAL: dict[str, dict] = {
     "cohere": {"pad_token_id": 0},
     "cohere2": {**_WINDOW, "head_dim": 8, "pad_token_id": 0},
     "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": 0},
+    "helium": {"head_dim": 8, "pad_token_id": 0},
     "ernie4_5": {"head_dim": 16, "pad_token_id": 0},
     "glm": {**_PARTIAL, "head_dim": 16, "pad_token_id": 0},
     "glm4": {**_PARTIAL, "head_dim": 16, "pad_token_id": 0},

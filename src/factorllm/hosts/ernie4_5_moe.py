@@ -25,7 +25,7 @@ from factorllm.recipe import Shape
 
 class Ernie45MoeHost(MoeHost):
     name = "ernie4_5_moe"
-    families = ("ernie4_5",)
+    families = ("ernie4_5", "helium")
     shared = "optional"
     shares_whole_experts = True
     all_engines = ("transformers", "vllm", "llama.cpp")
@@ -37,6 +37,9 @@ class Ernie45MoeHost(MoeHost):
         **gguf_experts(*projections("mlp.experts.{}")),
         **gguf_shared(*projections("mlp.shared_experts")),
     }
+
+    def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
+        return "its attention has no biases of Helium's" if getattr(config, "attention_bias", False) else None
 
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         return Ernie4_5_MoeConfig(

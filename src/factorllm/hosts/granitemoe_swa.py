@@ -1,5 +1,5 @@
-"""GraniteMoeSWA: routed experts and an optional shared one, windows and layers without positions, for SmolLM3 and
-Mistral."""
+"""GraniteMoeSWA: routed experts and an optional shared one, windows and layers without positions, for SmolLM3, Mistral
+and its kin."""
 
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ _THETA = 10_000.0
 
 class GraniteMoeSWAHost(GraniteMoeHost):
     name = "granitemoe_swa"
-    families = ("smollm3", "mistral")
+    families = ("smollm3", "mistral", "ministral", "cwm")
     shared = "optional"
     all_engines = ("transformers", "vllm", "llama.cpp")
     gguf_architecture = "granite_swa"
