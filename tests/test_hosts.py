@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import ATTENTION_BIAS, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, relative_error, save_dense, some_tokens
-from families import TINY
-from transformers import AutoModelForCausalLM
+from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, relative_error, save_dense, some_tokens
+from families import SPECIAL, TINY
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
-from factorllm.hosts import choose_host
+from factorllm.hosts import HOSTS, choose_host
 from factorllm.student.read import read_partitions
 
 HOSTS_OF = {
@@ -151,3 +151,18 @@ def test_every_experts_backend_gives_the_same_logits(backend, tmp_path, text_fil
 def test_what_cannot_be_exact_is_refused(config, recipe, host, says):
     with pytest.raises(FactorLLMError, match=says):
         choose_host(host, config, parse_recipe(recipe).shape(config.intermediate_size))
+
+
+def test_a_host_without_a_place_for_something_is_refused_before_the_work(tmp_path, text_file, small, monkeypatch):
+    """Transformers leaves out what it has no place for, and says so to nobody who does not look."""
+    config = AutoConfig.for_model("helium", **BASE | SPECIAL["helium"] | {"attention_bias": True})
+    save_dense(config, tmp_path / "dense")
+
+    def refused(match: str):
+        with pytest.raises(FactorLLMError, match=match):
+            factorize(str(tmp_path / "dense"), tmp_path / "out", "S2A2E8", text=str(text_file), settings=small)
+        assert not (tmp_path / "out").exists()
+
+    refused("its attention has no biases of Helium's")
+    monkeypatch.setattr(HOSTS["ernie4_5_moe"], "_reason_against_family", lambda config: None)
+    refused(r"it has no place for model\.layers\.0\.self_attn\.k_proj\.bias; a static prune needs no host")

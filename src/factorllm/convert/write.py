@@ -10,16 +10,17 @@ from factorllm.convert.job import Job, Student
 from factorllm.convert.task import TOO_LARGE
 from factorllm.convert.temperature import fit_logit_scale, sample_logits
 from factorllm.dense.ends import Ends
-from factorllm.dense.families import family_of
+from factorllm.dense.families import family_of, ffn_layers
 from factorllm.dense.modules import final_norm_names
 from factorllm.dense.names import HEAD, LAYERS, layer_prefix
-from factorllm.errors import refusing
-from factorllm.hosts import StudentFFN
+from factorllm.errors import FactorLLMError, refusing
+from factorllm.hosts import MoeHost, StudentFFN
 from factorllm.runs.stored import as_stored, refuse_unstorable
 from factorllm.runs.workspace import (
     shard_name,
     write_shard,
 )
+from factorllm.student.layout import outside_ffns
 
 
 def write_companions(job: Job) -> None:
@@ -27,13 +28,39 @@ def write_companions(job: Job) -> None:
     if not job.ranks.is_main:
         return
     for student in job.students:
-        student_config(job, student)
+        _check_places(job, student)
     again = "mend it, or use another copy"
     for student in job.kept:
         with refusing(f"the tokenizer of {job.source.label}", again):
             job.source.tokenizer().save_pretrained(student.folder)
         with refusing(f"the generation config of {job.source.label}", again):
             job.source.generation_config().save_pretrained(student.folder)
+
+
+def _check_places(job: Job, student: Student) -> None:
+    """Refuse a student whose architecture has no place for something of the dense model, or a place for more.
+
+    Raises:
+        FactorLLMError: naming the first such tensor.
+    """
+    config, dense = student_config(job, student), job.source.config
+    if not isinstance(student.host, MoeHost):
+        return
+    empty = {name: torch.empty(shape, device="meta") for name, shape in job.source.parameter_shapes().items()}
+    written = {name for name in empty if not name.startswith(LAYERS)}
+    for index in range(job.layers):
+        prefix = layer_prefix(index)
+        others = {name.removeprefix(prefix): tensor for name, tensor in empty.items() if name.startswith(prefix)}
+        if index in ffn_layers(config):
+            others = {name: tensor for name, tensor in others.items() if not family_of(dense).ffn.holds(name)}
+        written |= {prefix + name for name in student.host.other_tensors(dense, others)}
+    written = {name for name in written if not student.host.is_of_ffn(name, config)}
+    if astray := sorted((written ^ outside_ffns(config, student.host).keys()) - {HEAD}):
+        what = "it has no place for" if astray[0] in written else "it wants, and the dense model has not,"
+        raise FactorLLMError(
+            f"host {student.host.name} cannot hold this student exactly: {what} {astray[0]}; a static prune needs no "
+            "host: factorllm prune"
+        )
 
 
 def check_dtype(job: Job) -> None:

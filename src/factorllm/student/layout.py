@@ -22,7 +22,7 @@ def check_layout(tensors: TensorFolder, config: PreTrainedConfig, host: MoeHost)
     Raises:
         FactorLLMError: naming the first tensor that is missing, of another shape, or left over.
     """
-    needed = _outside_ffns(config, host)
+    needed = outside_ffns(config, host)
     for index in ffn_layers(config):
         needed |= {layer_prefix(index) + name: shape for name, shape in _ffn(config, host).items()}
     have = set(tensors.names())
@@ -41,7 +41,7 @@ def _refusal(tensors: TensorFolder, what: str) -> FactorLLMError:
     return FactorLLMError(f"{tensors.label} does not hold one whole model: {what}; make or fetch the checkpoint again")
 
 
-def _outside_ffns(config: PreTrainedConfig, host: MoeHost) -> Shapes:
+def outside_ffns(config: PreTrainedConfig, host: MoeHost) -> Shapes:
     """What is not an FFN's has the same names on disk as in transformers."""
     shapes = parameter_shapes(config)
     return {name: tuple(shape) for name, shape in shapes.items() if not host.is_of_ffn(name, config)}
