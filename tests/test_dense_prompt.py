@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BASE, free_port, some_tokens
 from test_evaluate import write_lines
-from test_export import factorized, save_model
+from test_export import byte_level_tokenizer, factorized, save_model
 from test_retrieval import running
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -87,9 +87,12 @@ def test_a_prompt_of_one_token_is_the_students(pair):
         assert handed.generate([65], 8) == alone.generate([65], 8)
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"num_key_value_heads": 4}])
-def test_a_dense_model_of_another_shape_is_refused(change, pair, tmp_path):
-    save_model(LlamaConfig(**BASE | {"max_position_embeddings": 512} | change), tmp_path / "other")
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {}])
+def test_another_models_prompts_are_refused(change, pair, tmp_path):
+    tokenizer = byte_level_tokenizer()
+    if not change:  # but the vocabulary
+        tokenizer.add_tokens([f"<{n}>" for n in range(8)])
+    save_model(LlamaConfig(**BASE | {"max_position_embeddings": 512} | change), tmp_path / "other", tokenizer)
     export_gguf(str(tmp_path / "other"), tmp_path / "other.gguf", "f32")
     with pytest.raises(FactorLLMError, match="cannot hand over to the student what the dense model has read"):
         asked(pair, tmp_path / "other.gguf")

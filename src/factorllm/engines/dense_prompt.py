@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from factorllm.engines.llamacpp_client import post
+from factorllm.engines.llamacpp_client import Client, post
 from factorllm.errors import FactorLLMError
 
 _TRIED = 8  # tokens of the prompt that is tried before anything is served
@@ -53,6 +53,8 @@ class DensePrompt:
 
     def _try_out(self) -> None:
         """Whether the student goes on from what was handed over, instead of reading it again."""
+        if Client(self._dense).vocabulary != Client(self._student).vocabulary:
+            raise FactorLLMError(f"{_CANNOT}: their vocabularies are not the same; {_INSTEAD}")
         tokens = list(range(_TRIED))
         asked = {"prompt": tokens, "n_predict": 1, "id_slot": 0, "cache_prompt": True}
         try:

@@ -119,14 +119,14 @@ class LlamaCpp(Client, Engine):
         return found
 
     def prefill(self, length: int) -> float:
-        prompt = random_tokens(length, self._vocabulary, next(self._seeds))
+        prompt = random_tokens(length, self.vocabulary, next(self._seeds))
         start = time.perf_counter()
         self._complete(prompt, 1)
         return time.perf_counter() - start
 
     def decode(self, batch: int, context: int, steps: int) -> float:
         # The prompts are put in their slots' caches first, so that no prompt is among the steps that are timed.
-        prompts = [random_tokens(context, self._vocabulary, slot) for slot in range(batch)]
+        prompts = [random_tokens(context, self.vocabulary, slot) for slot in range(batch)]
 
         def run(slot: int, count: int) -> dict:
             return self._complete(prompts[slot], count, id_slot=slot, cache_prompt=True)

@@ -27,13 +27,16 @@ class Client:
 
     Args:
         address: of the server.
+
+    Attributes:
+        vocabulary: tokens that its model knows.
     """
 
     def __init__(self, address: str):
         self._address = address
         # Of the server, for reading a large vocabulary from the file takes seconds.
         with urlopen(f"{address}/v1/models") as reply:
-            self._vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
+            self.vocabulary: int = json.load(reply)["data"][0]["meta"]["n_vocab"]
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._complete(tokens, count, return_tokens=True)["tokens"]
@@ -77,7 +80,7 @@ class Client:
             if said and said[0]["id"] == token:
                 found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"]))
             else:  # a token that ends within a character is kept back: it is among all of them
-                every = self._next_tokens(tokens, self._vocabulary, **goes_on)
+                every = self._next_tokens(tokens, self.vocabulary, **goes_on)
                 found.append((dict(every)[token], every[0][0]))
             tokens = [*tokens, token]
         return found

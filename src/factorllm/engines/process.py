@@ -71,6 +71,9 @@ class EngineProcess:
         # The package alone, not what is installed beside it, is shown to the environments of other engines.
         (self._folder / "factorllm").symlink_to(Path(factorllm.__file__).parent)
         self._log = (self._folder / "log").open("w+")
+        environment = os.environ | {"PYTHONPATH": str(self._folder)} | STARTED_WITH
+        if options and options.reader:
+            environment["TMPDIR"] = str(self._folder)  # what is handed over goes with the process
         self._process = subprocess.Popen(
             [
                 python_of(engine),
@@ -84,7 +87,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(self._folder), "TMPDIR": str(self._folder)} | STARTED_WITH,
+            env=environment,
         )
         try:
             self._read()
