@@ -50,9 +50,7 @@ def _check_places(job: Job, student: Student) -> None:
     written = {name for name in empty if not name.startswith(LAYERS)}
     for index in range(job.layers):
         prefix = layer_prefix(index)
-        others = {name.removeprefix(prefix): tensor for name, tensor in empty.items() if name.startswith(prefix)}
-        if index in ffn_layers(config):
-            others = {name: tensor for name, tensor in others.items() if not family_of(dense).ffn.holds(name)}
+        others = {name: empty[prefix + name] for name in _others(job, index, index in ffn_layers(config))}
         written |= {prefix + name for name in student.host.other_tensors(dense, others)}
     written = {name for name in written if not student.host.is_of_ffn(name, config)}
     if astray := sorted((written ^ outside_ffns(config, student.host).keys()) - {HEAD}):
@@ -93,15 +91,19 @@ def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN | None) 
         ffn: None for a layer without one.
     """
     source, prefix = job.source, layer_prefix(index)
-    others = [name.removeprefix(prefix) for name in job.tensor_names if name.startswith(prefix)]
-    tensors = {}
-    if ffn is not None:
-        others = [name for name in others if not family_of(source.config).ffn.holds(name)]
-        tensors = student.host.ffn_tensors(ffn, source.config)
+    others = _others(job, index, ffn is not None)
+    tensors = student.host.ffn_tensors(ffn, source.config) if ffn is not None else {}
     tensors |= student.host.other_tensors(source.config, {name: source.tensor(prefix + name) for name in others})
     tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
     write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
+
+
+def _others(job: Job, index: int, cut: bool) -> list[str]:
+    """Names, within a layer, of the dense model's tensors; where its FFN is `cut`, of those beside it."""
+    prefix, layout = layer_prefix(index), family_of(job.source.config).ffn
+    names = (name.removeprefix(prefix) for name in job.tensor_names if name.startswith(prefix))
+    return [name for name in names if not (cut and layout.holds(name))]
 
 
 def temper(job: Job) -> dict[str, float]:

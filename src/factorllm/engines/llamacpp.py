@@ -26,8 +26,11 @@ def require_llamacpp() -> None:
         raise FactorLLMError(f"llama.cpp is not installed; {how_to_install('llamacpp')}")
 
 
-def server_params(model: str, options: Options):
+def server_params(model: str, options: Options, handed: Path | None = None):
     """Parameters of llama.cpp's server for one model.
+
+    Args:
+        handed: folder that its slots' caches are saved to and restored from.
 
     Raises:
         FactorLLMError: when llama.cpp is not installed.
@@ -44,6 +47,8 @@ def server_params(model: str, options: Options):
         params.cpuparams.n_threads = decode
     if prefill := options.prefill_threads or decode:
         params.cpuparams_batch.n_threads = prefill
+    if handed:
+        params.slot_save_path = f"{handed}/"
     return params
 
 
@@ -86,7 +91,7 @@ _READ_IN = 0  # the slot that the dense model's prompts are handed over in
 
 class LlamaCpp(Client, Engine):
     def __init__(self, model: str, options: Options):
-        handed = tempfile.mkdtemp(prefix="factorllm-handed-") if options.reader else None
+        handed = Path(tempfile.mkdtemp(prefix="factorllm-handed-")) if options.reader else None
         self._server, self._batch = _plain_server(model, options, handed), options.batch
         super().__init__(self._server.listening_address)
         self._seeds = itertools.count(1000)
@@ -94,7 +99,7 @@ class LlamaCpp(Client, Engine):
         if options.reader and handed:
             self._dense = _plain_server(options.reader, options, handed)
             addresses = self._dense.listening_address, self._server.listening_address
-            self._reader = DensePrompt(*addresses, Path(handed))
+            self._reader = DensePrompt(*addresses, handed)
 
     def score(self, tokens: list[int], following: list[int]) -> list[tuple[float, int]]:
         if self._reader is None:
@@ -137,13 +142,11 @@ class LlamaCpp(Client, Engine):
         return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
 
 
-def _plain_server(model: str, options: Options, handed: str | None):
-    """A server that keeps nothing between requests but what its slots hold; `handed`: folder for their caches."""
+def _plain_server(model: str, options: Options, handed: Path | None):
+    """A server that keeps nothing between requests but what its slots hold."""
     import xllamacpp
 
-    params = server_params(model, options)
+    params = server_params(model, options, handed)
     params.cache_ram_mib = 0
     params.ui = False
-    if handed:
-        params.slot_save_path = f"{handed}/"
     return xllamacpp.Server(params)

@@ -28,7 +28,7 @@ from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
 from factorllm.serving.kinds import serve_kinds
-from factorllm.serving.proxy import Front, Proxy
+from factorllm.serving.proxy import Front, Proxy, serve_front
 from factorllm.serving.retrieval import Library, Retrieval
 from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
@@ -216,16 +216,14 @@ def _serve_dense_prompt(
         servers = []
         for each in (dense, model):
             path = as_gguf(each, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
-            params = server_params(str(path), settings.options)
-            params.slot_save_path, params.ui = f"{handed}/", False
+            params = server_params(str(path), settings.options, handed)
+            params.ui = False
             servers.append(start_server(params, f"load {each}"))
         behind, answering = (server.listening_address for server in servers)
         reader, name = DensePrompt(behind, answering, handed), Path(model).resolve().name
-        with Proxy(settings.host, settings.port, DensePromptFront(reader, answering, name, settings.parallel)) as proxy:
-            say(f"{dense} reads each prompt, {model} answers it")
-            say(f"serving {model} at http://{settings.host}:{settings.port}/v1; stop with Ctrl-C")
-            with suppress(KeyboardInterrupt):
-                proxy.serve_forever()
+        say(f"{dense} reads each prompt, {model} answers it")
+        front = DensePromptFront(reader, answering, name, settings.parallel)
+        serve_front(front, settings.host, settings.port, model, say)
         say("stopped")
 
 

@@ -160,19 +160,18 @@ def _of_gguf(
 ) -> tuple[dict[str, GgufSubject], Evaluation]:
     check_gguf(against, settings)
     subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
-    if dense_prompt:
-        subjects["student"] = subjects["student"].read_by(subjects["dense"])
+    asked = subjects | ({"student": subjects["student"].read_by(subjects["dense"])} if dense_prompt else {})
     if text is not None:
         _check_vocabularies(subjects)
         tokens = subjects["student"].held_out(text)
-    scores = scores_of_files(subjects, settings, cache, console)
+    scores = scores_of_files(asked, settings, cache, console)
     if text is None:
-        return subjects, Evaluation(scores)
+        return asked, Evaluation(scores)
     with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
         followed = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
     found = {name: each.perplexity for name, each in followed.items()}
     close = followed["student"].agreement(followed["dense"]) if against else None
-    return subjects, Evaluation(scores, found, close)
+    return asked, Evaluation(scores, found, close)
 
 
 def _on_text(scores: dict[str, Any], subjects: dict[str, _Subject], tokens: Tensor, console: Console) -> Evaluation:

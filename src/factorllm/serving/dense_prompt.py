@@ -30,21 +30,12 @@ class DensePromptFront(Front):
 
     @contextmanager
     def place(self, path: str, body: dict) -> Iterator[tuple[str, dict]]:
-        try:
+        with _told("does not take"):
             tokens = self._prompt(body)
-            slot = self._take(tokens)
-        except RuntimeError as error:
-            raise FactorLLMError(f"llama.cpp does not take the prompt: {error}") from None
-        try:
-            try:
+        with self._slot(tokens) as slot:
+            with _told("cannot read"):
                 self._reader.read(tokens, slot)
-            except RuntimeError as error:
-                raise FactorLLMError(f"llama.cpp cannot read the prompt: {error}") from None
             yield self._address, body | {"id_slot": slot, "cache_prompt": True}
-        finally:
-            with self._changed:
-                self._free[slot] = tokens
-                self._changed.notify()
 
     def models(self) -> list[str]:
         return [self._name]
@@ -64,13 +55,28 @@ class DensePromptFront(Front):
             return prompt
         raise FactorLLMError("the prompt is neither one text nor the tokens of one; ask for one at a time")
 
-    def _take(self, tokens: list[int]) -> int:
+    @contextmanager
+    def _slot(self, tokens: list[int]) -> Iterator[int]:
         """A slot, once one is free: the one that has read most of this prompt already."""
         with self._changed:
             self._changed.wait_for(lambda: self._free)
             slot = max(self._free, key=lambda free: _in_common(self._free[free], tokens))
             del self._free[slot]
-            return slot
+        try:
+            yield slot
+        finally:
+            with self._changed:
+                self._free[slot] = tokens
+                self._changed.notify()
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What llama.cpp refuses, the client is told."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise FactorLLMError(f"llama.cpp {what} the prompt: {error}") from None
 
 
 def _in_common(one: list[int], other: list[int]) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
-from factorllm.serving.proxy import Front, Proxy, UnavailableError, text_of
+from factorllm.serving.proxy import Front, UnavailableError, serve_front, text_of
 from factorllm.serving.schedule import Load, Schedule, Start
 from factorllm.text.intuition import Intuition
 
@@ -124,11 +124,8 @@ def serve_kinds(folder: Path, file_type: str, settings: ServeSettings, say: Call
         checkpoints = [folder / KINDS / str(kind) for kind in range(intuition.kinds)]
         files = [as_gguf(str(checkpoint), file_type, Path(work), say) for checkpoint in checkpoints]
         front = KindFront(folder.resolve().name, files, intuition, settings)
-        with Proxy(settings.host, settings.port, front) as proxy:
-            say(f"serving {folder} at http://{settings.host}:{settings.port}/v1; stop with Ctrl-C")
-            try:
-                with suppress(KeyboardInterrupt):
-                    proxy.serve_forever()
-            finally:
-                front.close()
+        try:
+            serve_front(front, settings.host, settings.port, folder, say)
+        finally:
+            front.close()
         say("stopped")

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from factorllm.errors import FactorLLMError
@@ -83,6 +84,21 @@ class Proxy(ThreadingHTTPServer):
         """A client that went away is no fault."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+def serve_front(front: Front, host: str, port: int, served: str | Path, say: Callable[[str], None]) -> None:
+    """Let a front answer at an address until interrupted.
+
+    Args:
+        served: what it serves, for the user.
+
+    Raises:
+        FactorLLMError: when nothing can listen there.
+    """
+    with Proxy(host, port, front) as proxy:
+        say(f"serving {served} at http://{host}:{port}/v1; stop with Ctrl-C")
+        with suppress(KeyboardInterrupt):
+            proxy.serve_forever()
 
 
 class _Handler(BaseHTTPRequestHandler):
