@@ -933,6 +933,7 @@ _MADE = {
     ("results", "dense", "perplexity"): (0, -1, None, "x", float("nan")),
     ("results", "student"): (MISSING, None),
     ("results", "another"): ({}, {"perplexity": 1.0}),
+    ("results", "dense", "more"): (1,),
     ("layers",): ([], None, [{}]),
     ("layers", 0, "expert_load"): ([], None, ["x"], [0.5]),
     ("layers", 0, "router_agreement"): (None, "x"),

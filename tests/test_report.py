@@ -22,6 +22,7 @@ from factorllm.report.measured import Measured, Scores, read_measured
 from factorllm.report.page import write_report
 from factorllm.report.tokens import coloured_tokens, legend
 from factorllm.runs.settings import Settings
+from factorllm.student.read import read_provenance
 
 QUIET = Console(quiet=True)
 FRONT = Path(__file__).parents[1] / "docs" / "front" / "qwen2.5-coder-0.5b.json"
@@ -67,6 +68,15 @@ def page(student, dense_folder, tmp_path_factory):
     measured = read_measured(folder / "scores.json", folder / "speed.json", FRONT)
     found = gather(student, str(dense_folder), measured, "cpu", QUIET)
     return write_report("tiny", found, folder / "report")
+
+
+@pytest.mark.parametrize(("model", "more"), [("another", {}), ("student", {"more": 1})])
+def test_results_that_no_table_has_a_place_for_are_refused(model, more, student, tmp_path):
+    made = json.loads((student / "factorllm.json").read_text())
+    made["results"].setdefault(model, {}).update(more)
+    (tmp_path / "factorllm.json").write_text(json.dumps(made))
+    with pytest.raises(FactorLLMError, match=rf"cannot be used \(results\.{model}"):
+        read_provenance(tmp_path)
 
 
 class Elements(HTMLParser):

@@ -40,7 +40,12 @@ class _Data(TypedDict):
     images: NotRequired[_Images]
 
 
+_NO_MORE = ConfigDict(extra="forbid")
+"""Of what is taken whole: tables have a line for each model, and its numbers make a `Cost`."""
+
+
 class _Row(TypedDict):
+    __pydantic_config__ = _NO_MORE
     perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     ffn_sparsity: _Finite
     active_parameters: NonNegativeInt
@@ -49,6 +54,7 @@ class _Row(TypedDict):
 
 
 class _Results(TypedDict):
+    __pydantic_config__ = _NO_MORE
     dense: _Row
     student: _Row
     healed: NotRequired[_Row]
@@ -78,7 +84,7 @@ class _Healing(TypedDict):
 
 
 class _Provenance(BaseModel):
-    """Keys that are not named here may be there; later versions and other tools add some."""
+    """Keys that are not named here may be there, but among the results; later versions and other tools add some."""
 
     model_config = ConfigDict(extra="allow")
 
