@@ -11,7 +11,7 @@ from factorllm.cli.options import Images, MemoryLimit, Model, Out, Resume, Text,
 from factorllm.runs.settings import Settings
 
 
-@settings_from(Settings, "tokens", "host", "seed", "device", "dtype", "tune", "baseline")
+@settings_from(Settings, "tokens", "held_out_tokens", "host", "seed", "device", "dtype", "tune", "baseline")
 def factorize(
     model: Model,
     out: Out,

@@ -11,7 +11,7 @@ from factorllm.cli.options import Images, MemoryLimit, Model, Out, Resume, Text,
 from factorllm.runs.settings import Settings
 
 
-@settings_from(Settings, "tokens", "seed", "device", "dtype", "tune")
+@settings_from(Settings, "tokens", "held_out_tokens", "seed", "device", "dtype", "tune")
 def prune(
     model: Model,
     out: Out,
