@@ -20,7 +20,7 @@ from transformers import (
 
 from factorllm.dense.config_checks import check_config
 from factorllm.dense.names import HEAD, embeddings
-from factorllm.dense.pretrained import shapes_of, skeleton, stored_tensors
+from factorllm.dense.pretrained import parameter_shapes, shapes_of, skeleton, stored_tensors
 from factorllm.dense.tensor_checks import check_ffn, check_finite, check_names, check_shapes, check_tokenizer
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
@@ -98,8 +98,11 @@ class ModelSource(ABC):
 
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""
-        with refusing(f"the config of {self.label}", "mend it, or use another copy"):
+        with refusing(*self._odd_config()):
             return skeleton(self.config)
+
+    def _odd_config(self) -> tuple[str, str]:
+        return f"the config of {self.label}", "mend it, or use another copy"
 
     def fill(self, module: nn.Module, dtype: torch.dtype, device: torch.device, prefix: str = "") -> None:
         """Load a skeleton's weights, and move its tables to the device.
@@ -123,7 +126,8 @@ class ModelSource(ABC):
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The same with their shapes."""
-        return {name: tuple(shape) for name, shape in shapes_of(self.skeleton()).items()}
+        with refusing(*self._odd_config()):
+            return {name: tuple(shape) for name, shape in parameter_shapes(self.config).items()}
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""

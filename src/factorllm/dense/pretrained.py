@@ -140,9 +140,15 @@ def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in stored_tensors(model).items()}
 
 
+_SHAPES: dict[str, dict[str, torch.Size]] = {}
+
+
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """The same of the model of a config."""
-    return shapes_of(skeleton(config))
+    """The same of the model of a config. They are kept: a conversion asks for those of two configs, many times."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _SHAPES:
+        _SHAPES[key] = shapes_of(skeleton(config))
+    return dict(_SHAPES[key])
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

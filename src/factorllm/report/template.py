@@ -1,10 +1,12 @@
 """Templates of the report and the model card."""
 
+from functools import cache
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined, Template
 
 
+@cache
 def read_template(name: str) -> Template:
     """A template beside this file; in HTML, values are escaped."""
     environment = Environment(
