@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,8 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+import typer.main
+from forked import Forked, command, free_port
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -45,10 +46,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_power_is_lost() -> Iterator[None]:
-    """Files are there for whoever reads them before the disk has them, and that is waited for a thousand times."""
+def nothing_is_waited_for_a_thousand_times() -> Iterator[None]:
+    """Files are there for whoever reads them before the disk has them; and commands are always the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 
@@ -147,18 +149,25 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
+"""For tiny models."""
+
+
 @pytest.fixture
 def small() -> Settings:
-    """Settings for tiny models."""
-    return Settings(tokens=4096, held_out_tokens=512, length=64)
+    return SMALL
 
 
-# Without a GPU, --multi_gpu means processes on the CPU that talk through gloo; --cpu would start one process only.
 _LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
-LAUNCH_TWO = [*_LAUNCH, "--multi_gpu", "--num_machines", "1"]
 _TESTS = Path(__file__).parent
 _FSDP = ["--config_file", str(_TESTS.parent / "configs/fsdp2.yaml"), "--mixed_precision", "bf16"]
 SHARD_OVER_TWO = [*_LAUNCH, *_FSDP, str(_TESTS / "cpus_as_gpus.py")]  # --precision must win over bf16
+
+
+def launched(launch: list[str], *words: object) -> subprocess.CompletedProcess:
+    """A command of factorllm in two processes, which `accelerate launch` starts."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launch, *map(str, words)], env=environment, capture_output=True, text=True)
 
 
 def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:
@@ -169,41 +178,32 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def free_port() -> int:
-    """A port that no one listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def served(model: str, *options: str) -> Iterator[tuple[openai.OpenAI, Callable[[], str]]]:
     """A model behind `factorllm serve`: a client that can reach it, and what the server has printed so far."""
     port = free_port()
-    command = [sys.executable, "-m", "factorllm", "serve", model, "--port", str(port), *options]
-    with tempfile.NamedTemporaryFile("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    server = command("serve", model, "--port", port, *options, own_session=True)
 
-        def printed() -> str:
-            return Path(log.name).read_text()
+    def printed() -> str:
+        return "".join(server.said())
 
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            _wait_until_ready(client, server, printed)
-            yield client, printed
-        finally:
-            with suppress(ProcessLookupError):  # it may have ended by itself
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        _wait_until_ready(client, server, printed)
+        yield client, printed
+    finally:
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
-def _wait_until_ready(client: openai.OpenAI, server: subprocess.Popen, printed: Callable[[], str]) -> None:
-    for _ in range(600):
+def _wait_until_ready(client: openai.OpenAI, server: Forked, printed: Callable[[], str]) -> None:
+    for _ in range(3000):
         if server.poll() is not None:
             pytest.fail(printed())
         try:
             client.models.list()
             return
         except openai.APIError:
-            time.sleep(0.5)
+            time.sleep(0.1)
     pytest.fail(f"the server did not start: {printed()}")

@@ -23,18 +23,26 @@ def subject(name: str, flops: int = 100) -> Subject:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("engine", ["llamacpp", "transformers"])
-def test_a_comparison_from_end_to_end(engine, tmp_path, text_file, small):
-    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+@pytest.mark.parametrize(("engine", "batches"), [("llamacpp", (1, 2)), ("transformers", (1,))])
+def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, small):
+    """An engine in Python is started for each batch size and each model, which takes seconds."""
+    timed, student = (
+        TINY.model_copy(update={"batches": batches}),
+        factorized(CONFIGS["mha"], tmp_path, text_file, small),
+    )
     factorize(str(tmp_path / "dense"), tmp_path / "pruned", "S4A0E8", text=str(text_file), settings=small)
     against = [str(tmp_path / "dense"), str(tmp_path / "pruned")]
-    table = run_bench(str(student), against, engine, "f32", TINY, tmp_path / "out", Console(quiet=True))
+    table = run_bench(str(student), against, engine, "f32", timed, tmp_path / "out", Console(quiet=True))
     assert [column.header for column in table.columns] == ["", "student", "dense", "pruned"]
 
     made = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [model["name"] for model in made["models"]] == ["student", "dense", "pruned"]
     for model in made["models"]:
-        assert set(model["tokens_per_second"]) == {"prefill 8", "prefill 16", "decode x1", "decode x2"}
+        assert set(model["tokens_per_second"]) == {
+            "prefill 8",
+            "prefill 16",
+            *(f"decode x{batch}" for batch in batches),
+        }
         assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in model["tokens_per_second"].values())
         assert model["peak_memory_bytes"] > 10 << 20
     student_flops, dense_flops, pruned_flops = (model["cost"]["flops_per_token"] for model in made["models"])

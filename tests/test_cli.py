@@ -4,14 +4,14 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forked import Forked, command, ended, free_port, run_main
 from rich.console import Console
 from test_outputs import SETTINGS, made, names, own  # noqa: F401  fixtures
 from test_refusals import cli  # noqa: F401  a fixture
@@ -25,20 +25,20 @@ from factorllm.hosts import HOSTS, MoeHost
 from factorllm.hosts.table import NARROWEST, family_table, host_table
 from factorllm.student.read import read_provenance
 
+FEW = ("--tokens", 2048, "--held-out-tokens", 512)
 REPOSITORY = Path(__file__).parent.parent
 
 
 def printed(*words: object, **options) -> str:
     """What a command prints, in a process of its own; nothing of it may be on stderr."""
-    command = [sys.executable, "-m", "factorllm", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done = ended(command(*words, **options))
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 OUT_OF_RANGE = [
     *(("factorize", "--seed", n) for n in (-1, 2**32, 10**20)),
-    *(("factorize", "--tokens", n) for n in (0, 10**20)),
+    *(("factorize", option, n) for option in ("--tokens", "--held-out-tokens") for n in (0, 10**20)),
     *(("factorize", "--tune", n) for n in (-1, 10**20)),
     *(("factorize", "--memory-limit", n) for n in (-1, 10**20)),
     *(("sample", "--length", n) for n in (1, 10**20)),
@@ -89,7 +89,7 @@ def test_odd_paths(where, made, dense_folder, text_file, tmp_path, monkeypatch, 
     if where == "here":
         monkeypatch.chdir(tmp_path / "new")
     model, out = (f"../a [/{home.name}/", ".") if where == "here" else (".", out)
-    code, error = cli("factorize", model, "-o", out, "--text", text_file, "--tokens", 2048, "--no-baseline")
+    code, error = cli("factorize", model, "-o", out, "--text", text_file, *FEW, "--no-baseline")
     assert (code, error) == (0, "")
     made = home / "sub" / "new" if where == "below" else tmp_path / "new"
     assert read_provenance(made)["base_model"]["name"] == home.name
@@ -103,7 +103,7 @@ def test_names_that_are_no_utf8(dense_folder, text_file, tmp_path, cli):  # noqa
     shutil.copy(text_file, odd)
     factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=odd, settings=SETTINGS)
     assert "Text: \N{REPLACEMENT CHARACTER}.txt, 2,048" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    code, error = cli("factorize", dense_folder, "-o", odd[:-4], "--text", text_file, "--tokens", 2048)
+    code, error = cli("factorize", dense_folder, "-o", odd[:-4], "--text", text_file, *FEW)
     assert code == 2
     assert "choose a name in UTF-8" in error
 
@@ -115,8 +115,8 @@ def test_outputs_that_are_no_place_to_write(made, dense_folder, tmp_path, monkey
         code, error = cli("factorize", dense_folder, "-o", out)
         assert code == 2
         assert says in error
-    for command in (["export", dense_folder], ["eval", made], ["sample", dense_folder]):
-        code, error = cli(*command, "-o", tmp_path / "full" / "sub")
+    for words in (["export", dense_folder], ["eval", made], ["sample", dense_folder]):
+        code, error = cli(*words, "-o", tmp_path / "full" / "sub")
         assert code == 2
         assert re.search("is a folder, and -o is a file|is no .jsonl file", error)
     assert names(tmp_path) == {"full"}
@@ -131,14 +131,14 @@ def test_an_output_inside_an_input_folder_loses_nothing(own, dense_folder, text_
 
 
 def test_a_conversion_prints_nothing_of_transformers(dense_folder, text_file, tmp_path):
-    words = ["--text", text_file, "--tokens", 2048]
+    words = ["--text", text_file, *FEW]
     said = printed("factorize", dense_folder, "-o", tmp_path / "out", *words)
     said += printed("report", tmp_path / "out", "--against", dense_folder)
     assert not re.search("Loading weights|Writing model|LOAD REPORT|transformers]", said)
 
 
 def test_all_of_the_table_of_hosts_can_be_read():
-    wide = printed("hosts", env=os.environ | {"COLUMNS": "40"})
+    wide = printed("hosts", environment={"COLUMNS": "40"})
     for host in (host for host in HOSTS.values() if isinstance(host, MoeHost)):
         for cell in (host.name, ", ".join(host.all_engines), host.gates.rule):
             assert cell in wide
@@ -154,9 +154,7 @@ def test_all_of_the_table_of_hosts_can_be_read():
 
 
 def test_prune_keeps_a_share_of_each_ffn(dense_folder, text_file, tmp_path):
-    said = printed(
-        "prune", dense_folder, "-o", tmp_path / "out", "--keep", "0.75", "--text", text_file, "--tokens", 2048
-    )
+    said = printed("prune", dense_folder, "-o", tmp_path / "out", "--keep", "0.75", "--text", text_file, *FEW)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size in (32, 64)
     assert "dense" in said
 
@@ -165,23 +163,29 @@ def test_version():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"factorllm {version('factorllm')}\n"
 
 
+def serve_nothing(words: list[str]) -> None:
+    """`serve` with a server that answers nothing."""
+    import xllamacpp
+
+    from factorllm.engines import serve
+
+    serve.export_gguf = lambda *arguments, **options: None
+    answers_nothing = SimpleNamespace(listening_address="here", handle_completions=lambda request: None)
+    xllamacpp.Server = lambda params: answers_nothing
+    run_main(words)
+
+
 def test_ctrl_c_ends_a_server(made):  # noqa: F811
     pytest.importorskip("xllamacpp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = "import factorllm.engines.serve as s; s.export_gguf = lambda *a, **k: None; import xllamacpp, types;"
-    code += "xllamacpp.Server = lambda params: types.SimpleNamespace("
-    code += "listening_address='here', handle_completions=lambda request: None);"
-    code += "from factorllm.cli import main; main()"
-    command = [sys.executable, "-uc", code, "serve", str(made), "--port", port]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "stop with Ctrl-C" not in process.stdout.readline():
+    process = Forked(serve_nothing, ["serve", str(made), "--port", str(free_port())])
+    while "stop with Ctrl-C" not in process.said()[0]:
         assert process.poll() is None
+        time.sleep(0.05)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said, error = process.communicate()
-    assert (process.returncode, said, error) == (0, "stopped\n", "")
+    os.kill(process.pid, signal.SIGINT)
+    done = ended(process)
+    assert done.returncode == 0
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("stopped", "")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

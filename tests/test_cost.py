@@ -48,7 +48,7 @@ def test_student_cost(recipe, sparsity, tmp_path, dense_folder, text_file, small
 @pytest.mark.parametrize("host", ["granitemoeshared", "glm4_moe"])
 def test_the_table_counts_what_is_written(host, tmp_path, dense_folder, text_file, small):
     """Some hosts hold a tied output head apart from the embeddings."""
-    settings = small.model_copy(update={"host": host})
+    settings = small.model_copy(update={"host": host, "baseline": True})
     summary = factorize(str(dense_folder), tmp_path / "out", "S2A2E8", text=str(text_file), settings=settings)
     dense, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (dense_folder, tmp_path / "out"))
     assert summary.row("dense").cost.total_parameters == dense.num_parameters()

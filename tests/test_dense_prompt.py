@@ -6,7 +6,8 @@ from urllib.request import urlopen
 import openai
 import pytest
 import torch
-from conftest import BASE, free_port, some_tokens
+from conftest import BASE, some_tokens
+from forked import free_port
 from test_evaluate import write_lines
 from test_export import byte_level_tokenizer, factorized, save_model
 from test_retrieval import running

@@ -5,15 +5,16 @@ import math
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, CONFIGS, relative_error, save_dense, some_tokens
+from conftest import CHAT_TEMPLATE, CONFIGS, SMALL, relative_error, save_dense, some_tokens
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from factorllm import Recipe, factorize
 from factorllm.convert.partition import METHODS
 from factorllm.convert.route import ROUTERS
-from factorllm.runs.settings import Settings
 from factorllm.text import read_calibration_text
+
+WITH_BASELINE = SMALL.model_copy(update={"baseline": True})
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -24,8 +25,7 @@ def contents(folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, dense_folder, text_file):
     out = tmp_path_factory.mktemp("made") / "student"
-    settings = Settings(tokens=4096, held_out_tokens=512, length=64)
-    return factorize(str(dense_folder), out, "S2A2E8", text=str(text_file), settings=settings)
+    return factorize(str(dense_folder), out, "S2A2E8", text=str(text_file), settings=WITH_BASELINE)
 
 
 def test_the_output_is_a_complete_checkpoint(made):
@@ -53,7 +53,7 @@ def test_saved_and_reloaded_logits_are_identical(made, tmp_path):
 def test_the_measured_numbers_are_in_the_output(made):
     provenance = json.loads((made.out / "factorllm.json").read_text())
     assert provenance["recipe"]["shared"] == 2
-    assert provenance["data"]["calibration_tokens"] == 4096
+    assert provenance["data"]["calibration_tokens"] == SMALL.tokens
     assert len(provenance["layers"]) == 3
     assert all(0 <= layer["router_agreement"] <= 1 for layer in provenance["layers"])
     assert all(sum(layer["expert_load"]) == pytest.approx(2, abs=1e-4) for layer in provenance["layers"])
@@ -117,16 +117,16 @@ def test_every_router_makes_a_model(router, prior, dense_folder, text_file, smal
     assert summary.host == "mixtral"
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(dense_folder, text_file, small, tmp_path, made):
-    factorize(str(dense_folder), tmp_path / "a" / "student", "S2A2E8", text=str(text_file), settings=small)
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(dense_folder, text_file, tmp_path, made):
+    factorize(str(dense_folder), tmp_path / "a" / "student", "S2A2E8", text=str(text_file), settings=WITH_BASELINE)
     assert contents(tmp_path / "a" / "student") == contents(made.out)
-    other = small.model_copy(update={"seed": 1})
+    other = SMALL.model_copy(update={"seed": 1})
     factorize(str(dense_folder), tmp_path / "b" / "student", "S2A2E8", text=str(text_file), settings=other)
     assert contents(tmp_path / "b" / "student") != contents(made.out)
 
 
-def test_activations_spilled_to_disk_change_nothing(dense_folder, text_file, small, tmp_path, made):
-    spilling = small.model_copy(update={"memory_limit": 0})
+def test_activations_spilled_to_disk_change_nothing(dense_folder, text_file, tmp_path, made):
+    spilling = WITH_BASELINE.model_copy(update={"memory_limit": 0})
     factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=str(text_file), settings=spilling)
     shards = {name: data for name, data in contents(tmp_path / "student").items() if name.endswith(".safetensors")}
     assert shards == {name: data for name, data in contents(made.out).items() if name.endswith(".safetensors")}

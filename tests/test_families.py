@@ -185,7 +185,7 @@ def factorized(family, host, recipe, tmp_path, text_file, small):
 
 @pytest.mark.parametrize(("family", "host", "shared"), [pair for pair in PAIRS if pair[:2] not in TESTED_THERE])
 def test_with_all_experts_on_each_family_is_the_dense_model(family, host, shared, tmp_path, text_file, small):
-    recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
+    recipe = Recipe(shared=shared, active=8 - shared, parts=8, router="analytic", restore="none")
     dense, student = factorized(family, host, recipe, tmp_path, text_file, small)
     assert student.config.model_type == host
     # Some hosts hold a family within one window, or without scaled positions, only; their configs say so.
@@ -202,7 +202,7 @@ def test_with_all_experts_on_each_family_is_the_dense_model(family, host, shared
 @pytest.mark.parametrize(("family", "host", "shared"), PAIRS)
 def test_the_picked_experts_of_each_host_count_once(family, host, shared, tmp_path, text_file, small):
     """Two of many experts on: the layer gives the sum of their dense neurons, whatever the host makes of logits."""
-    recipe = Recipe(shared=shared, active=2, parts=8, restore="none")
+    recipe = Recipe(shared=shared, active=2, parts=8, router="analytic", restore="none")
     dense, student = factorized(family, host, recipe, tmp_path, text_file, small)
     splits = read_partitions(tmp_path / "out", recipe.shape(64))
     routers = [router_weight(module) for module in Routers(student).modules]

@@ -62,7 +62,7 @@ from factorllm.student.read import read_partitions, read_provenance
 from factorllm.text import read_calibration_text
 
 IN_CI, SLOWLY = 2_000, 10_000
-FEW = ("--tokens", 64, "--no-baseline", "--device", "cpu")
+FEW = ("--tokens", 64, "--held-out-tokens", 64, "--no-baseline", "--device", "cpu")
 TEXT_SETTINGS = Settings(tokens=64, held_out_tokens=32, length=16)
 
 Sampled = st.SearchStrategy

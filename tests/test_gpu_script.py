@@ -17,7 +17,7 @@ def test_everything_is_made_and_measured(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(words(40, seed) for seed in range(600)))
     small = {"CALIBRATED": "2048", "TUNE": "1", "BATCH": "2", "OMP_NUM_THREADS": "1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", SCRIPT, tmp_path / "dense", tmp_path / "text.txt", tmp_path / "out", "4096"]
+    command = ["bash", SCRIPT, tmp_path / "dense", tmp_path / "text.txt", tmp_path / "out", "1024"]
     subprocess.run(command, check=True, env=os.environ | small | {"PATH": path}, capture_output=True)
     for name in ("student", "pruned"):
         assert (tmp_path / "out" / f"{name}-healed" / "config.json").exists()

@@ -3,18 +3,18 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
+import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 
+import forked
 import pytest
 import torch
-from conftest import CONFIGS, LAUNCH_TWO, SHARD_OVER_TWO, relative_error, save_dense, some_tokens
+from conftest import CONFIGS, SHARD_OVER_TWO, launched, relative_error, save_dense, some_tokens
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -362,13 +362,9 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     return out
 
 
-LAUNCHES = {"ddp": [*LAUNCH_TWO, "-m", "factorllm"], "fsdp2": SHARD_OVER_TWO}
-
-
-@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, text_file, tmp_path):
-    both = [sys.executable, *launch, *command(student, dense_folder, text_file, tmp_path / "two")]
-    done = subprocess.run(both, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+@pytest.mark.parametrize("start", [forked.both, partial(launched, SHARD_OVER_TWO)], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(start, healed_alone, student, dense_folder, text_file, tmp_path):
+    done = start(*command(student, dense_folder, text_file, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert "2 processes share" in done.stdout
     for name in ("kd", "pa", "eval_loss"):
@@ -381,21 +377,32 @@ def test_two_processes_equal_one(launch, healed_alone, student, dense_folder, te
 FOUND = SAME.model_copy(update={"learning_rate": None})
 
 
+def find_the_rate(words: list[str]) -> None:
+    rate._SHARE = math.inf
+    forked.run_main(words)
+
+
+def sharded_find_the_rate(*words: str) -> subprocess.CompletedProcess:
+    *start, script = SHARD_OVER_TWO
+    code = f"import math, runpy\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\nrunpy.run_path({script!r})"
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as cheap:
+        cheap.write(code)
+        cheap.flush()
+        return launched([*start, cheap.name], *words)
+
+
 @pytest.mark.parametrize(
-    "launch", [LAUNCHES["ddp"], pytest.param(LAUNCHES["fsdp2"], marks=pytest.mark.slow)], ids=LAUNCHES
+    "start",
+    [
+        pytest.param(partial(forked.both, run=find_the_rate), id="ddp"),
+        pytest.param(sharded_find_the_rate, id="fsdp2", marks=pytest.mark.slow),
+    ],
 )
-def test_two_processes_find_the_rate_of_one(launch, cheap, student, dense_folder, text_file, tmp_path):
-    script = tmp_path / "cheap.py"
-    script.write_text(
-        "import math, runpy, sys\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\n"
-        + (f"runpy.run_path({launch[-1]!r})" if launch[-2] != "-m" else "from factorllm.cli import main\nmain()")
-    )
-    start = launch[: -2 if launch[-2] == "-m" else -1]
+def test_two_processes_find_the_rate_of_one(start, cheap, student, dense_folder, text_file, tmp_path):
     line = command(student, dense_folder, text_file, tmp_path / "two")
     position = line.index("--learning-rate")
     del line[position : position + 2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *start, str(script), *line], env=environment, capture_output=True, text=True)
+    done = start(*line)
     assert done.returncode == 0, done.stderr
     heal(student, str(dense_folder), tmp_path / "one", text=str(text_file), settings=FOUND)
     one, two = (told(tmp_path / name) for name in ("one", "two"))
@@ -408,7 +415,7 @@ def test_two_processes_find_the_rate_of_one(launch, cheap, student, dense_folder
 @pytest.mark.parametrize("given", [None, 0.2], ids=["found", "far too high"])
 @pytest.mark.parametrize("at", ["an evaluation", "the end"])
 def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, dense_folder, text_file, tmp_path):
-    settings = SAME.model_copy(update={"learning_rate": given, "evaluations": 8})
+    settings = SAME.model_copy(update={"tokens": 1024, "learning_rate": given, "evaluations": 8})
 
     def break_off(*_, **__):
         raise InterruptedError
@@ -432,14 +439,12 @@ def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, d
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "factorllm", *command(student, dense_folder, text_file, tmp_path / "killed")]
-    )
+    process = forked.command(*command(student, dense_folder, text_file, tmp_path / "killed"))
     trainer = tmp_path / "killed.partial" / "trainer"
     while not list(trainer.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "killed").exists()
     checkpoint = min(trainer.glob("checkpoint-*"))

@@ -41,7 +41,7 @@ def build(config, recipe, tmp_path, text_file, small, host="auto"):
 
 @pytest.mark.parametrize(("name", "host", "shared"), PAIRS)
 def test_all_experts_on_equals_dense(name, host, shared, tmp_path, text_file, small):
-    recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
+    recipe = Recipe(shared=shared, active=8 - shared, parts=8, router="analytic", restore="none")
     dense, student = build(CONFIGS[name], recipe, tmp_path, text_file, small, host)
     assert student.config.model_type == host
     tokens = some_tokens(CONFIGS[name])
@@ -67,7 +67,7 @@ def test_all_experts_on_equals_dense(name, host, shared, tmp_path, text_file, sm
     ids=lambda value: getattr(value, "model_type", value),
 )
 def test_auto_takes_the_first_host_that_is_exact(config, shared, host, tmp_path, text_file, small):
-    recipe = Recipe(shared=shared, active=8 - shared, parts=8, restore="none")
+    recipe = Recipe(shared=shared, active=8 - shared, parts=8, router="analytic", restore="none")
     dense, student = build(config, recipe, tmp_path, text_file, small)
     assert student.config.model_type == host
     tokens = some_tokens(config)

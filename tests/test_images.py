@@ -101,8 +101,8 @@ MODELS = [("llava", "llama", "S2A2E8"), ("qwen3_5", "qwen3_5_text", "S2A2E8"), (
 @pytest.mark.parametrize(("kind", "text", "recipe"), MODELS)
 def test_images_are_calibrated_on_and_measured(kind, text, recipe, tmp_path, text_file, small, pictures):
     save_seeing(kind, text, tmp_path / "dense")
-    out = tmp_path / "out"
-    summary = factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), images=pictures, settings=small)
+    out, most = tmp_path / "out", small.model_copy(update={"tokens": 4096})
+    summary = factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), images=pictures, settings=most)
     images = read_provenance(out)["data"]["images"]
     assert images["origin"] == "pictures"
     assert (images["calibration_images"], images["held_out_images"]) == (18, 2)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import openai
 import pytest
 import torch
-from conftest import BASE, free_port, save_dense
+from conftest import BASE, save_dense
+from forked import free_port
 from gguf_parts import put_together, taken_apart
 from test_export import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig

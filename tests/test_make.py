@@ -13,6 +13,7 @@ from unittest.mock import ANY
 import pytest
 import yaml
 from conftest import BASE, save_dense, served
+from forked import command, ended
 from rich.console import Console
 from test_export import save_model
 from transformers import LlamaConfig
@@ -25,7 +26,7 @@ from factorllm.making.steps import Progress, Work
 
 PLAN = {
     "recipe": "S2A2E8",
-    "factorize": Settings(tokens=8192, held_out_tokens=512, length=64, baseline=False),
+    "factorize": Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False),
     "heal": HealSettings(tokens=2048, validation_tokens=512, evaluations=2, learning_rate=1e-3),
     "export": ExportStep(type="q8_0"),
 }
@@ -86,21 +87,21 @@ def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):
     out, chooser = tmp_path / "made", random.Random(0)
     out.mkdir()
     plan.write(out / "plan.yaml")
-    command = [sys.executable, "-m", "factorllm", "make", str(out / "plan.yaml")]
+    words = ("make", out / "plan.yaml")
     for _ in range(5):
         before = files_in(out)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = command(*words)
         while files_in(out) == before and process.poll() is None:
             time.sleep(0.02)
         time.sleep(chooser.uniform(0, 3))
-        assert process.poll() in (None, 0), process.stderr.read()
+        assert process.poll() in (None, 0), process.said()
         process.kill()
         process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = ended(command(*words))
     assert "all is done in about" in done.stdout or "made already" in done.stdout
     assert model_bytes(out) == model_bytes(made.out)
     assert (out / "made-q8_0.gguf").read_bytes() == (made.out / "made-q8_0.gguf").read_bytes()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = ended(command(*words))
     assert "made already" in again.stdout
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from conftest import CONFIGS, save_dense
 from test_factorize import contents
@@ -16,6 +17,7 @@ from test_refusals import cli  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense.model import ModelSource
 from factorllm.exporting import export_gguf
 from factorllm.healing.run import heal
 from factorllm.healing.settings import HealSettings
@@ -187,19 +189,34 @@ def test_a_link_to_a_folder_is_filled_and_stays_a_link(run, made, tmp_path):
         assert contents(target).keys() == contents(made).keys()
 
 
+FILL = """
+import sys
+from pathlib import Path
+
+from factorllm import Settings, factorize
+
+for name in ("tmpfs", "bound"):
+    few = Settings(tokens=2048, held_out_tokens=512, baseline=False)
+    factorize(sys.argv[1], Path(name), "S2A2E8", text=sys.argv[2], settings=few)
+"""
+
+
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="nothing can be mounted"
 )
-@pytest.mark.parametrize("mount", ["mount -t tmpfs none", "mount --bind other"])
-def test_a_mount_point_is_filled(mount, dense_folder, text_file, tmp_path):
-    for name in ("out", "other"):
+def test_a_mount_point_is_filled(dense_folder, text_file, tmp_path):
+    for name in ("tmpfs", "bound", "other"):
         (tmp_path / name).mkdir()
-    words = f"factorize {dense_folder} -o out --text {text_file} --tokens 2048 --no-baseline"
-    script = f"{mount} out && {sys.executable} -m factorllm {words} && cp -r out kept"
+    (tmp_path / "make.py").write_text(FILL)
+    mounts = "mount -t tmpfs none tmpfs && mount --bind other bound"
+    script = f"{mounts} && {sys.executable} make.py {dense_folder} {text_file} && cp -r tmpfs bound kept"
+    (tmp_path / "kept").mkdir()
     subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, check=True, capture_output=True)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "kept").config.model_type == "granitemoeshared"
-    assert not (tmp_path / "kept" / ".partial").exists()
-    assert not (tmp_path / "out.partial").exists()
+    for name in ("tmpfs", "bound"):
+        kept = tmp_path / "kept" / name
+        assert AutoModelForCausalLM.from_pretrained(kept).config.model_type == "granitemoeshared"
+        assert not (kept / ".partial").exists()
+        assert not (tmp_path / f"{name}.partial").exists()
 
 
 @pytest.mark.parametrize("moved", [0, 2, 5])
@@ -330,7 +347,7 @@ def test_a_text_is_known_by_its_content(run, made, text_file, tmp_path):
 
 def test_what_is_done_is_shown_again(made, dense_folder, text_file, cli, capsys, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    command = ("factorize", dense_folder, "-o", out, "--text", text_file, "--tokens", 2048)
+    command = ("factorize", dense_folder, "-o", out, "--text", text_file, "--tokens", 2048, "--held-out-tokens", 512)
     assert cli(*command)[0] == 0
     before = tree(out)
     first = call(command, capsys)
@@ -347,7 +364,7 @@ def test_what_is_done_is_shown_again(made, dense_folder, text_file, cli, capsys,
 
 def call(command, capsys) -> str:
     capsys.readouterr()
-    done = subprocess.run([sys.executable, "-m", "factorllm", *map(str, command)], capture_output=True, text=True)
+    done = forked.ended(forked.command(*command))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -406,6 +423,12 @@ def test_healing_copies_what_belongs_to_a_checkpoint(own, dense_folder, text_fil
 # Interruptions.
 
 
+def hang(words: list[str]) -> None:
+    """A command that waits where the model has been opened."""
+    ModelSource._check = lambda self: (print("here", flush=True), time.sleep(60))
+    forked.run_main(words)
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -415,16 +438,11 @@ def test_healing_copies_what_belongs_to_a_checkpoint(own, dense_folder, text_fil
 )
 def test_an_interruption_says_what_becomes_of_the_work(command, says, dense_folder, text_file, tmp_path):
     words = command.format(model=dense_folder, out=tmp_path / "out", text=text_file).split()
-    hang = (
-        "import factorllm.dense.model as m, time; m.ModelSource._check = lambda self: (print('here'), time.sleep(60))"
-    )
-    code = f"{hang}; from factorllm.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-uc", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "here\n"
+    process = forked.Forked(hang, words)
+    while process.said()[0] != "here\n":
+        time.sleep(0.01)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert (process.returncode, error) == (130, f"interrupted; {says}\n")
+    os.kill(process.pid, signal.SIGINT)
+    done = forked.ended(process)
+    assert (done.returncode, done.stderr) == (130, f"interrupted; {says}\n")
     assert names(tmp_path) == set()

