@@ -47,10 +47,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_waited_for_a_thousand_times() -> Iterator[None]:
-    """Files are there for whoever reads them before the disk has them; and commands are always the same."""
+    """Files are there for whoever reads them before the disk has them; commands are always the same; and lm-eval asks
+    pip for the environment with each task."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
         yield
 
 
@@ -162,6 +164,14 @@ _LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
 _TESTS = Path(__file__).parent
 _FSDP = ["--config_file", str(_TESTS.parent / "configs/fsdp2.yaml"), "--mixed_precision", "bf16"]
 SHARD_OVER_TWO = [*_LAUNCH, *_FSDP, str(_TESTS / "cpus_as_gpus.py")]  # --precision must win over bf16
+
+
+def tasks_of_lm_eval(*folders: str):
+    """lm-eval's own tasks in some of its folders: of all of them it reads 8,800 files."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(include_path=[own / folder for folder in folders], include_defaults=False)
 
 
 def launched(launch: list[str], *words: object) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, byte_tokenizer, words
+from conftest import BASE, byte_tokenizer, tasks_of_lm_eval, words
 from rich.console import Console
 from test_evaluate import write_lines
 from test_export import save_model
@@ -58,11 +58,9 @@ def data(tmp_path):
 @pytest.fixture
 def theirs(data, monkeypatch):
     """lm-eval's own task, on local data; what runs programs in its process comes from the hub, and is left out."""
-    from lm_eval.tasks import TaskManager
-
     without = types.SimpleNamespace(load=lambda name: types.SimpleNamespace(compute=lambda **_: None))
     monkeypatch.setitem(sys.modules, "evaluate", without)
-    manager = TaskManager()
+    manager = tasks_of_lm_eval("humaneval")
     swapped = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data / "humaneval.jsonl")}}}
     return manager._factory.build(manager._entry("humaneval"), overrides=swapped, registry=manager._index)
 

@@ -15,9 +15,7 @@ from factorllm.student.read import load_student
 PROMPTS = (
     "The capital of France is",
     "The city of London is",
-    "The history of the",
     "The moon is",
-    "Water is",
     "She went to the",
 )
 FEW = Settings(tokens=1024, held_out_tokens=256, length=256, baseline=False)
