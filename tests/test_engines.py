@@ -38,13 +38,16 @@ def test_an_engine_answers_and_times(engine, model, folder):
         assert process.peak_memory() > 10 << 20
 
 
-def test_transformers_gives_the_log_probabilities_of_the_model(tmp_path):
+def test_transformers_gives_the_log_probabilities_of_the_model_until_it_dies(tmp_path):
     model = save_dense(CONFIGS["mha"], tmp_path)
     prompt = some_tokens(CONFIGS["mha"], rows=1)
     with torch.no_grad():
         wanted = model(prompt).logits[0, -1].log_softmax(-1).topk(5)
     with EngineProcess("transformers", tmp_path, Options(dtype="float32")) as process:
         top = process.next_tokens(prompt[0].tolist(), 5)
+        process._process.kill()
+        with pytest.raises(FactorLLMError, match="it ended"):
+            process.prefill(4)
     assert [token for token, _ in top] == wanted.indices.tolist()
     assert [value for _, value in top] == pytest.approx(wanted.values.tolist(), abs=1e-4)
 
@@ -55,14 +58,6 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(tmp_path):
     with pytest.raises(FactorLLMError, match="llamacpp failed on") as error:
         EngineProcess("llamacpp", tmp_path / "bad.gguf")
     assert "\n" not in str(error.value)
-
-
-def test_an_engine_that_dies_is_told(folder):
-    process = EngineProcess("transformers", folder / "dense")
-    process._process.kill()
-    with pytest.raises(FactorLLMError, match="it ended"):
-        process.prefill(4)
-    process.close()
 
 
 def test_what_starts_vllm_needs_nothing_that_its_environment_lacks():

@@ -421,7 +421,7 @@ def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, d
         raise InterruptedError
 
     def at_third(callback, arguments, state, control, **more):
-        return break_off() if state.global_step >= 6 else evaluated(callback, arguments, state, control, **more)
+        return break_off() if state.global_step >= 3 else evaluated(callback, arguments, state, control, **more)
 
     evaluated = BestCallback.on_evaluate
     where = (run, "read_outcome", break_off) if at == "the end" else (BestCallback, "on_evaluate", at_third)
