@@ -9,8 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -160,24 +158,12 @@ def small() -> Settings:
     return SMALL
 
 
-_LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
-_TESTS = Path(__file__).parent
-_FSDP = ["--config_file", str(_TESTS.parent / "configs/fsdp2.yaml"), "--mixed_precision", "bf16"]
-SHARD_OVER_TWO = [*_LAUNCH, *_FSDP, str(_TESTS / "cpus_as_gpus.py")]  # --precision must win over bf16
-
-
 def tasks_of_lm_eval(*folders: str):
     """lm-eval's own tasks in some of its folders: of all of them it reads 8,800 files."""
     import lm_eval.tasks
 
     own = Path(lm_eval.tasks.__file__).parent
     return lm_eval.tasks.TaskManager(include_path=[own / folder for folder in folders], include_defaults=False)
-
-
-def launched(launch: list[str], *words: object) -> subprocess.CompletedProcess:
-    """A command of factorllm in two processes, which `accelerate launch` starts."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launch, *map(str, words)], env=environment, capture_output=True, text=True)
 
 
 def some_tokens(config: PreTrainedConfig, rows: int = 2, length: int = 48, seed: int = 7) -> torch.Tensor:

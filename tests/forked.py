@@ -83,8 +83,8 @@ def _begin(environment, folder, names, own_session, function, arguments) -> None
     if own_session:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name, stream in zip(names, (sys.stdout, sys.stderr), strict=True):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), 1 if stream is sys.stdout else 2)
+    for stream, name in enumerate(names, start=1):  # stdout and stderr
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), stream)
     function(*arguments)
 
 

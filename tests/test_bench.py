@@ -26,10 +26,8 @@ def subject(name: str, flops: int = 100) -> Subject:
 @pytest.mark.parametrize(("engine", "batches"), [("llamacpp", (1, 2)), ("transformers", (1,))])
 def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, small):
     """An engine in Python is started for each batch size and each model, which takes seconds."""
-    timed, student = (
-        TINY.model_copy(update={"batches": batches}),
-        factorized(CONFIGS["mha"], tmp_path, text_file, small),
-    )
+    timed = TINY.model_copy(update={"batches": batches})
+    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
     factorize(str(tmp_path / "dense"), tmp_path / "pruned", "S4A0E8", text=str(text_file), settings=small)
     against = [str(tmp_path / "dense"), str(tmp_path / "pruned")]
     table = run_bench(str(student), against, engine, "f32", timed, tmp_path / "out", Console(quiet=True))

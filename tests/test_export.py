@@ -122,7 +122,7 @@ HOSTED = [
 def test_llamacpp_agrees_with_transformers(name, host, recipe, tmp_path, text_file, small):
     config = {"attention-bias": ATTENTION_BIAS, "wide-heads": WIDE_HEADS, **CONFIGS}[name]
     save_model(config, tmp_path / "dense")
-    settings = small.model_copy(update={"host": host, "baseline": False})
+    settings = small.model_copy(update={"host": host})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
     check_no_worse(tmp_path, {"out": 1.5})
 
@@ -197,7 +197,7 @@ WITHOUT_OWN_FILE = ("windowed", "ministral", "helium")
 def test_llamacpp_agrees_on_other_families_and_what_is_made_of_them(family, tmp_path, text_file, small):
     save_model(WRITTEN[family], tmp_path / "dense")
     for index, (host, recipe) in enumerate(OF_OTHER_FAMILIES[family]):
-        settings = small.model_copy(update={"host": host, "baseline": False})
+        settings = small.model_copy(update={"host": host})
         factorize(str(tmp_path / "dense"), tmp_path / f"{index}", recipe, text=str(text_file), settings=settings)
     if family in WITHOUT_OWN_FILE:
         assert median_difference(tmp_path, "0") < 0.02
@@ -253,7 +253,7 @@ def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict
 
 def factorized(config, folder: Path, text_file, small, recipe="S2A2E8", host="auto") -> Path:
     save_model(config, folder / "dense")
-    settings = small.model_copy(update={"host": host, "baseline": False})
+    settings = small.model_copy(update={"host": host})
     factorize(str(folder / "dense"), folder / "out", recipe, text=str(text_file), settings=settings)
     return folder / "out"
 

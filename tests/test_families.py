@@ -174,7 +174,7 @@ SPECIAL = {
 
 def factorized(family, host, recipe, tmp_path, text_file, small):
     dense = save_dense(SPECIAL.get((family, host), TINY[family]), tmp_path / "dense")
-    settings = small.model_copy(update={"host": host, "baseline": False})
+    settings = small.model_copy(update={"host": host})
     factorize(str(tmp_path / "dense"), tmp_path / "out", recipe, text=str(text_file), settings=settings)
     student, found = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True

@@ -60,7 +60,7 @@ CODE = (
 )
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "model.pt", "rng_state.pth")
 FEW = ("--tokens", 1024, "--device", "cpu")
-HELD_OUT = ("--held-out-tokens", 512)
+FEW_IN_ALL = (*FEW, "--held-out-tokens", 512)
 
 
 class Bomb:
@@ -147,7 +147,7 @@ def dense(clean, tmp_path, traps) -> Path:
 @pytest.fixture
 def student(dense, tmp_path, traps, text) -> Path:
     """A student of the dense model with traps, with traps of its own."""
-    made("factorize", dense, "-o", tmp_path / "student", "--text", text, "--no-baseline", *FEW, *HELD_OUT)
+    made("factorize", dense, "-o", tmp_path / "student", "--text", text, "--no-baseline", *FEW_IN_ALL)
     traps.lay(tmp_path / "student")
     return tmp_path / "student"
 
@@ -170,9 +170,7 @@ def declared_code(folder: Path) -> list[str]:
 @pytest.mark.parametrize("recipe", ["S2A2E8", "S4A0E8"])
 def test_factorize(dense, tmp_path, text, recipe):
     before = digest(dense)
-    made(
-        "factorize", dense, "-o", tmp_path / "out", "--recipe", recipe, "--text", text, "--no-baseline", *FEW, *HELD_OUT
-    )
+    made("factorize", dense, "-o", tmp_path / "out", "--recipe", recipe, "--text", text, "--no-baseline", *FEW_IN_ALL)
     assert digest(dense) == before
     assert declared_code(tmp_path / "out") == []
 
@@ -180,7 +178,7 @@ def test_factorize(dense, tmp_path, text, recipe):
 def test_a_model_of_a_kind_that_only_its_own_code_knows_is_refused(dense, traps, tmp_path, text):
     traps.lay(dense, model_type="x")
     commands = (
-        ("factorize", dense, "-o", tmp_path / "out", "--text", text, *FEW, *HELD_OUT),
+        ("factorize", dense, "-o", tmp_path / "out", "--text", text, *FEW_IN_ALL),
         ("sample", dense, "-o", tmp_path / "out.jsonl", *FEW),
         ("export", dense, "-o", tmp_path / "out.gguf"),
         ("serve", dense, "--engine", "llamacpp"),
@@ -196,7 +194,7 @@ def test_a_model_of_a_kind_that_only_its_own_code_knows_is_refused(dense, traps,
 
 def test_pickles_are_not_read_instead_of_missing_weights(dense, tmp_path, text):
     (dense / "model.safetensors").unlink()
-    ended = run("factorize", dense, "-o", tmp_path / "out", "--text", text, *FEW, *HELD_OUT)
+    ended = run("factorize", dense, "-o", tmp_path / "out", "--text", text, *FEW_IN_ALL)
     assert ended.code == 2
     assert "pickled .bin files are never loaded" in ended.err
 
@@ -262,7 +260,7 @@ def test_a_gguf_file_in_a_folder_of_code(dense, traps, tmp_path, text):
     for name in CONFIGS_WITH_A_MAP:
         (folder / name).write_text(json.dumps({"auto_map": AUTO_MAP, "model_type": "x"}))
     model = folder / "model.gguf"
-    ended = run("factorize", model, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW, *HELD_OUT)
+    ended = run("factorize", model, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW_IN_ALL)
     assert ended.code in (0, 2), ended.err
 
 
@@ -317,7 +315,7 @@ def test_a_command_of_the_shell(dense, traps, tmp_path, text):
     program = Path(sys.executable).with_name("factorllm")
     if not program.exists():
         pytest.skip("factorllm is not installed as a program here")
-    arguments = ["factorize", dense, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW, *HELD_OUT]
+    arguments = ["factorize", dense, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW_IN_ALL]
     done = subprocess.run(
         [program, *map(str, arguments)],
         input="y\n" * 99,
@@ -428,4 +426,4 @@ def test_pickles_of_a_model_folder_are_not_opened(dense, text, tmp_path):
     for name in PICKLES:
         (dense / name).unlink()
         (dense / name).mkdir()  # opening it would fail
-    made("factorize", dense, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW, *HELD_OUT)
+    made("factorize", dense, "-o", tmp_path / "out", "--text", text, "--no-baseline", *FEW_IN_ALL)

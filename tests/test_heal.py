@@ -3,18 +3,21 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import forked
 import pytest
 import torch
-from conftest import CONFIGS, SHARD_OVER_TWO, launched, relative_error, save_dense, some_tokens
+from conftest import CONFIGS, relative_error, save_dense, some_tokens
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -362,7 +365,17 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("start", [forked.both, partial(launched, SHARD_OVER_TWO)], ids=["ddp", "fsdp2"])
+TESTS = Path(__file__).parent
+
+
+def sharded(*words: str, script: Path = TESTS / "cpus_as_gpus.py") -> subprocess.CompletedProcess:
+    """`factorllm` in two processes that share each weight, which `accelerate launch` starts."""
+    fsdp = ["--config_file", TESTS.parent / "configs/fsdp2.yaml", "--mixed_precision", "bf16"]  # --precision must win
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *fsdp, script, *words]
+    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("start", [forked.both, sharded], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(start, healed_alone, student, dense_folder, text_file, tmp_path):
     done = start(*command(student, dense_folder, text_file, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
@@ -383,12 +396,11 @@ def find_the_rate(words: list[str]) -> None:
 
 
 def sharded_find_the_rate(*words: str) -> subprocess.CompletedProcess:
-    *start, script = SHARD_OVER_TWO
-    code = f"import math, runpy\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\nrunpy.run_path({script!r})"
     with tempfile.NamedTemporaryFile("w", suffix=".py") as cheap:
-        cheap.write(code)
+        cheap.write("import math, runpy\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\n")
+        cheap.write(f"runpy.run_path({str(TESTS / 'cpus_as_gpus.py')!r})")
         cheap.flush()
-        return launched([*start, cheap.name], *words)
+        return sharded(*words, script=Path(cheap.name))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def build(config, recipe, tmp_path, text_file, small, host="auto"):
         tmp_path / "out",
         recipe,
         text=str(text_file),
-        settings=small.model_copy(update={"host": host, "baseline": False}),
+        settings=small.model_copy(update={"host": host}),
     )
     return dense, AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 

@@ -184,7 +184,7 @@ def ffn_errors(dense, student, inputs):
 
 def test_image_tokens_are_kept_better_when_they_are_calibrated_on(tmp_path, text_file, small, pictures):
     dense = save_seeing("llava", "qwen2", tmp_path / "dense")
-    settings = small.model_copy(update={"baseline": False, "length": 32})
+    settings = small.model_copy(update={"length": 32})
     errors = {}
     inputs = processor_of("llava")(
         text=["<image>\nwhat?"], images=[Image.new("RGB", (16, 16), "teal")], return_tensors="pt"

@@ -98,10 +98,12 @@ def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):
         process.kill()
         process.wait()
     done = ended(command(*words))
+    assert done.returncode == 0, done.stderr
     assert "all is done in about" in done.stdout or "made already" in done.stdout
     assert model_bytes(out) == model_bytes(made.out)
     assert (out / "made-q8_0.gguf").read_bytes() == (made.out / "made-q8_0.gguf").read_bytes()
     again = ended(command(*words))
+    assert again.returncode == 0, again.stderr
     assert "made already" in again.stdout
 
 

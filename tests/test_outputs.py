@@ -440,6 +440,7 @@ def test_an_interruption_says_what_becomes_of_the_work(command, says, dense_fold
     words = command.format(model=dense_folder, out=tmp_path / "out", text=text_file).split()
     process = forked.Forked(hang, words)
     while process.said()[0] != "here\n":
+        assert process.poll() is None, process.said()
         time.sleep(0.01)
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)

@@ -153,9 +153,8 @@ def with_image(kind, model):
 @pytest.mark.parametrize(("kind", "text", "recipe", "host"), PAIRS)
 def test_the_text_model_becomes_sparse_and_the_rest_stays(kind, text, recipe, host, tmp_path, text_file, small):
     dense = save_wrapped(kind, text, tmp_path / "dense")
-    settings = small.model_copy(update={"baseline": False})
     out = tmp_path / "out"
-    factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=settings)
+    factorize(str(tmp_path / "dense"), out, recipe, text=str(text_file), settings=small)
     student, found = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
     assert student.config.get_text_config().model_type == host

@@ -28,17 +28,16 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
         teacher: (n, vocabulary) logits, fp32.
         student: (n, vocabulary) logits for the same tokens, fp32.
     """
-    runs = max(_AT_ONCE // student.shape[1], 1)
+    tokens = max(_AT_ONCE // student.shape[1], 1)
+    runs = student.split(tokens)
     # KL is a constant + the mean of logsumexp(scale * z) - scale * <p, z>, for the student's z and the teacher's p.
     expected = sum(
         (wanted.softmax(dim=1) * logits).sum(dtype=torch.float64).item()
-        for wanted, logits in zip(teacher.split(runs), student.split(runs), strict=True)
+        for wanted, logits in zip(teacher.split(tokens), runs, strict=True)
     )
 
     def loss(scale: float) -> float:
-        normalisers = sum(
-            (logits * scale).logsumexp(dim=1).sum(dtype=torch.float64).item() for logits in student.split(runs)
-        )
+        normalisers = sum((logits * scale).logsumexp(dim=1).sum(dtype=torch.float64).item() for logits in runs)
         return (normalisers - scale * expected) / len(student)
 
     best = minimize_scalar(loss, bounds=_BOUNDS, method="bounded", options={"xatol": _TOLERANCE})
