@@ -94,7 +94,8 @@ class LlamaCpp(Client, Engine):
         handed = Path(tempfile.mkdtemp(prefix="factorllm-handed-")) if options.reader else None
         self._server, self._batch = _plain_server(model, options, handed), options.batch
         super().__init__(self._server.listening_address)
-        self._seeds = itertools.count(1000)
+        self._seeds = itertools.count()
+        self._read: dict[int, list[int]] = {}  # by slot, the prompt that its cache holds
         self._reader: DensePrompt | None = None
         if options.reader and handed:
             self._dense = _plain_server(options.reader, options, handed)
@@ -124,22 +125,29 @@ class LlamaCpp(Client, Engine):
         return found
 
     def prefill(self, length: int) -> float:
-        prompt = random_tokens(length, self.vocabulary, next(self._seeds))
+        prompt = self._read[0] = self._unseen(length)
         start = time.perf_counter()
-        self._complete(prompt, 1)
+        self._complete(prompt, 1, id_slot=0, cache_prompt=True)
         return time.perf_counter() - start
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        # The prompts are put in their slots' caches first, so that no prompt is among the steps that are timed.
-        prompts = [random_tokens(context, self.vocabulary, slot) for slot in range(batch)]
-
         def run(slot: int, count: int) -> dict:
-            return self._complete(prompts[slot], count, id_slot=slot, cache_prompt=True)
+            return self._complete(self._prompt(slot, context), count, id_slot=slot, cache_prompt=True)
 
+        # The prompts are put in their slots' caches first, so that no prompt is among the steps that are timed.
         with ThreadPoolExecutor(batch) as pool:
             list(pool.map(run, range(batch), [1] * batch))
             answers = list(pool.map(run, range(batch), [steps + 1] * batch))
         return max(answer["timings"]["predicted_ms"] for answer in answers) / steps / 1000
+
+    def _prompt(self, slot: int, length: int) -> list[int]:
+        """A prompt that the slot has read already, if it has read one so long: to read it takes longer than a step."""
+        if len(self._read.get(slot, ())) < length:
+            self._read[slot] = self._unseen(length)
+        return self._read[slot][:length]
+
+    def _unseen(self, length: int) -> list[int]:
+        return random_tokens(length, self.vocabulary, next(self._seeds))
 
 
 def _plain_server(model: str, options: Options, handed: Path | None):

@@ -1,8 +1,9 @@
 """The speed of every shape, from a micro-benchmark of a few of them in the engine itself.
 
 A layer's time is fitted as `a + b s + r k + c [routed]`: attention and norms, the neurons that always run, those that
-are routed, and what routing costs beside. Four stand-ins (`stand_in.py`) settle the four numbers; one with half as many
-layers settles what embeddings and head cost. All are timed in turns, each file type by itself.
+are routed, and what routing costs beside. Four stand-ins (`stand_in.py`) settle the four numbers. Of a large model they
+have a few layers only, and one with half as many settles what embeddings and head cost. All are timed in turns, each
+file type by itself.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
 
 _TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
-_LAYER_BYTES = 128 << 20
-"""Weights of layers that a stand-in has at least, so that they do not fit in a processor's cache where the model's do
-not."""
+_LAYER_BYTES = 384 << 20
+"""Weights of layers that a stand-in has at least, if the model has so many. They do not fit in a processor's cache, and
+what is timed of all layers is off by half of what is concluded from a third of them."""
 
 _KV_BYTES = 2  # a number of the cache of keys and values is float16
 _CONTEXT = 4096  # tokens of a conversation, for what memory is needed
@@ -137,11 +138,13 @@ def _shapes(config: PreTrainedConfig) -> list[tuple[Recipe | None, Shape]]:
 
 
 def _brief_plan(config: PreTrainedConfig) -> Plan:
-    """Turns of a second each: fewer of them, and of fewer tokens, where layers are large."""
+    """A prompt as long as `bench` has before decoding, and steps after it in turns: several short ones where layers are
+    large. To read a prompt takes most of the time, so it is read once and has four turns of steps."""
     large = config.hidden_size * ffn_width(config) > 1 << 24
-    tokens, steps, rounds = (32, 8, 4) if large else (128, 16, 6)
+    tokens, steps, rounds, turns = (32, 8, 4, 1) if large else (Plan().context, 16, 1, 4)
     threads = (len(os.sched_getaffinity(0)),)
-    brief = Plan(rounds=rounds, prompts=(tokens,), context=tokens // 2, steps=steps, batches=(1,), threads=threads)
+    batches = turns * (1,)
+    brief = Plan(rounds=rounds, prompts=(tokens,), context=tokens, steps=steps, batches=batches, threads=threads)
     return brief.within(config.max_position_embeddings)
 
 
@@ -151,19 +154,21 @@ def _fit(config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, con
     few = with_layers(config, depth)
     with tempfile.TemporaryDirectory(prefix="factorllm-plan-") as work:
         models = {name: StandIn.of(few, shape) for name, shape in shapes.items()}
-        models["half"] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
+        if depth < config.num_hidden_layers:
+            models["half"] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
         subjects = [_subject(name, model, file_type, Path(work)) for name, model in models.items()]
         with meter(console, f"timing stand-ins of {depth} layers, {file_type}", 1) as bar:
             measures = {m.subject.name: m for m in measure_speed(subjects, "llamacpp", plan, Console(quiet=True))}
             bar.advance()
-    half = measures.pop("half")
-    return {what: _settle(what, measures, half, shapes, depth) for what in plan.names()}
+    return {what: _settle(what, measures, shapes, depth) for what in plan.names()}
 
 
-def _settle(what: str, measures: dict[str, Measure], half: Measure, shapes: dict[str, Shape], depth: int) -> _Step:
+def _settle(what: str, measures: dict[str, Measure], shapes: dict[str, Shape], depth: int) -> _Step:
     seconds = {name: 1 / measure.speed(what) for name, measure in measures.items()}
-    layer = max((seconds["dense"] - 1 / half.speed(what)) / (depth - depth // 2), 0.0)  # noise may be larger
-    outside = max(seconds["dense"] - depth * layer, 0.0)
+    outside = 0.0  # of all layers it is a part of what a layer takes
+    if half := seconds.pop("half", None):
+        layer = max((seconds["dense"] - half) / (depth - depth // 2), 0.0)  # noise may be larger
+        outside = max(seconds["dense"] - depth * layer, 0.0)
     terms = np.stack([_terms(shapes[name]) for name in seconds])
     target = np.array([(its - outside) / depth for its in seconds.values()])
     scale = terms.max(0)  # of a prune alone nothing is routed, and the column is zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import mmap
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -157,13 +158,46 @@ def _forget_pages(data: np.ndarray) -> None:
 
 
 class _Reader(gguf.GGUFReader):
-    """A reader that ends where the file does: gguf's own goes on for as many entries as a damaged header says."""
+    """A reader that ends where the file does, and reads a large vocabulary at once.
+
+    gguf's own goes on for as many entries as a damaged header says, and takes 8 s for a vocabulary of 150,000.
+    """
 
     def _get(self, offset: int, dtype, count: int = 1, **more) -> np.ndarray:
-        if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-            raise ValueError("its header goes on past its end")
+        self._check_end(int(offset) + int(count) * np.dtype(dtype).itemsize)
         self.data = np.asarray(self.data)  # each token is a slice of it, and slices of a memmap take 0.5 KB
         return super()._get(offset, dtype, count, **more)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[np.ndarray], list[int], list]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        start, number = orig_offs + 12, self.gguf_scalar_to_np.get(kind[0])
+        if count[0] and number:
+            parts = [self._get(start, number, count[0])]
+            size = parts[0].nbytes
+        elif count[0] and kind[0] == gguf.GGUFValueType.STRING:
+            parts, size = self._strings(start, int(count[0]))
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        places = list(range(2, 2 + len(parts)))
+        return 12 + size, [kind, count, *parts], places, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+
+    def _strings(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
+        """The bytes of each, and how many bytes they take with their lengths."""
+        little = self.endianess == gguf.GGUFEndian.LITTLE
+        length, found, at = struct.Struct("<Q" if little else ">Q"), [], start
+        for _ in range(count):
+            self._check_end(at + length.size)
+            end = at + length.size + length.unpack_from(self.data, at)[0]
+            self._check_end(end)
+            found.append(self.data[at + length.size : end])
+            at = end
+        return found, at - start
+
+    def _check_end(self, end: int) -> None:
+        if end > len(self.data):
+            raise ValueError("its header goes on past its end")
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:

@@ -20,8 +20,8 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    rounds: int = Field(default=7, ge=2, le=10_000)
-    """Turns of each model."""
+    rounds: int = Field(default=7, ge=1, le=10_000)
+    """Turns of each model; one alone says nothing of how they differ."""
     prompts: tuple[Tokens, ...] = (512, 2048)
     """Lengths of the prompts of prefill, tokens."""
     context: Tokens = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median, quantiles
@@ -39,7 +40,7 @@ class Measure:
     def ratio(self, other: Measure, what: str) -> tuple[float, float, float]:
         """How much faster than `other`: median over the rounds, and the quartiles."""
         ratios = [own / its for own, its in zip(self.speeds[what], other.speeds[what], strict=True)]
-        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
         return middle, low, high
 
 
@@ -49,13 +50,17 @@ def measure_speed(subjects: list[Subject], engine: str, plan: Plan, console: Con
     Raises:
         FactorLLMError: when the engine cannot load one of them.
     """
+    measures = []
+    for subject in subjects:
+        measures.append(Measure(subject, _fastest_threads(subject, engine, plan)))
+        console.print(f"{subject.name} is fastest with {_said(measures[-1].threads)} threads", highlight=False)
+
+    def load(measure: Measure) -> _Loaded:
+        return stack.enter_context(_Loaded(measure.subject, engine, plan, measure.threads))
+
     with ExitStack() as stack:
-        measures, processes = [], []
-        for subject in subjects:
-            threads = _fastest_threads(subject, engine, plan)
-            console.print(f"{subject.name} is fastest with {_said(threads)} threads", highlight=False)
-            measures.append(Measure(subject, threads))
-            processes.append(stack.enter_context(_Loaded(subject, engine, plan, threads)))
+        with ThreadPoolExecutor(max(plan.thread_counts())) as pool:
+            processes = list(pool.map(load, measures))
         with meter(console, "timing", plan.rounds * len(plan.names()) * len(subjects)) as bar:
             _take_turns(measures, processes, plan, bar)
         for measure, process in zip(measures, processes, strict=True):
