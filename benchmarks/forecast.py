@@ -2,7 +2,8 @@
 
     python benchmarks/forecast.py MODEL --text any.jsonl --work runs/forecast --out docs/speed.md
 
-Speed does not depend on the weights, so students are made by the cheapest recipe: nothing is fitted.
+Speed does not depend on the weights, so students are made by the cheapest recipe: nothing is fitted. What the folder
+holds of an earlier run is not measured again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main() -> None:
     for kind in options.types:
         said = {one.expected.name: one.expected for one in plan(options.model, (kind,), console).choices}
         out = options.work / kind
-        run_bench(made[0], [options.model, *made[1:]], "llamacpp", kind, timed, out, console)
+        if not (out / "speed.json").exists():
+            run_bench(made[0], [options.model, *made[1:]], "llamacpp", kind, timed, out, console)
         first, _dense, *others = json.loads((out / "speed.json").read_text())["models"]
         for recipe, measured in zip(recipes, [first, *others], strict=True):
             rows.append([recipe.name, kind])

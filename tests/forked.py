@@ -3,15 +3,19 @@ several seconds of its own otherwise."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -97,6 +101,38 @@ def ended(process: Forked) -> subprocess.CompletedProcess:
     """The process when it has ended, as `subprocess.run` gives it."""
     code = process.wait()
     return subprocess.CompletedProcess([], code, *process.said())
+
+
+_ASKS = """#!{python} -ES
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    server.sendall(json.dumps(sys.argv[1:]).encode())
+    server.shutdown(socket.SHUT_WR)
+    code, *said = json.load(server.makefile())
+for stream, text in zip((sys.stdout, sys.stderr), said):
+    stream.write(text)
+sys.exit(code)
+"""
+
+
+@contextmanager
+def program() -> Iterator[Path]:
+    """A folder for PATH with `factorllm` in it, a program for scripts whose every call is forked."""
+
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            done = ended(command(*json.load(self.rfile)))
+            self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode())
+
+    with tempfile.TemporaryDirectory() as folder:
+        address, asks = f"{folder}/socket", Path(folder, "factorllm")
+        asks.write_text(_ASKS.format(python=sys.executable, address=address))
+        asks.chmod(0o755)
+        with socketserver.UnixStreamServer(address, Answer) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            yield Path(folder)
+            server.shutdown()
 
 
 def both(*words: object, run: Callable[[list[str]], None] = run_main) -> subprocess.CompletedProcess:

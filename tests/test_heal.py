@@ -425,9 +425,11 @@ def test_two_processes_find_the_rate_of_one(start, cheap, student, dense_folder,
 
 
 @pytest.mark.parametrize("given", [None, 0.2], ids=["found", "far too high"])
-@pytest.mark.parametrize("at", ["an evaluation", "the end"])
-def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, dense_folder, text_file, tmp_path):
+def test_a_run_that_was_broken_off_decides_the_same(given, cheap, student, dense_folder, text_file, tmp_path):
     settings = SAME.model_copy(update={"tokens": 1024, "learning_rate": given, "evaluations": 8})
+
+    def healed(name: str) -> None:
+        heal(student, str(dense_folder), tmp_path / name, text=str(text_file), settings=settings)
 
     def break_off(*_, **__):
         raise InterruptedError
@@ -435,19 +437,20 @@ def test_a_run_that_was_broken_off_decides_the_same(given, at, cheap, student, d
     def at_third(callback, arguments, state, control, **more):
         return break_off() if state.global_step >= 3 else evaluated(callback, arguments, state, control, **more)
 
-    evaluated = BestCallback.on_evaluate
-    where = (run, "read_outcome", break_off) if at == "the end" else (BestCallback, "on_evaluate", at_third)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*where)
-        with pytest.raises(InterruptedError):
-            heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rate, "_sweep", break_off)  # the rate is not found again
-        heal(student, str(dense_folder), tmp_path / "broken", text=str(text_file), settings=settings)
-    heal(student, str(dense_folder), tmp_path / "whole", text=str(text_file), settings=settings)
-    assert told(tmp_path / "broken") == told(tmp_path / "whole")
+    healed("whole")
     assert (told(tmp_path / "whole")["best_step"] == 0) == (given is not None)
-    assert not changed(tmp_path / "broken", tmp_path / "whole")
+    evaluated = BestCallback.on_evaluate
+    broken = {"an evaluation": (BestCallback, "on_evaluate", at_third), "the end": (run, "read_outcome", break_off)}
+    for name, where in broken.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*where)
+            with pytest.raises(InterruptedError):
+                healed(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rate, "_sweep", break_off)  # the rate is not found again
+            healed(name)
+        assert told(tmp_path / name) == told(tmp_path / "whole")
+        assert not changed(tmp_path / name, tmp_path / "whole")
 
 
 def test_a_killed_run_resumes_to_the_same_losses(student, dense_folder, text_file, tmp_path):

@@ -1,9 +1,9 @@
 """The speed of every shape, from a micro-benchmark of a few of them in the engine itself.
 
 A layer's time is fitted as `a + b s + r k + c [routed]`: attention and norms, the neurons that always run, those that
-are routed, and what routing costs beside. Four stand-ins (`stand_in.py`) settle the four numbers. Of a large model they
-have a few layers only, and one with half as many settles what embeddings and head cost. All are timed in turns, each
-file type by itself.
+are routed, and what routing costs beside. Four stand-ins (`stand_in.py`) of a small vocabulary settle the four numbers,
+and one with the whole of it what the head costs. Of a large model they have a few layers only. All are timed in turns,
+each file type by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import Subject
 from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.planning import TYPES
-from factorllm.planning.stand_in import StandIn, with_layers
+from factorllm.planning.stand_in import StandIn, with_layers, with_tokens
 from factorllm.recipe import Recipe, Shape, parse_recipe
 from factorllm.runs.disk import IN_TMPDIR, require_space
 from factorllm.runs.progress import meter
@@ -34,10 +34,12 @@ RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
 
 _TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
+_HEAD = "head"
 _LAYER_BYTES = 384 << 20
 """Weights of layers that a stand-in has at least, if the model has so many. They do not fit in a processor's cache, and
 what is timed of all layers is off by half of what is concluded from a third of them."""
 
+_FEW_TOKENS = 1024  # a vocabulary whose head takes no time
 _KV_BYTES = 2  # a number of the cache of keys and values is float16
 _CONTEXT = 4096  # tokens of a conversation, for what memory is needed
 
@@ -76,13 +78,13 @@ class Expected:
 
 @dataclass(frozen=True)
 class _Step:
-    """Seconds of a token: what is outside the layers, and the coefficients of a layer."""
+    """Seconds of a token: what the head takes, and the coefficients of a layer."""
 
-    outside: float
+    head: float
     layer: np.ndarray
 
     def seconds(self, shape: Shape, layers: int) -> float:
-        return self.outside + layers * float(_terms(shape) @ self.layer)
+        return self.head + layers * float(_terms(shape) @ self.layer)
 
 
 def forecast(
@@ -151,11 +153,10 @@ def _brief_plan(config: PreTrainedConfig) -> Plan:
 def _fit(config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, console: Console) -> dict[str, _Step]:
     """Time the stand-ins of one type, and settle a token's seconds of prefill and of decoding."""
     depth, plan = _depth(config), _brief_plan(config)
-    few = with_layers(config, depth)
+    body = with_layers(with_tokens(config, min(_FEW_TOKENS, config.vocab_size)), depth)
     with tempfile.TemporaryDirectory(prefix="factorllm-plan-") as work:
-        models = {name: StandIn.of(few, shape) for name, shape in shapes.items()}
-        if depth < config.num_hidden_layers:
-            models["half"] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
+        models = {name: StandIn.of(body, shape) for name, shape in shapes.items()}
+        models[_HEAD] = StandIn.of(with_layers(config, depth // 2), shapes["dense"])
         subjects = [_subject(name, model, file_type, Path(work)) for name, model in models.items()]
         with meter(console, f"timing stand-ins of {depth} layers, {file_type}", 1) as bar:
             measures = {m.subject.name: m for m in measure_speed(subjects, "llamacpp", plan, Console(quiet=True))}
@@ -165,15 +166,12 @@ def _fit(config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, con
 
 def _settle(what: str, measures: dict[str, Measure], shapes: dict[str, Shape], depth: int) -> _Step:
     seconds = {name: 1 / measure.speed(what) for name, measure in measures.items()}
-    outside = 0.0  # of all layers it is a part of what a layer takes
-    if half := seconds.pop("half", None):
-        layer = max((seconds["dense"] - half) / (depth - depth // 2), 0.0)  # noise may be larger
-        outside = max(seconds["dense"] - depth * layer, 0.0)
+    head = max(seconds.pop(_HEAD) - seconds["dense"] * (depth // 2) / depth, 0.0)  # noise may be larger
     terms = np.stack([_terms(shapes[name]) for name in seconds])
-    target = np.array([(its - outside) / depth for its in seconds.values()])
+    target = np.array(list(seconds.values())) / depth
     scale = terms.max(0)  # of a prune alone nothing is routed, and the column is zero
     scale[scale == 0] = 1
-    return _Step(outside, nnls(terms / scale, target)[0] / scale)
+    return _Step(head, nnls(terms / scale, target)[0] / scale)
 
 
 def _terms(shape: Shape) -> np.ndarray:

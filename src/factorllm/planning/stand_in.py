@@ -107,6 +107,15 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
+def with_tokens(config: PreTrainedConfig, tokens: int) -> PreTrainedConfig:
+    """The same model with a vocabulary of so many tokens, none of which is special."""
+    config = copy.deepcopy(config)
+    for size in {"vocab_size", "vocab_size_per_layer_input"} & vars(config).keys():
+        setattr(config, size, tokens)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return config
+
+
 def _student_shapes(dense: PreTrainedConfig, shape: Shape, host: Host) -> dict[str, tuple[int, ...]]:
     """Shapes of a student's tensors, made from those of the dense model as a conversion makes them."""
     empty = {name: torch.empty(size, device="meta") for name, size in parameter_shapes(dense).items()}
