@@ -71,8 +71,8 @@ def timed_by(law):
 
 
 def linear(said: dict) -> dict[str, float]:
-    """The head of a vocabulary that is no small one 5, and each layer: 2, a hundredth for each neuron that always runs, a fiftieth for each routed
-    one, 3 for routing; prefill takes a tenth."""
+    """The head of a vocabulary that is no small one 5, and each layer: 2, a hundredth for each neuron that always runs,
+    a fiftieth for each routed one, 3 for routing; prefill takes a tenth."""
     routed = said.get("expert_used_count", 0) * said["feed_forward_length"]  # of an expert, in hosts of Llama
     shared = said.get("expert_shared_feed_forward_length", 0) if routed else said["feed_forward_length"]
     head = 5 * (len(said["tokenizer.ggml.tokens"]) > 1024)
