@@ -42,7 +42,8 @@ def main() -> None:
         out = options.work / kind
         if not (out / "speed.json").exists():
             run_bench(made[0], [options.model, *made[1:]], "llamacpp", kind, timed, out, console)
-        first, _dense, *others = json.loads((out / "speed.json").read_text())["models"]
+        speed = json.loads((out / "speed.json").read_text())
+        first, _dense, *others = speed["models"]
         for recipe, measured in zip(recipes, [first, *others], strict=True):
             rows.append([recipe.name, kind])
             for name, foretold in (("decode x1", "decode_ratio"), ("prefill 512", "prefill_ratio")):
@@ -52,7 +53,8 @@ def main() -> None:
     head = ["shape", "type"]
     head += ["decode x dense, foretold", "measured", "off by", "prefill x dense, foretold", "measured", "off by"]
     text = (
-        f"`python benchmarks/forecast.py {Path(options.model).name} ...`, commit {commit()}, {options.rounds} rounds; "
+        f"`python benchmarks/forecast.py {Path(options.model).name} ...`, commit {commit()}, "
+        f"{speed['plan']['rounds']} rounds; "
         f"largest errors: {max(errors['decode x1']):.0%} of decoding, {max(errors['prefill 512']):.0%} of prefill.\n\n"
         + markdown_table(head, rows)
     )

@@ -131,7 +131,7 @@ def test_an_output_inside_an_input_folder_loses_nothing(own, dense_folder, text_
 
 
 def test_a_conversion_prints_nothing_of_transformers(dense_folder, text_file, tmp_path):
-    words = ["--text", text_file, *FEW, "--no-baseline"]
+    words = ["--text", text_file, *FEW]
     said = printed("factorize", dense_folder, "-o", tmp_path / "out", *words)
     said += printed("report", tmp_path / "out", "--against", dense_folder)
     assert not re.search("Loading weights|Writing model|LOAD REPORT|transformers]", said)

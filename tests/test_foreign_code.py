@@ -264,10 +264,10 @@ def test_a_gguf_file_in_a_folder_of_code(dense, traps, tmp_path, text):
     assert ended.code in (0, 2), ended.err
 
 
-@pytest.mark.engine
-def test_bench(student, dense):
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("llamacpp", marks=pytest.mark.engine)])
+def test_bench(engine, student, dense, tmp_path):
     plan = TINY.model_copy(update={"batches": (1,)})
-    run_bench(str(student), [str(dense)], "llamacpp", "f32", plan, None, Console(quiet=True))
+    run_bench(str(student), [str(dense)], engine, "f32", plan, None, Console(quiet=True))
 
 
 @pytest.mark.engine
@@ -301,12 +301,11 @@ def test_an_adapter_does_not_lead_to_another_model(student, dense, clean, traps,
 
 
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("llamacpp", marks=pytest.mark.engine)])
-def test_an_engine_is_not_started_with_the_code_of_the_working_directory(engine, student, tmp_path):
-    """Nor with that of the model's folder."""
-    model = student
+def test_an_engine_is_not_started_with_the_code_of_the_working_directory(engine, dense, tmp_path):
+    model = dense
     if engine == "llamacpp":
         model = tmp_path / "model.gguf"
-        made("export", student, "-o", model, "--type", "f32")
+        made("export", dense, "-o", model, "--type", "f32")
     with EngineProcess(engine, model, Options(context=64, decode_threads=1)) as process:
         assert len(process.generate([1, 2, 3], 2)) == 2
 

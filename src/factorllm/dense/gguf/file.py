@@ -172,7 +172,8 @@ class _Reader(gguf.GGUFReader):
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        start, number = orig_offs + 12, self.gguf_scalar_to_np.get(kind[0])
+        head = kind.nbytes + count.nbytes
+        start, number = orig_offs + head, self.gguf_scalar_to_np.get(kind[0])
         if count[0] and number:
             parts = [self._get(start, number, count[0])]
             size = parts[0].nbytes
@@ -181,7 +182,7 @@ class _Reader(gguf.GGUFReader):
         else:
             return super()._get_field_parts(orig_offs, raw_type)
         places = list(range(2, 2 + len(parts)))
-        return 12 + size, [kind, count, *parts], places, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+        return head + size, [kind, count, *parts], places, [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
 
     def _strings(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
         """The bytes of each, and how many bytes they take with their lengths."""
