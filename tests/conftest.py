@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import gguf
 import openai
 import pytest
 import torch
@@ -37,6 +38,11 @@ from factorllm.runs.settings import Settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file goes first: at the end one worker would be left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_real_model.py")
+
+
 def pytest_collection_finish() -> None:
     """What is there for good is left out of collections of garbage, of which a healing asks for four."""
     gc.collect()
@@ -45,11 +51,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_waited_for_a_thousand_times() -> Iterator[None]:
-    """Files are there for whoever reads them before the disk has them; commands are always the same; and lm-eval asks
-    pip for the environment with each task."""
+    """Files are there for whoever reads them before the disk has them; commands are always the same; transformers
+    asks for a file's names with each of its modules, and lm-eval pip for the environment with each task."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
         yield
 

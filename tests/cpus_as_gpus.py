@@ -1,9 +1,7 @@
-"""`python -m factorllm` where accelerate takes several CPU processes for GPUs: it shards weights over GPUs only, though
-torch's FSDP2 can do so over processes that talk through gloo too."""
+"""Commands in several processes that share each weight, without GPUs: accelerate shards over GPUs only, though torch's
+FSDP2 can do so over processes that talk through gloo too."""
 
 from accelerate import DistributedType, PartialState
-
-from factorllm.cli import main
 
 _init = PartialState.__init__
 
@@ -15,4 +13,3 @@ def _as_gpus(state: PartialState, *arguments, **options) -> None:
 
 
 PartialState.__init__ = _as_gpus
-main()

@@ -104,10 +104,10 @@ def ended(process: Forked) -> subprocess.CompletedProcess:
 
 
 _ASKS = """#!{python} -ES
-import json, socket, sys
+import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    server.sendall(json.dumps(sys.argv[1:]).encode())
+    server.sendall(json.dumps([sys.argv[1:], dict(os.environ)]).encode())
     server.shutdown(socket.SHUT_WR)
     code, *said = json.load(server.makefile())
 for stream, text in zip((sys.stdout, sys.stderr), said):
@@ -117,19 +117,20 @@ sys.exit(code)
 
 
 @contextmanager
-def program() -> Iterator[Path]:
-    """A folder for PATH with `factorllm` in it, a program for scripts whose every call is forked."""
+def program(run: Callable[[list[str]], None] = run_main) -> Iterator[Path]:
+    """A folder for PATH with `factorllm` in it, a program whose every call is forked; Python runs it too."""
 
     class Answer(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            done = ended(command(*json.load(self.rfile)))
+            words, environment = json.load(self.rfile)
+            done = ended(Forked(run, words, environment=environment))
             self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode())
 
     with tempfile.TemporaryDirectory() as folder:
         address, asks = f"{folder}/socket", Path(folder, "factorllm")
         asks.write_text(_ASKS.format(python=sys.executable, address=address))
         asks.chmod(0o755)
-        with socketserver.UnixStreamServer(address, Answer) as server:
+        with socketserver.ThreadingUnixStreamServer(address, Answer) as server:
             Thread(target=server.serve_forever, daemon=True).start()
             yield Path(folder)
             server.shutdown()

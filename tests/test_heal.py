@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -365,14 +365,19 @@ def healed_alone(student, dense_folder, text_file, tmp_path_factory):
     return out
 
 
-TESTS = Path(__file__).parent
+def run_as_on_gpus(words: list[str]) -> None:
+    import cpus_as_gpus  # noqa: F401  changes accelerate in the process that is forked, not in this one
+
+    forked.run_main(words)
 
 
-def sharded(*words: str, script: Path = TESTS / "cpus_as_gpus.py") -> subprocess.CompletedProcess:
+def sharded(*words: str, run: Callable[[list[str]], None] = run_as_on_gpus) -> subprocess.CompletedProcess:
     """`factorllm` in two processes that share each weight, which `accelerate launch` starts."""
-    fsdp = ["--config_file", TESTS.parent / "configs/fsdp2.yaml", "--mixed_precision", "bf16"]  # --precision must win
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *fsdp, script, *words]
-    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    config = Path(__file__).parents[1] / "configs/fsdp2.yaml"
+    options = ["--num_processes", "2", "--config_file", config, "--mixed_precision", "bf16"]  # --precision must win
+    with forked.program(run) as folder:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *options, folder / "factorllm", *words]
+        return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("start", [forked.both, sharded], ids=["ddp", "fsdp2"])
@@ -395,19 +400,16 @@ def find_the_rate(words: list[str]) -> None:
     forked.run_main(words)
 
 
-def sharded_find_the_rate(*words: str) -> subprocess.CompletedProcess:
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as cheap:
-        cheap.write("import math, runpy\nfrom factorllm.healing import rate\nrate._SHARE = math.inf\n")
-        cheap.write(f"runpy.run_path({str(TESTS / 'cpus_as_gpus.py')!r})")
-        cheap.flush()
-        return sharded(*words, script=Path(cheap.name))
+def find_the_rate_as_on_gpus(words: list[str]) -> None:
+    rate._SHARE = math.inf
+    run_as_on_gpus(words)
 
 
 @pytest.mark.parametrize(
     "start",
     [
         pytest.param(partial(forked.both, run=find_the_rate), id="ddp"),
-        pytest.param(sharded_find_the_rate, id="fsdp2", marks=pytest.mark.slow),
+        pytest.param(partial(sharded, run=find_the_rate_as_on_gpus), id="fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_find_the_rate_of_one(start, cheap, student, dense_folder, text_file, tmp_path):

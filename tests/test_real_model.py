@@ -31,8 +31,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def tokens():
-    folder, _, file = demo_model().rpartition("/")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer = open_model(demo_model()).tokenizer()
     return tokenizer("The moon is the only natural satellite of the Earth, and it", return_tensors="pt").input_ids
 
 

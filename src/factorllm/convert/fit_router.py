@@ -71,7 +71,7 @@ def _refine(task: LayerTask, router: Tensor, inputs: Tensor, split: Partition, k
             active = GatedHidden(hidden, task.gates(x, router * FLATTEN), shape)
             first.update(active, target, weights)
         first.share(task.ranks)
-        down = solve_ridge_at(first, down, _REFINING_STRENGTH)
+        down = solve_ridge_at(first, down, _REFINING_STRENGTH, torch.float32)
     sets = expert_sets(shape.experts, shape.top_k).to(task.device)
     errors = []
     for _, hidden, target, weights in task.sampled_batches(split):

@@ -50,7 +50,7 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
             start.update(active, dense, weights)
         task.tick(run)
     start.share(task.ranks)
-    down = solve_ridge_at(start, kept.down.float(), _START)
+    down = solve_ridge_at(start, kept.down.float(), _START, torch.float32)
     steps = task.workplace.tune * sum(-(-(run.stop - run.start) * inputs.length // BATCH) for run in runs)
     tuned = tune(replace(kept, down=down), shape, _batches(task, runs, output, router), steps)
     output.remove()
