@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,6 +75,20 @@ class Score:
     value: float
     error: float | None
     questions: int
+
+
+class Kept(NamedTuple):
+    """What a student keeps of the dense model.
+
+    Attributes:
+        tasks: those that count, and `guessed` those that do not, as `in_mean` says.
+        plain, above: as `retention` says.
+    """
+
+    tasks: list[str]
+    guessed: list[str]
+    plain: float | None
+    above: float | None
 
 
 def run_task(
@@ -266,12 +280,20 @@ def in_mean(tasks: Iterable[str], dense: dict[str, Score]) -> tuple[list[str], l
     return [task for task in tasks if task not in guessed], guessed
 
 
+def kept_in_mean(student: dict[str, Score], dense: dict[str, Score]) -> Kept:
+    """The retention over the tasks that a mean can be made of."""
+    tasks, guessed = in_mean(student, dense)
+    return Kept(tasks, guessed, *retention({task: student[task] for task in tasks}, dense))
+
+
 def retention(student: dict[str, Score], dense: dict[str, Score]) -> tuple[float | None, float | None]:
     """What is kept of the dense model's mean score: student / dense, and above chance, where a floor at chance shows.
 
     Returns:
-        Both; None where the dense model is itself not above 0, or above chance.
+        Both; None without a dense model, and where it is itself not above 0, or above chance.
     """
+    if not dense:
+        return None, None
     kept, teacher = (sum(scores[task].value for task in student) for scores in (student, dense))
     chance = sum(TASKS[task].chance for task in student)
     plain = kept / teacher if teacher > 0 else None

@@ -13,7 +13,7 @@ from factorllm.measure.agreement import Agreement
 from factorllm.measure.chain.run import ChainScore
 from factorllm.measure.front.points import Front
 from factorllm.measure.front.show import read_front
-from factorllm.measure.tasks import TASKS, Score, in_mean, retention
+from factorllm.measure.tasks import TASKS, Score, kept_in_mean
 
 _INSTEAD = "give the file that factorllm eval -o wrote with --scores, and speed.json of bench -o with --speed"
 
@@ -30,10 +30,9 @@ class Scores(BaseModel):
         """The share of the dense model that is kept, and of what: its scores, or its likeliest next tokens."""
         student, dense = self.scores.get("student"), self.scores.get("dense")
         if student and dense:
-            counted, _ = in_mean(student, dense)
-            plain, _ = retention({task: student[task] for task in counted}, dense)
-            if plain is not None:
-                return plain, f"the scores of {', '.join(counted)}"
+            kept = kept_in_mean(student, dense)
+            if kept.plain is not None:
+                return kept.plain, f"the scores of {', '.join(kept.tasks)}"
         return (self.agreement.top_1, "the likeliest next tokens") if self.agreement else None
 
 

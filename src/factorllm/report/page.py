@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from factorllm.measure.tasks import TASKS, Score, in_mean, retention
+from factorllm.measure.tasks import TASKS, kept_in_mean, retention
 from factorllm.recipe import Recipe
 from factorllm.report.findings import Findings
 from factorllm.report.measured import Scores
@@ -123,17 +123,12 @@ def _task_rows(measured: Scores | None) -> list[dict] | None:
     if not measured or not measured.scores["student"]:
         return None
     student, dense = measured.scores["student"], measured.scores.get("dense", {})
-    rows = [
-        {"task": task, "metric": TASKS[task].metric, "student": score, "dense": dense.get(task)}
-        | _kept({task: score}, dense)
-        for task, score in student.items()
-    ]
-    counted, guessed = in_mean(student, dense)
-    kept = _kept({task: student[task] for task in counted}, dense)
-    name = f"all but {', '.join(guessed)}, which the dense model guesses" if guessed else "all"
-    return [*rows, {"task": name, "metric": "mean", "student": None, "dense": None} | kept]
-
-
-def _kept(student: dict[str, Score], dense: dict[str, Score]) -> dict[str, float | None]:
-    plain, above = retention(student, dense) if dense else (None, None)
-    return {"plain": plain, "above": above}
+    rows = []
+    for task, score in student.items():
+        plain, above = retention({task: score}, dense)
+        row = {"task": task, "metric": TASKS[task].metric, "student": score, "dense": dense.get(task)}
+        rows.append(row | {"plain": plain, "above": above})
+    kept = kept_in_mean(student, dense)
+    name = f"all but {', '.join(kept.guessed)}, which the dense model guesses" if kept.guessed else "all"
+    mean = {"task": name, "metric": "mean", "student": None, "dense": None}
+    return [*rows, mean | {"plain": kept.plain, "above": kept.above}]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from factorllm.measure.chain.run import ChainScore
 from factorllm.measure.scores import Evaluation
-from factorllm.measure.tasks import TASKS, Score, in_mean, retention
+from factorllm.measure.tasks import TASKS, Score, kept_in_mean, retention
 from factorllm.runs.output import Kind, read_json
 
 
@@ -28,14 +28,14 @@ def score_table(found: Evaluation) -> Table:
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
     student, dense = found.scores["student"], found.scores.get("dense", {})
     for task, score in student.items():
-        kept = _kept({task: score}, dense)
+        kept = map(_percent, retention({task: score}, dense))
         table.add_row(task, TASKS[task].metric, str(score.questions), _shown(dense.get(task)), _shown(score), *kept)
     if len(student) > 1:
-        counted, guessed = in_mean(student, dense)
-        chosen = [{task: scores[task] for task in counted if scores} for scores in (student, dense)]
-        table.add_row("mean", "", "", _mean(chosen[1]), _mean(chosen[0]), *_kept(*chosen), end_section=True)
-        if guessed:
-            table.caption, table.caption_justify = left_out(guessed), "left"
+        mean = kept_in_mean(student, dense)
+        means = [_mean([scores[task] for task in mean.tasks if scores]) for scores in (dense, student)]
+        table.add_row("mean", "", "", *map(_percent, (*means, mean.plain, mean.above)), end_section=True)
+        if mean.guessed:
+            table.caption, table.caption_justify = left_out(mean.guessed), "left"
     if found.perplexity:
         values = [f"{found.perplexity[name]:.2f}" if name in found.perplexity else "-" for name in ("dense", "student")]
         table.add_row("text", "perplexity", "", *values, "", "")
@@ -72,13 +72,9 @@ def left_out(guessed: list[str]) -> str:
     return f"not in the mean, the dense model being at most two standard errors above chance: {', '.join(guessed)}"
 
 
-def _mean(scores: dict) -> str:
-    if not scores:
-        return "-"
-    return f"{sum(score.value for score in scores.values()) / len(scores):.1%}"
+def _mean(scores: list[Score]) -> float | None:
+    return sum(score.value for score in scores) / len(scores) if scores else None
 
 
-def _kept(student: dict, dense: dict) -> tuple[str, str]:
-    if not dense:
-        return "-", "-"
-    return tuple("-" if value is None else f"{value:.1%}" for value in retention(student, dense))
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -109,7 +109,8 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype, spoilt: str) -> Tenso
 
 
 def _peak(tensor: Tensor) -> float:
-    return tensor.abs().max().item() if tensor.numel() else 0.0
+    """The largest size of a number, all of which are finite; 0 where there is none."""
+    return max(abs(extreme.item()) for extreme in torch.aminmax(tensor)) if tensor.numel() else 0.0
 
 
 def _lost(tensor: Tensor, stored: Tensor) -> float:
