@@ -113,8 +113,11 @@ def test_passages_stand_before_the_conversation():
     assert system["role"] == "system"
     assert system["content"].endswith("\n\none\n\ntwo")
     assert [question] == asked
-    (system, _) = with_passages([{"role": "system", "content": "Be brief."}, *asked], ["one"])
-    assert system["content"].startswith("Be brief.\n\n")
+    for brief in ("Be brief.", [{"type": "text", "text": "Be brief."}]):
+        (own, question) = with_passages([{"role": "system", "content": brief}, *asked], ["one", "two"])
+        assert own == {"role": "system", "content": f"Be brief.\n\n{system['content']}"}
+        assert [question] == asked
+    assert with_passages(["no message", *asked], ["one", "two"]) == [system, "no message", *asked]  # refused further on
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_passages_stand_before_the_conversation():
         ([{"role": "user", "content": [{"type": "text", "text": "Why?"}, {"type": "image_url"}]}], "Why?"),
         ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], ""),
         ([{"role": "user", "content": None}], ""),
-        ([{"role": "user", "content": [{"text": 5}]}], "5"),
+        ([{"role": "user", "content": [{"text": 5}]}], ""),
         (["Why?"], ""),
         ([], ""),
         (None, ""),

@@ -27,10 +27,10 @@ def text_of(body: dict) -> str:
     messages = body.get("messages")
     said = [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
     said.append(body.get("prompt"))
-    return "\n".join(piece for each in said for piece in _pieces(each))
+    return "\n".join(piece for each in said for piece in texts_of(each))
 
 
-def _pieces(said: object) -> Iterator[str]:
+def texts_of(said: object) -> Iterator[str]:
     """The texts of a content: itself, or its parts, of which images have none."""
     for piece in said if isinstance(said, list) else [said]:
         text = piece.get("text") if isinstance(piece, dict) else piece

@@ -18,7 +18,7 @@ from types import ModuleType
 
 from factorllm.engines.llamacpp_client import Client, post
 from factorllm.errors import FactorLLMError
-from factorllm.serving.proxy import Front
+from factorllm.serving.proxy import Front, texts_of
 
 GAIN = 1.5
 """Nats a token of the question that a passage must bring to be kept, and that it may be behind the best."""
@@ -155,10 +155,11 @@ def helpful(gains: list[float]) -> list[bool]:
 
 def with_passages(messages: list[dict], passages: list[str]) -> list[dict]:
     """A conversation that begins with passages, after the user's own system message if there is one."""
-    text = _WITH + "\n\n".join(passages)
-    if messages and messages[0].get("role") == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+    text, own = _WITH + "\n\n".join(passages), []
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        own, messages = list(texts_of(first.get("content"))), messages[1:]
+    return [{"role": "system", "content": "\n\n".join([*own, text])}, *messages]
 
 
 class Retrieval(Front):
@@ -214,7 +215,5 @@ def question_of(messages: object) -> str:
     """What the user asked last; of images and the like, the text beside them."""
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return ""
-    content = messages[-1].get("content")
-    if isinstance(content, list):
-        content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content.strip() if messages[-1].get("role") == "user" and isinstance(content, str) else ""
+    last = messages[-1]
+    return " ".join(texts_of(last.get("content"))).strip() if last.get("role") == "user" else ""
