@@ -84,7 +84,8 @@ RULES = (
         f"it was tried {RETRIES} times more: see to it, and {_REPEAT}",
     ),
     Rule(
-        r"dtype|scalar type|not implemented for '(Half|BFloat16|Float8\w*)'", "a type of number does not fit", "stop",
+        r"same dtype|dtypes? (do not |to )?match|scalar type|not implemented for '(Half|BFloat16|Float8\w*)'",
+        "a type of number does not fit", "stop",
         "use --precision float32, and report it if that does not help",
     ),
     Rule(
@@ -100,7 +101,8 @@ RULES = (
         r"JSONDecodeError", "a JSON file of the run is damaged", "stop", "begin anew with --overwrite",
     ),
     Rule(
-        r"[Tt]okeniz", "the tokenizer cannot be used", "stop", "mend or download anew the tokenizer of --teacher",
+        r"backend tokenizer|load tokenizer|Tokenizer class", "the tokenizer cannot be used", "stop",
+        "mend or download anew the tokenizer of --teacher",
     ),
 )  # fmt: skip
 """The first whose pattern is found names the failure."""
