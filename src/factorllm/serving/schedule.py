@@ -3,8 +3,9 @@ clock are in here: it is told what happens and when, and says what to do.
 
 Expert-aware batching of Read-ME (arXiv 2410.19123): each request is of one kind, each kind has a model and a queue; the
 longest queue is taken until the slots are full. The paper has no limit on waiting; here a request that has waited for
-half of the limit goes first, the oldest of them before all. What is needed next is known from the queues, so the model
-that leaves memory is the one that is needed last (Belady 1966).
+half of the limit goes first, the oldest of them before all. Until its model is loaded those that are in memory go on:
+else, where many wait that long, a model would be loaded for each. What is needed next is known from the queues, so the
+model that leaves memory is the one that is needed last (Belady 1966).
 """
 
 from __future__ import annotations
@@ -154,12 +155,11 @@ class Schedule:
         return bool(queue) and now - queue[0].since >= self._limit / 2
 
     def _startable(self, now: float) -> int | None:
-        """The kind whose request starts next. None overtakes one that is urgent; while a model is loaded for another,
-        those that are there go on."""
+        """The kind whose request starts next. While a model is loaded for another, those that are there go on."""
         for kind in self._order(now):
             if kind in self._there and kind != self._leaving:
                 return kind
-            if self._policy == "fifo" or self._is_urgent(kind, now):
+            if self._policy == "fifo":
                 return None
         return None
 
