@@ -149,10 +149,10 @@ def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoi
     """
     checkpoint = open_checkpoint(model)
     if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
-        other = "factorize with --host granitemoeshared or mixtral, or " if checkpoint.host.gates else ""
+        other = ", or factorize anew with another --host of its family, if `factorllm hosts` lists one"
         raise FactorLLMError(
-            f"{model} cannot be exported: {reason}, so its outputs would be wrong; {other}serve it with transformers "
-            "or vLLM"
+            f"{model} cannot be exported: {reason}, so its outputs would be wrong; serve it with transformers or vLLM"
+            + (other if checkpoint.host.gates else "")
         )
     if made_with is not None:
         checkpoint = replace(checkpoint, settings=lambda: made_with)
