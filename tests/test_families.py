@@ -22,6 +22,8 @@ from factorllm.dense.layer import ffn_of
 from factorllm.dense.modules import final_norm, layers_with_ffn
 from factorllm.dense.pretrained import skeleton
 from factorllm.dense.safetensors import open_folder
+from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.rounded import types_in_file
 from factorllm.healing.targets import Asked, ask
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.measure.routing import route_prompt
@@ -82,6 +84,7 @@ def test_a_static_prune_is_the_dense_model_without_some_neurons(family, tmp_path
     with torch.inference_mode():
         assert relative_error(pruned(tokens).logits, dense(tokens).logits) < 1e-5
         assert pruned.generate(tokens[:, :4], max_new_tokens=2, do_sample=False).shape[1] > 4
+    check_matrices_are_known(out)
 
 
 UNLIKE_LLAMA = [name for name, family in FAMILIES.items() if family.norm_follows or family.ffn.gate is None]
@@ -254,6 +257,14 @@ def test_each_host_heals(family, host, shared, tmp_path, text_file, small):
     )
     moved = [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
     assert all(moved) or "nothing was gained" in healed.outcome
+    check_matrices_are_known(tmp_path / "out")
+
+
+def check_matrices_are_known(folder):
+    """Of each tensor that a file rounds it is known which parameter it is, so that healing can round it too."""
+    checkpoint = open_checkpoint(str(folder))
+    if checkpoint.host.reason_against_gguf(checkpoint.config) is None:
+        assert types_in_file(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint, "bf16")
 
 
 ASKED = Asked(vocabulary=4, temperature=1.0, partitions=[], top_k=2, prior="energy", bfloat16=False, streams=0, batch=2)

@@ -17,7 +17,7 @@ from factorllm.healing.settings import HealSettings
     HealSettings,
     "tokens", "epochs", "train", "gates", "learning_rate", "router_rate", "coordinate", "temperature", "pa_weight",
     "balance_weight", "label_weight", "hidden_weight", "kinds", "kind_rank", "batch", "micro_batch",
-    "gradient_checkpointing", "precision", "device",
+    "quantize", "gradient_checkpointing", "precision", "device",
 )  # fmt: skip
 def heal(
     student: Annotated[Path, typer.Argument(help="A checkpoint that factorllm made; a static prune too.", **IS_PATH)],

@@ -134,6 +134,23 @@ def open_checkpoint(model: str) -> Checkpoint:
     )
 
 
+def refuse_unwritable(checkpoint: Checkpoint, label: str) -> None:
+    """Refuse what llama.cpp would compute otherwise.
+
+    Args:
+        label: what the user calls it.
+
+    Raises:
+        FactorLLMError: saying why, and what to do instead.
+    """
+    if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
+        other = ", or factorize anew with another --host of its family, if `factorllm hosts` lists one"
+        raise FactorLLMError(
+            f"{label} cannot be exported: {reason}, so its outputs would be wrong; serve it with transformers or vLLM"
+            + (other if checkpoint.host.gates else "")
+        )
+
+
 def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: TensorFolder) -> Checkpoint:
     host = HOSTS[config.model_type]
     with refusing(f"{label}/config.json", "make or fetch the checkpoint again"):

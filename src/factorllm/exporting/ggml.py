@@ -36,8 +36,18 @@ def check_ggml() -> None:
     _library()
 
 
+def round_trip(name: str, tensor: np.ndarray, kind: Type) -> np.ndarray:
+    """A tensor (..., d), fp32, quantised without importance weights and dequantised: fp32, of the same shape.
+
+    Raises:
+        FactorLLMError: as `quantize`.
+    """
+    rows = quantize(name, tensor, kind, None)
+    return _dequantize_rows(rows.reshape(-1, rows.shape[-1]), kind, tensor.shape[-1]).reshape(tensor.shape)
+
+
 def quantize(name: str, tensor: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
-    """A tensor in one of the types of `WEIGHTED`, on all cores.
+    """A tensor in a type of blocks, on all cores.
 
     Args:
         name: for messages.

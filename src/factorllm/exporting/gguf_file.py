@@ -26,13 +26,13 @@ from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.hub import download
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.adapters import adapter_outputs, write_gguf_adapters
-from factorllm.exporting.checkpoints import Checkpoint, Layout, open_checkpoint
+from factorllm.exporting.checkpoints import Checkpoint, Layout, open_checkpoint, refuse_unwritable
 from factorllm.exporting.files import GGUF_FILE, add_job, publishing, unfinished
 from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, check_ggml, quantize
 from factorllm.exporting.gptq import LEVELS, quantize_compensated
 from factorllm.exporting.grams import Grams
 from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
-from factorllm.exporting.plan import FILE_TYPES, Planned, fallbacks, larger, plan_tensors
+from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
 from factorllm.hosts.base import GGUFKeys
@@ -148,12 +148,7 @@ def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoi
         FactorLLMError: when llama.cpp would compute something else.
     """
     checkpoint = open_checkpoint(model)
-    if reason := checkpoint.host.reason_against_gguf(checkpoint.config):
-        other = ", or factorize anew with another --host of its family, if `factorllm hosts` lists one"
-        raise FactorLLMError(
-            f"{model} cannot be exported: {reason}, so its outputs would be wrong; serve it with transformers or vLLM"
-            + (other if checkpoint.host.gates else "")
-        )
+    refuse_unwritable(checkpoint, model)
     if made_with is not None:
         checkpoint = replace(checkpoint, settings=lambda: made_with)
     return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
@@ -161,11 +156,7 @@ def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoi
 
 def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> None:
     """Refuse a type that there is not, or that cannot be quantised to here."""
-    if file_type not in FILE_TYPES:
-        raise FactorLLMError(
-            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For others write f16, with --text for the "
-            "importance-matrix file, and run llama-quantize"
-        )
+    check_file_type(file_type)
     if tokens < 1:
         raise FactorLLMError(f"--tokens {tokens} is no number of tokens to run; give at least 1")
     kind = FILE_TYPES[file_type][0]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
-from torch import Tensor
 
 from factorllm.dense.families import head_dim
+from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint, Layout
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.runs.disk import require_space
@@ -68,6 +68,15 @@ class Planned:
     size: int
 
 
+def check_file_type(file_type: str) -> None:
+    """Refuse a type that there is not."""
+    if file_type not in FILE_TYPES:
+        raise FactorLLMError(
+            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For others write f16, with --text for the "
+            "importance-matrix file, and run llama-quantize"
+        )
+
+
 def plan_tensors(checkpoint: Checkpoint, out: Path, file_type: str, when_full: str) -> dict[str, Planned]:
     """The tensors of the file in their order, from their shapes: so memory stays at one tensor, and the disk at one
     file.
@@ -75,7 +84,7 @@ def plan_tensors(checkpoint: Checkpoint, out: Path, file_type: str, when_full: s
     Raises:
         FactorLLMError: when the disk is too small for them.
     """
-    plan = plan_layout(replace(checkpoint, read=_without_data(checkpoint)), file_type)
+    plan = plan_layout(without_data(checkpoint), file_type)
     require_space(out, sum(planned.size for planned in plan.values()), when_full)
     return plan
 
@@ -96,9 +105,9 @@ def larger(plan: dict[str, Planned]) -> dict[str, str]:
     return {name: planned.kind.name for name, planned in plan.items() if planned.kind is not planned.wanted}
 
 
-def _without_data(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
-    """A way to read that gives shapes only."""
-    return lambda name: torch.empty(checkpoint.shape(name), device="meta")
+def without_data(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, of which only the shapes are read."""
+    return replace(checkpoint, read=lambda name: torch.empty(checkpoint.shape(name), device="meta"))
 
 
 def _size(shape: Sequence[int], kind: Type) -> int:

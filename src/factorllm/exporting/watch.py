@@ -74,7 +74,7 @@ def _watching(
             elif type(module).__name__.endswith("Router"):
                 module.top_k = checkpoint.host.shape(checkpoint.config).top_k  # of `with_top_k`
         if index in layers:
-            for name, module in _linears(layer, index, checkpoint).items():
+            for name, module in linears(layer, index, checkpoint).items():
                 hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}")))
     if prefixes:
         ffn = checkpoint.host.gguf_ffn_of(checkpoint.config)
@@ -132,7 +132,7 @@ class _Experts:
         return out
 
 
-def _linears(layer: nn.Module, index: int, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
+def linears(layer: nn.Module, index: int, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
     """The linear maps of a layer by their names in GGUF files. The routed experts are none: they are one tensor."""
     sources = {f"{target}.weight": source for source, target in (ATTENTION | checkpoint.form.gguf_names).items()}
     ffn = checkpoint.host.gguf_ffn_at(index, checkpoint.config)

@@ -34,6 +34,7 @@ class Outcome:
         skipped_steps: steps that were left out because their gradient was not finite.
         spikes: jumps of the loss that were undone.
         curve: of each step that was logged, the losses.
+        file_type: of the file that it was healed as, if it was.
     """
 
     rate: Rate
@@ -41,6 +42,7 @@ class Outcome:
     skipped_steps: int
     spikes: list[Spike]
     curve: list[dict[str, Any]]
+    file_type: str | None
 
     @property
     def gained(self) -> bool:
@@ -51,16 +53,17 @@ class Outcome:
     def sentence(self) -> str:
         """For the user: what was gained, or why nothing was."""
         validation = {point["step"]: point["eval_loss"] for point in self.curve if "eval_loss" in point}
-        start = validation[0]
+        start, weights = validation[0], f"of {self.file_type} weights " if self.file_type else ""
+        measured = f"KL {weights}to the teacher on validation text"
         skipped = f"; {self.skipped_steps} steps were left out, for their gradient was not finite"
         skipped = (skipped if self.skipped_steps else "") + "".join(map(_told, self.spikes))
         if self.gained:
             kept = f"{start:.4f} before, {validation[self.best_step]:.4f} after step {self.best_step}, which is kept"
-            return f"KL to the teacher on validation text: {kept}{skipped}"
+            return f"{measured}: {kept}{skipped}"
         after = min((loss for step, loss in validation.items() if step), default=math.inf)
         return (
-            "nothing was gained, and the student is written as it was: its KL to the teacher on validation text is "
-            f"{start:.4f}, and at best {after:.4f} after steps at a learning rate of {self.rate.value:.2g}, which "
+            f"nothing was gained, and the student is written as it was: its {measured} is {start:.4f}, and "
+            f"at best {after:.4f} after steps at a learning rate of {self.rate.value:.2g}, which "
             f"{_WHY[self.rate.origin]}{skipped}"
         )
 
@@ -83,8 +86,9 @@ def _told(spike: Spike) -> str:
     )
 
 
-def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike]) -> Outcome:
-    """What a finished training came to, from what the Trainer logged and the spikes that were undone."""
+def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike], file_type: str | None) -> Outcome:
+    """What a finished training came to, from what the Trainer logged, the spikes that were undone, and the type of the
+    file that the student was healed as."""
     history = state.log_history
     last = max(entry["step"] for entry in history if "eval_loss" in entry)
     points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
@@ -95,4 +99,5 @@ def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike]) -> Outcom
         spikes=spikes,
         # A run that goes on where another one had stopped takes a step before it stops too.
         curve=[point for point in points if len(point) > 1 and point["step"] <= last],
+        file_type=file_type,
     )

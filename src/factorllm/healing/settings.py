@@ -77,6 +77,9 @@ class HealSettings(BaseModel):
     """Kinds of text that `train="mor1e"` finds in the text, each with an adapter."""
     kind_rank: int = Field(default=8, ge=1, le=65_536)
     """Rank of the adapters of `train="mor1e"`."""
+    quantize: str | None = None
+    """Heal as the GGUF file that `export --type` of the same name writes, `q4_0` or `iq4_nl`: weights are rounded while
+    the student runs, and exact while they change. Takes the weights' memory once more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, for memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -20,6 +20,7 @@ from factorllm.convert.route import FLATTEN, pa_loss
 from factorllm.healing.checkpoints import CheckpointWriter, has_room_for_copy
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams
 from factorllm.healing.memory import MicroBatch, is_out_of_memory
+from factorllm.healing.rounding import Rounding
 from factorllm.healing.settings import HealSettings
 from factorllm.student.routers import Routers, is_router
 
@@ -45,6 +46,7 @@ class FactorTrainer(Trainer):
         routers: the student's; without routers the loss has no `L_PA` and no `L_balance`.
         micro_batch: how many sequences run at once.
         bfloat16: whether matrix products are computed in bfloat16.
+        rounding: of the weights while the student runs.
 
     All else goes to `Trainer`.
 
@@ -60,12 +62,13 @@ class FactorTrainer(Trainer):
         routers: Routers,
         micro_batch: MicroBatch,
         bfloat16: bool,
+        rounding: Rounding,
         **options,
     ):
         super().__init__(model=model, **options)
         # The loss is a mean over tokens of sequences of one length, so accumulated parts count the same.
         self.model_accepts_loss_kwargs = False
-        self.settings, self.routers, self._bfloat16 = settings, routers, bfloat16
+        self.settings, self.routers, self._bfloat16, self._rounding = settings, routers, bfloat16, rounding
         self._weights = {
             "kd": 1.0,
             "pa": settings.pa_weight,
@@ -88,6 +91,7 @@ class FactorTrainer(Trainer):
         """
         if self.state.global_step + 1 in self.left_out:
             return torch.tensor(torch.nan, device=self.args.device)
+        self._begin_rounding()
         self._step_inputs.append(inputs)
         pending = [inputs]
         while True:
@@ -169,6 +173,19 @@ class FactorTrainer(Trainer):
             terms["balance"] = balance_loss(layerwise, routers.top_k)
         return terms
 
+    def _begin_rounding(self) -> None:
+        if self._rounding:
+            self.writer.wait_for_copy()  # of the exact weights
+            self._rounding.begin()
+
+    def evaluate(self, *args, **options) -> dict[str, float]:
+        """The student is measured as the file that it will be."""
+        self._begin_rounding()
+        try:
+            return super().evaluate(*args, **options)
+        finally:
+            self._rounding.end()
+
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The validation loss is the KL divergence alone: it says what the student lost."""
@@ -184,6 +201,7 @@ class FactorTrainer(Trainer):
         """Clips, and leaves out the step where the gradient is not finite: parameters without a gradient keep their
         weights and Adam's moments. The norm is that over all processes, so they agree."""
         self._end_step()
+        self._rounding.end()
         self.writer.wait_for_copy()  # what follows changes the weights
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(norm):

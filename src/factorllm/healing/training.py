@@ -24,6 +24,7 @@ from factorllm.healing.hang import HangWatch, is_supervised
 from factorllm.healing.job import HealJob
 from factorllm.healing.memory import MicroBatch
 from factorllm.healing.mor1e import with_routing
+from factorllm.healing.rounding import Rounding
 from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
 from factorllm.healing.students import set_learning
 from factorllm.healing.targets import Targets
@@ -109,7 +110,7 @@ def new_trainer(
     settings = job.settings
     torch.manual_seed(job.made_with.seed)
     model = job.load(job.student)
-    routers = Routers(model)
+    routers, rounding = Routers(model), Rounding.of(model, job.student, settings.quantize)
     if routers.modules:
         use_autocast(model, job.device)
     if settings.gates == "soft":
@@ -121,7 +122,7 @@ def new_trainer(
     mor1e = settings.train == "mor1e"
     learner = with_routing(model, settings.kind_rank, job.mixture()) if mor1e else set_learning(model, settings)
     trainer = kind(
-        learner, settings, routers, micro_batch_of(job), job.bfloat16, args=arguments, train_dataset=train,
+        learner, settings, routers, micro_batch_of(job), job.bfloat16, rounding, args=arguments, train_dataset=train,
         eval_dataset=validation,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # progress is told by ours
