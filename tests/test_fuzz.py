@@ -496,7 +496,8 @@ def _ggufs(bases: Bases) -> Sampled:
         some = st.lists(one, min_size=1, max_size=2).map(lambda found: Several(tuple(found)))
         return st.tuples(st.just(name), st.one_of(some, some, some, damage_of("model.gguf", header=3000)))
 
-    return st.sampled_from(GGUFS).flatmap(changes)
+    of_each = {name: changes(name) for name in GGUFS}
+    return st.sampled_from(GGUFS).flatmap(of_each.__getitem__)
 
 
 def _damaged_gguf(bases: Bases, work: Path, example: tuple) -> Path:
