@@ -20,12 +20,11 @@ from transformers import (
 
 from factorllm.dense.config_checks import check_config
 from factorllm.dense.names import HEAD, embeddings
-from factorllm.dense.pretrained import parameter_shapes, shapes_of, skeleton, stored_tensors
+from factorllm.dense.pretrained import parameter_shapes, skeleton, stored_tensors, structure
 from factorllm.dense.tensor_checks import check_ffn, check_finite, check_names, check_shapes, check_tokenizer
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.digest import digest_of
-from factorllm.runs.finite import is_finite
 
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}  # keys that change with where it lies
 
@@ -153,13 +152,13 @@ class ModelSource(ABC):
     def _check(self) -> None:
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_config(self.label, self.config)
-        model = self.skeleton()
-        if not all(is_finite(table) for table in model.buffers()):
+        with refusing(*self._odd_config()):
+            shapes, has_finite_tables = structure(self.config)
+        if not has_finite_tables:
             raise FactorLLMError(
                 f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "
                 f"{self.config.rope_parameters}); mend it, or use another copy"
             )
-        shapes = shapes_of(model)
         check_ffn(self.label, self.config, shapes)
         check_names(self.label, self.config, self.names(), shapes, [name for name in shapes if self._lacks(name)])
         check_shapes(self.label, {name: self.shape(name) for name in shapes}, shapes)

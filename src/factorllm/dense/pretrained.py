@@ -6,6 +6,7 @@ import copy
 import threading
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -27,6 +28,7 @@ from transformers.initialization import no_init_weights
 import factorllm.dense.text_models  # noqa: F401  registers them
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.runs.finite import is_finite
 from factorllm.runs.progress import quiet_transformers
 
 _SAFE = {"trust_remote_code": False}
@@ -135,20 +137,35 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Shapes of what a checkpoint of a model holds."""
-    return {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+class Structure(NamedTuple):
+    """What is known of the model of a config without its weights.
+
+    Attributes:
+        shapes: of what its checkpoint holds.
+        has_finite_tables: whether what it computes from its config, as the frequencies of positions, is finite.
+    """
+
+    shapes: dict[str, torch.Size]
+    has_finite_tables: bool
 
 
-_SHAPES: dict[str, dict[str, torch.Size]] = {}
+_STRUCTURES: dict[str, Structure] = {}
+
+
+def structure(config: PreTrainedConfig) -> Structure:
+    """It is kept: a conversion asks for those of two configs, many times."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _STRUCTURES:
+        model = skeleton(config)
+        shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+        tables = (table for table in model.buffers() if table.is_floating_point())
+        _STRUCTURES[key] = Structure(shapes, all(is_finite(table) for table in tables))
+    return _STRUCTURES[key]
 
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """The same of the model of a config. They are kept: a conversion asks for those of two configs, many times."""
-    key = config.to_json_string(use_diff=False)
-    if key not in _SHAPES:
-        _SHAPES[key] = shapes_of(skeleton(config))
-    return dict(_SHAPES[key])
+    """Shapes of what a checkpoint of the model of a config holds."""
+    return dict(structure(config).shapes)
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:
