@@ -35,6 +35,7 @@ from factorllm.healing import rate, run
 from factorllm.healing.experts import _padded, use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
+from factorllm.healing.outcome import Outcome
 from factorllm.healing.rate import FRACTION, STEPS, choose, typical_weight
 from factorllm.healing.run import _ask_teacher, heal
 from factorllm.healing.settings import HealSettings, usual_rate
@@ -307,7 +308,8 @@ def test_the_router_has_a_gradient_from_every_term(student, gates):
 
 
 @pytest.mark.parametrize("train", ["router", "experts", "ffn", "lora"])
-def test_what_is_frozen_does_not_change(train, student, dense_folder, text_file, tmp_path):
+def test_what_is_frozen_does_not_change(train, student, dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Outcome, "gained", True)  # where nothing is, the student is written as it was
     little = {"tokens": 1024, "evaluations": 1, "pa_weight": 1.0, "learning_rate": 1e-4}
     settings = QUICK.model_copy(update={"train": train, **little})
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)

@@ -53,7 +53,6 @@ def healed(student, text_file, out, **changes):
     [
         ("gqa-tied", {"host": "granitemoeshared"}),
         ("qwen2", {"host": "qwen2_moe"}),
-        ("qwen3", {"host": "qwen3_moe", "recipe": "S0A4E8"}),
         ("gqa-untied", {"recipe": "S4A0E8"}),
     ],
 )

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from factorllm.exporting.ggml import quantize
-from factorllm.runs.stored import refuse_lost
+from factorllm.runs.stored import kept_rows
 
 LEVELS = {
     Type.Q4_0: tuple(range(-8, 8)),
@@ -32,6 +32,9 @@ _DAMPING = 0.01  # of the mean diagonal, as in the paper
 def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tensor) -> np.ndarray:
     """A tensor in one of the types of `LEVELS`, its errors made good on a text's inputs.
 
+    Rows that come out better when each block is rounded for itself, by importance, are rounded so: a weight that is
+    moved beyond what its block's scale reaches is cut off, and what is missing is moved on.
+
     Args:
         name: for messages.
         tensor: (..., d), fp32, d a multiple of 32.
@@ -44,14 +47,46 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     Raises:
         FactorLLMError: when a row does not come out as what was put in.
     """
-    matrices = torch.from_numpy(np.ascontiguousarray(tensor, np.float32)).reshape(-1, *tensor.shape[-2:])
-    made = np.stack(
-        [_Rounding.of(name, matrix, kind, gram).run() for matrix, gram in zip(matrices, grams, strict=True)]
-    )
-    typical = float(matrices.double().square().sum(-1).mean().sqrt())
-    back = gguf.quants.dequantize(made.reshape(-1, made.shape[-1]), kind)
-    refuse_lost(name, matrices.flatten(0, 1).numpy(), back, kind.name, typical)
-    return made.reshape(*tensor.shape[:-1], -1)
+    matrices = np.ascontiguousarray(tensor, np.float32).reshape(-1, *tensor.shape[-2:])
+    typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
+    damped = [_damped(gram) for gram in grams]
+    importance = np.concatenate([_importance(gram) for gram in damped])
+    plain = quantize(name, matrices, kind, importance)
+    made = [
+        _better(matrix, kind, gram, typical, _Rounding.of(name, matrix, kind, gram).run(), alone)
+        for matrix, gram, alone in zip(matrices, damped, plain, strict=True)
+    ]
+    return np.stack(made).reshape(*tensor.shape[:-1], -1)
+
+
+def _damped(gram: Tensor) -> Tensor:
+    """(d, d), fp64, that can be inverted; of no inputs, as if they had nothing in common."""
+    gram = gram.to(torch.float64, copy=True) if gram.any() else torch.eye(len(gram), dtype=torch.float64)
+    gram.diagonal().add_(_DAMPING * gram.diagonal().mean())
+    return gram
+
+
+def _importance(gram: Tensor) -> np.ndarray:
+    """(1, d), fp32: what the squared error of each column counts by itself."""
+    diagonal = gram.diagonal()
+    found: np.ndarray = (diagonal / diagonal.mean()).float().numpy()[None]
+    return found
+
+
+def _better(
+    matrix: np.ndarray, kind: Type, gram: Tensor, typical: float, compensated: np.ndarray, plain: np.ndarray
+) -> np.ndarray:
+    """Of each row the bytes that give the smaller error of the output."""
+
+    def error(back: np.ndarray) -> np.ndarray:
+        """(rows,): e^T G e."""
+        missing = torch.from_numpy(back - matrix)
+        found: np.ndarray = ((missing @ gram.float()) * missing).sum(1).numpy()
+        return found
+
+    back = gguf.quants.dequantize(compensated, kind)
+    better = kept_rows(matrix, back, typical) & (error(back) <= error(gguf.quants.dequantize(plain, kind)))
+    return np.where(better[:, None], compensated, plain)
 
 
 @dataclass(frozen=True)
@@ -71,14 +106,10 @@ class _Rounding:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, name: str, matrix: Tensor, kind: Type, gram: Tensor) -> _Rounding:
-        gram = gram.to(torch.float64, copy=True) if gram.any() else torch.eye(len(gram), dtype=torch.float64)
-        diagonal = gram.diagonal()
-        diagonal.add_(_DAMPING * diagonal.mean())
+    def of(cls, name: str, matrix: np.ndarray, kind: Type, gram: Tensor) -> _Rounding:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         pull = torch.linalg.cholesky(inverse, upper=True).float()
-        weights = (diagonal / diagonal.mean()).float().numpy()[None]
-        return cls(name, matrix.clone(), kind, pull, weights)
+        return cls(name, torch.from_numpy(matrix.copy()), kind, pull, _importance(gram))
 
     def run(self) -> np.ndarray:
         """The matrix's bytes: (rows, bytes of a row), uint8."""

@@ -80,13 +80,18 @@ def refuse_lost(name: str, rows: np.ndarray, back: np.ndarray, kind: str, typica
     Raises:
         FactorLLMError: for a tensor that would be another one.
     """
-    lost = np.linalg.norm((back - rows).astype(np.float64), axis=1)
-    kept = lost <= _SPOILT * np.maximum(np.linalg.norm(rows.astype(np.float64), axis=1), typical)
-    if not kept.all():  # NaN is not kept either
+    if not kept_rows(rows, back, typical).all():
         raise FactorLLMError(
             f"tensor {name} does not come out of {kind} as it went in: its numbers, up to {np.abs(rows).max():.5g}, "
             "are too large, too small or too uneven for it; export with --type q8_0, or bf16"
         )
+
+
+def kept_rows(rows: np.ndarray, back: np.ndarray, typical: float) -> np.ndarray:
+    """Which rows a quantiser kept, (n,) bool; NaN is not kept either. Arguments as of `refuse_lost`."""
+    lost = np.linalg.norm((back - rows).astype(np.float64), axis=1)
+    kept: np.ndarray = lost <= _SPOILT * np.maximum(np.linalg.norm(rows.astype(np.float64), axis=1), typical)
+    return kept
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype, spoilt: str) -> Tensor:
