@@ -348,9 +348,13 @@ def test_the_cause_of_an_error_names_it_and_what_no_rule_knows_passes():
     error.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert rule_of(described(error)).name == "no space left on a disk"
     assert {rule.name for rule in RULES} == set(FAILURES)
-    for own in ("'NoneType' object has no attribute 'dtype'", "heal() got an unexpected keyword argument 'tokenizer'"):
-        with pytest.raises(TypeError), named_failures():
-            raise TypeError(own)
+    for own in (
+        KeyError("our own fault"),
+        AttributeError("'NoneType' object has no attribute 'dtype'"),
+        TypeError("heal() got an unexpected keyword argument 'tokenizer'"),
+    ):
+        with pytest.raises(type(own)), named_failures():
+            raise own
 
 
 def write_checkpoint(folder, step: int, validation: list[float]) -> None:

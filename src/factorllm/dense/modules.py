@@ -54,6 +54,11 @@ def forwarding(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Ite
             del module.forward
 
 
+def experts_of(layer: nn.Module) -> list[nn.Module]:
+    """What holds a layer's routed experts, one module at most."""
+    return [module for module in layer.modules() if type(module).__name__.endswith("Experts")]
+
+
 def expert_hidden(experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
     """What goes into the down projection of one of a layer's experts: (n, d) -> (n, width)."""
     if not experts.has_gate:

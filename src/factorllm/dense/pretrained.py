@@ -153,7 +153,7 @@ _STRUCTURES: dict[str, Structure] = {}
 
 
 def structure(config: PreTrainedConfig) -> Structure:
-    """It is kept: a conversion asks for those of two configs, many times."""
+    """That of the model of a config. It is kept: a conversion asks for those of two configs, many times."""
     key = config.to_json_string(use_diff=False)
     if key not in _STRUCTURES:
         model = skeleton(config)

@@ -42,11 +42,14 @@ def round_trip(name: str, tensor: np.ndarray, kind: Type) -> np.ndarray:
     Raises:
         FactorLLMError: as `quantize`.
     """
-    rows = quantize(name, tensor, kind, None)
-    return _dequantize_rows(rows.reshape(-1, rows.shape[-1]), kind, tensor.shape[-1]).reshape(tensor.shape)
+    back = np.empty(tensor.shape, np.float32)
+    quantize(name, tensor, kind, None, back)
+    return back
 
 
-def quantize(name: str, tensor: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
+def quantize(
+    name: str, tensor: np.ndarray, kind: Type, importance: np.ndarray | None, back: np.ndarray | None = None
+) -> np.ndarray:
     """A tensor in a type of blocks, on all cores.
 
     Args:
@@ -55,6 +58,7 @@ def quantize(name: str, tensor: np.ndarray, kind: Type, importance: np.ndarray |
         kind: the type.
         importance: what the squared error of each column counts, (n, d) or (1, d), fp32, positive; a row for each of
             the n matrices of a tensor of three dimensions. None for ggml's own choice.
+        back: filled with what comes out again, fp32, of the tensor's shape.
 
     Returns:
         uint8, (..., bytes of a row).
@@ -67,13 +71,16 @@ def quantize(name: str, tensor: np.ndarray, kind: Type, importance: np.ndarray |
     matrices = np.ascontiguousarray(tensor, np.float32).reshape(-1, tensor.shape[-2], width)
     made = np.empty((*matrices.shape[:2], width // block * size), np.uint8)
     typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
+    out = None if back is None else back.reshape(matrices.shape)
 
     def work(piece: tuple[int, slice]) -> None:
         number, rows = piece
         weights = None if importance is None else importance[number if len(importance) > 1 else 0]
         _quantize_rows(matrices[number, rows], made[number, rows], kind, weights)
-        back = _dequantize_rows(made[number, rows], kind, width)
-        refuse_lost(name, matrices[number, rows], back, kind.name, typical)
+        again = _dequantize_rows(made[number, rows], kind, width)
+        refuse_lost(name, matrices[number, rows], again, kind.name, typical)
+        if out is not None:
+            out[number, rows] = again
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(work, _pieces(matrices.shape)))

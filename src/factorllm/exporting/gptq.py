@@ -51,11 +51,15 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
     damped = [_damped(gram) for gram in grams]
     importance = np.concatenate([_importance(gram) for gram in damped])
-    plain = quantize(name, matrices, kind, importance)
-    made = [
-        _better(matrix, kind, gram, typical, _Rounding.of(name, matrix, kind, gram).run(), alone)
-        for matrix, gram, alone in zip(matrices, damped, plain, strict=True)
-    ]
+    plain_back = np.empty_like(matrices)
+    plain = quantize(name, matrices, kind, importance, plain_back)
+    made = []
+    for matrix, gram, alone, alone_back in zip(matrices, damped, plain, plain_back, strict=True):
+        compensated = _Rounding.of(name, matrix, kind, gram).run()
+        back = gguf.quants.dequantize(compensated, kind)
+        better = _errors(back - matrix, gram) <= _errors(alone_back - matrix, gram)
+        better &= kept_rows(matrix, back, typical)
+        made.append(np.where(better[:, None], compensated, alone))
     return np.stack(made).reshape(*tensor.shape[:-1], -1)
 
 
@@ -73,20 +77,11 @@ def _importance(gram: Tensor) -> np.ndarray:
     return found
 
 
-def _better(
-    matrix: np.ndarray, kind: Type, gram: Tensor, typical: float, compensated: np.ndarray, plain: np.ndarray
-) -> np.ndarray:
-    """Of each row the bytes that give the smaller error of the output."""
-
-    def error(back: np.ndarray) -> np.ndarray:
-        """(rows,): e^T G e."""
-        missing = torch.from_numpy(back - matrix)
-        found: np.ndarray = ((missing @ gram.float()) * missing).sum(1).numpy()
-        return found
-
-    back = gguf.quants.dequantize(compensated, kind)
-    better = kept_rows(matrix, back, typical) & (error(back) <= error(gguf.quants.dequantize(plain, kind)))
-    return np.where(better[:, None], compensated, plain)
+def _errors(missing: np.ndarray, gram: Tensor) -> np.ndarray:
+    """(rows, d), what weights lack -> (rows,), the squared error of each row's output, e^T G e."""
+    lacks = torch.from_numpy(missing)
+    found: np.ndarray = ((lacks @ gram.float()) * lacks).sum(1).numpy()
+    return found
 
 
 @dataclass(frozen=True)

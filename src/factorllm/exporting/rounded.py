@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from factorllm.dense.modules import decoder_layers
+from factorllm.dense.modules import decoder_layers, experts_of
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.ggml import round_trip
@@ -50,10 +50,10 @@ def _matrices(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[tuple[
     for index, layer in enumerate(decoder_layers(model)):
         for name, module in linears(layer, index, checkpoint).items():
             yield f"blk.{index}.{name}", module.weight
-        ffn = checkpoint.host.gguf_ffn_at(index, checkpoint.config)
-        for experts in (module for module in layer.modules() if type(module).__name__.endswith("Experts")):
+        stacked = [name for name in checkpoint.host.gguf_ffn_at(index, checkpoint.config) if "_exps." in name]
+        for experts in experts_of(layer):
             inward = experts.gate_up_proj if experts.has_gate else experts.up_proj
-            for name in (name for name in ffn if name.endswith("_exps.weight")):
+            for name in stacked:
                 yield f"blk.{index}.{name}", experts.down_proj if name == OUT_OF_EXPERTS else inward
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from factorllm.dense.modules import decoder_layers, expert_hidden
+from factorllm.dense.modules import decoder_layers, expert_hidden, experts_of
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.tensors import ATTENTION
 
@@ -68,10 +68,10 @@ def _watching(
 ) -> Iterator[None]:
     hooks, prefixes = [], {}
     for index, layer in enumerate(decoder_layers(model)):
+        for module in experts_of(layer):
+            prefixes[id(module)] = f"blk.{index}." if index in layers else None
         for module in layer.modules():
-            if type(module).__name__.endswith("Experts"):
-                prefixes[id(module)] = f"blk.{index}." if index in layers else None
-            elif type(module).__name__.endswith("Router"):
+            if type(module).__name__.endswith("Router"):
                 module.top_k = checkpoint.host.shape(checkpoint.config).top_k  # of `with_top_k`
         if index in layers:
             for name, module in linears(layer, index, checkpoint).items():
