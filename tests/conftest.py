@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_real_model.py")
 
 
-def pytest_collection_finish() -> None:
-    """What is there for good is left out of collections of garbage, of which a healing asks for four."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_is_left_out_of_collections() -> None:
+    """Of garbage, of which a healing asks for five: half of their time went over what tests before had imported."""
     gc.collect()
     gc.freeze()
 
