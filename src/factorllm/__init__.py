@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from factorllm.recipe import Recipe, Shape, parse_recipe
     from factorllm.runs.settings import Settings
     from factorllm.text.sample import sample
+    from factorllm.trimming.trim import trim
 
 _PUBLIC = {
     "EvalSettings": ("measure.settings", "EvalSettings"),
@@ -51,6 +52,7 @@ _PUBLIC = {
     "plan": ("planning.outlook", "plan"),
     "sample": ("text.sample", "sample"),
     "serve": ("engines.serve", "serve"),
+    "trim": ("trimming.trim", "trim"),
 }
 """Module and name there of each public name. torch and transformers, which take seconds to import, are loaded when one
 is asked for."""
@@ -79,6 +81,7 @@ __all__ = [
     "plan",
     "sample",
     "serve",
+    "trim",
 ]
 
 

@@ -28,6 +28,7 @@ from factorllm.cli.prune import prune
 from factorllm.cli.report import report
 from factorllm.cli.sample import sample
 from factorllm.cli.serve import serve
+from factorllm.cli.trim import trim
 from factorllm.engines.process import STARTED_WITH
 from factorllm.errors import FactorLLMError, one_line
 
@@ -37,6 +38,7 @@ for _name, _command in {
     "make": make,
     "factorize": factorize,
     "prune": prune,
+    "trim": trim,
     "heal": heal,
     "sample": sample,
     "eval": evaluate,

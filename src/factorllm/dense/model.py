@@ -153,7 +153,7 @@ class ModelSource(ABC):
         """Refuse models that cannot be factorised exactly, before any work is done."""
         check_config(self.label, self.config)
         with refusing(*self._odd_config()):
-            shapes, has_finite_tables = structure(self.config)
+            shapes, has_finite_tables, _ = structure(self.config)
         if not has_finite_tables:
             raise FactorLLMError(
                 f"the config of {self.label} rotates positions by no finite frequencies (rope_parameters "

@@ -143,10 +143,12 @@ class Structure(NamedTuple):
     Attributes:
         shapes: of what its checkpoint holds.
         has_finite_tables: whether what it computes from its config, as the frequencies of positions, is finite.
+        architecture: what `architectures` of its config says, by which vLLM knows it.
     """
 
     shapes: dict[str, torch.Size]
     has_finite_tables: bool
+    architecture: str
 
 
 _STRUCTURES: dict[str, Structure] = {}
@@ -159,8 +161,13 @@ def structure(config: PreTrainedConfig) -> Structure:
         model = skeleton(config)
         shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
         tables = (table for table in model.buffers() if table.is_floating_point())
-        _STRUCTURES[key] = Structure(shapes, all(is_finite(table) for table in tables))
+        _STRUCTURES[key] = Structure(shapes, all(map(is_finite, tables)), type(model).__name__)
     return _STRUCTURES[key]
+
+
+def name_architecture(config: PreTrainedConfig) -> None:
+    """Say in a config that is to be written which class it is of, by which vLLM knows it; GGUF files do not."""
+    config.architectures = config.architectures or [structure(config).architecture]
 
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:

@@ -17,6 +17,7 @@ from factorllm.dense.families import (
     set_ffn_width,
     sliding_window,
 )
+from factorllm.dense.pretrained import name_architecture
 from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, Stored, StudentFFN, scaled_in_windows, uneven_heads
 from factorllm.hosts.cohere2_moe import Cohere2MoeHost
 from factorllm.hosts.gemma4 import Gemma4Host, unlike_llamacpp
@@ -41,6 +42,7 @@ class DenseHost(Host):
     def config(self, dense: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
         config = copy.deepcopy(dense)
         set_ffn_width(config, shape.kept_width)
+        name_architecture(config)
         return config
 
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:

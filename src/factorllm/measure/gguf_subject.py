@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import xxhash
+from gguf import TokenType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +37,23 @@ _CONTEXT = 4096
 """Tokens of a question and its answer; less where the model has been trained on less."""
 
 _ROWS_AT_ONCE = 8
+
+
+class Vocabulary(NamedTuple):
+    """What a model's tokens are.
+
+    Attributes:
+        size: how many.
+        digest: of all that are words, in their order.
+    """
+
+    size: int
+    digest: str
+
+    @classmethod
+    def of(cls, size: int, words: Mapping[str, int]) -> Vocabulary:
+        """That of a model with so many tokens, of which some are words with their ids."""
+        return cls(size, xxhash.xxh3_128(json.dumps(sorted(words.items(), key=itemgetter(1))).encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class GgufSubject:
         fingerprint: of the file, of the one that reads its prompts, and of the engine.
         context: tokens that a question and its answer may have.
         begin: id of the token that begins a text, or else ends one.
-        vocabulary: tokens that it knows.
+        vocabulary: its tokens.
         reader: the dense model's file, where it reads the prompts.
     """
 
@@ -73,7 +94,7 @@ class GgufSubject:
     fingerprint: tuple[str, ...]
     context: int
     begin: int
-    vocabulary: int
+    vocabulary: Vocabulary
     reader: Path | None = None
 
     @classmethod
@@ -101,7 +122,10 @@ class GgufSubject:
         begin = next((token for token in ids if token is not None), 0)
         trained = Keys(str(path), reader.fields, said("general.architecture")).integer("context_length", _CONTEXT)
         engine = f"xllamacpp {version('xllamacpp')}"
-        vocabulary = len(said("tokenizer.ggml.tokens"))
+        tokens, kinds = said("tokenizer.ggml.tokens"), said("tokenizer.ggml.token_type")
+        used = [kind != TokenType.UNUSED for kind in kinds or [TokenType.NORMAL] * len(tokens)]
+        words = {token: index for index, token in enumerate(tokens) if used[index]}
+        vocabulary = Vocabulary.of(len(tokens), words)
         return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, vocabulary)
 
     def read_by(self, dense: GgufSubject) -> GgufSubject:

@@ -31,7 +31,7 @@ from factorllm.measure.chain.answers import LoadedAnswers
 from factorllm.measure.chain.measure import measure_chain
 from factorllm.measure.chain.plan import read_chain
 from factorllm.measure.chain.run import Ask, ChainScore
-from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
+from factorllm.measure.gguf_subject import Followed, GgufSubject, Vocabulary, check_gguf
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
@@ -192,11 +192,11 @@ class _Subject:
 
     Attributes:
         fingerprint: of its config, its weights, its tokenizer, how it generates, and of the precision.
-        vocabulary: tokens that it knows.
+        vocabulary: its tokens.
     """
 
     fingerprint: tuple[str, ...]
-    vocabulary: int
+    vocabulary: Vocabulary
     tokenizer: PreTrainedTokenizerBase
     load: Callable[[], PreTrainedModel]
 
@@ -223,7 +223,8 @@ class _Subject:
         def load() -> PreTrainedModel:
             return load_student(folder, getattr(torch, settings.dtype), settings.device)
 
-        return cls((weights, _digest(tokenizer), said, *_computed_in(settings)), config.vocab_size, tokenizer, load)
+        key = (weights, _digest(tokenizer), said, *_computed_in(settings))
+        return cls(key, Vocabulary.of(config.vocab_size, tokenizer.get_vocab()), tokenizer, load)
 
     @classmethod
     def of_dense(cls, model: str, settings: EvalSettings) -> _Subject:
@@ -234,7 +235,7 @@ class _Subject:
             return source.load_model(getattr(torch, settings.dtype), torch.device(settings.device))
 
         key = (source.fingerprint, _digest(tokenizer), said, *_computed_in(settings))
-        return cls(key, source.config.vocab_size, tokenizer, load)
+        return cls(key, Vocabulary.of(source.config.vocab_size, tokenizer.get_vocab()), tokenizer, load)
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -251,11 +252,12 @@ def _computed_in(settings: EvalSettings) -> tuple[str, str]:
 
 def _check_vocabularies(subjects: Mapping[str, _Subject | GgufSubject]) -> None:
     """Refuse to compare next tokens of models that do not have the same."""
-    sizes = {name: subject.vocabulary for name, subject in subjects.items()}
-    if len(set(sizes.values())) > 1:
+    if len({subject.vocabulary for subject in subjects.values()}) > 1:
+        own, its = (subjects[name].vocabulary.size for name in ("student", "dense"))
+        they = f"{own} tokens and the model of --against {its}" if own != its else "other tokens than --against"
         raise FactorLLMError(
-            f"the student knows {sizes['student']} tokens and the model of --against {sizes['dense']}, so they cannot "
-            "be compared on --text; give the dense model that the student was made from"
+            f"the student knows {they}, so they cannot be compared on --text; give the dense model that the student "
+            "was made from"
         )
 
 

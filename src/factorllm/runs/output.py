@@ -23,12 +23,15 @@ PROVENANCE = "factorllm.json"
 INSIDE = ".partial"
 """The folder of the unfinished run in an output folder that was there before."""
 
+TRIMMED_FROM = "factorllm.vocabulary.json"
+"""What a trimmed model says of itself, in its folder."""
+
 JOB = "job.json"
 """What a workspace says that it is for."""
 
 _FILES = (
     "README.md", "config.json", "generation_config.json", "factorllm.json", "factorllm.run.json",
-    "factorllm.partition.json", "model.safetensors", "model.safetensors.index.json",
+    "factorllm.partition.json", "factorllm.vocabulary.json", "model.safetensors", "model.safetensors.index.json",
     "model-[0-9]*-of-[0-9]*.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -282,6 +285,19 @@ def _matches(path: Path, patterns: Iterable[str]) -> bool:
 
 
 CHECKPOINT = Kind("a checkpoint that factorllm made", True, _read_checkpoint, _foreign_file)
+
+
+def _read_trimmed(out: Path) -> dict | None:
+    made = read_json(out / TRIMMED_FROM)
+    return made if made is not None and {"format", "base_model", "kept"} <= made.keys() else None
+
+
+def is_trimmed(model: str | Path) -> bool:
+    """Whether a model is one that factorllm trimmed."""
+    return _read_trimmed(Path(model).expanduser()) is not None
+
+
+TRIMMED = Kind("a model that factorllm trimmed", True, _read_trimmed, _foreign_file)
 
 
 def check_own_files(folder: Path, names: Iterable[str], is_ours: Callable[[Path], bool]) -> None:

@@ -12,7 +12,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, in_mean
 
-Kind = Literal["dense", "student", "static prune"]
+Kind = Literal["dense", "student", "trimmed", "static prune"]
 Place = tuple[float, float]
 
 
@@ -35,7 +35,7 @@ class Point:
         size: bytes.
         bits: of the whole file, for a parameter; some tensors take a larger type than was asked for.
         timed: how fast it is.
-        perplexity: on the held-out part of the text.
+        perplexity: on the held-out part of the text, for a token of the dense model's.
         scores: by task.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from rich.console import Console
+from torch import Tensor
 
 from factorllm.dense.families import is_dense
 from factorllm.errors import FactorLLMError
@@ -20,7 +21,7 @@ from factorllm.exporting.importance import WeighOnce
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
 from factorllm.measure.front.show import front_json, write_picture
-from factorllm.measure.gguf_subject import GgufSubject, check_gguf
+from factorllm.measure.gguf_subject import Followed, GgufSubject, Vocabulary, check_gguf
 from factorllm.measure.scores import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.subjects import Subject, open_subject
@@ -28,7 +29,7 @@ from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.output import check_own_files, located, read_json
+from factorllm.runs.output import check_own_files, is_trimmed, located, read_json
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
@@ -102,7 +103,7 @@ def run_front(
 
 
 def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
-    """The dense model, then students, then prunes.
+    """The dense model, then students, then prunes; among either, trimmed models.
 
     Raises:
         FactorLLMError: when one is not what it is given as, or two have one name.
@@ -112,7 +113,9 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
         ("student", students),
         ("static prune", against[1:]),
     ]
-    models = [_Model(_name(path), kind, open_checkpoint(path), path) for kind, paths in given for path in paths]
+    models = [
+        _Model(_name(path), _kind(path, kind), open_checkpoint(path), path) for kind, paths in given for path in paths
+    ]
     for model in models:
         dense = is_dense(model.checkpoint.config)
         if dense == (model.kind == "student"):
@@ -126,13 +129,19 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
     return models
 
 
+def _kind(path: str, given_as: Kind) -> Kind:
+    return "trimmed" if given_as != "dense" and is_trimmed(path) else given_as
+
+
 def _held_out_by(models: list[_Model]) -> Settings:
     """Settings of which the held-out part of the text is new to all models.
 
     Raises:
         FactorLLMError: when they were made with others.
     """
-    made = {model.name: model.checkpoint.settings() for model in models if model.kind != "dense"}
+    made = {model.name: model.checkpoint.settings() for model in models if model.kind not in ("dense", "trimmed")}
+    if not made:
+        return Settings()
     first, *others = made
     for name in others:
         for key in ("seed", "length", "held_out_tokens"):
@@ -193,12 +202,50 @@ def _ask(
     subjects = {
         f"{model.name} {kind}": GgufSubject.of(file.path) for (model, kind), file in files.items() if kind in plan.types
     }
-    tokens = next(iter(subjects.values())).held_out(text, made_with)
-    tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
-    with meter(console, "measuring perplexity", len(tokens) * len(subjects)) as bar:
-        found = {name: follow_text(subject, tokens, cache, bar.advance) for name, subject in subjects.items()}
+    texts = _texts(subjects, text, made_with, plan)
+    every = next(iter(texts.values()))  # the dense model's
+    with meter(console, "measuring perplexity", len(every.tokens) * len(subjects)) as bar:
+        followed = {
+            name: follow_text(subject, texts[subject.vocabulary].tokens, cache, bar.advance)
+            for name, subject in subjects.items()
+        }
     scores = scores_of_files(subjects, settings, cache, console)
-    return {subject.path: (found[name].perplexity, scores[name]) for name, subject in subjects.items()}
+    return {
+        subject.path: (texts[subject.vocabulary].perplexity(followed[name], every), scores[name])
+        for name, subject in subjects.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text in the tokens of some models.
+
+    Attributes:
+        tokens: (sequences, length), int64.
+        bytes: of the text of all tokens but the first of each sequence.
+    """
+
+    tokens: Tensor
+    bytes: int
+
+    def perplexity(self, followed: Followed, dense: _Text) -> float:
+        """For a token of the dense model's, whatever the model's own are: of equal losses for a byte, equal."""
+        predicted, of_dense = (text.tokens[:, 1:].numel() for text in (self, dense))
+        return followed.perplexity ** (predicted / self.bytes * dense.bytes / of_dense)
+
+
+def _texts(
+    subjects: dict[str, GgufSubject], text: str, made_with: Settings, plan: FrontPlan
+) -> dict[Vocabulary, _Text]:
+    """What perplexity is measured on, for each vocabulary; the dense model's is the first."""
+    found: dict[Vocabulary, _Text] = {}
+    for subject in subjects.values():
+        if subject.vocabulary not in found:
+            tokens = subject.held_out(text, made_with)
+            tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
+            words = subject.tokenizer().batch_decode(tokens[:, 1:].tolist())
+            found[subject.vocabulary] = _Text(tokens, sum(len(row.encode()) for row in words))
+    return found
 
 
 def _time(

@@ -16,7 +16,7 @@ from factorllm.errors import refusing
 from factorllm.measure.front.points import Front, Point, ahead, decode_time, mean_score, mebibytes, plain_loss
 from factorllm.text.calibration import public_name
 
-_COLOURS = {"dense": "tab:grey", "student": "tab:red", "static prune": "tab:blue"}
+_COLOURS = {"dense": "tab:grey", "student": "tab:red", "trimmed": "tab:green", "static prune": "tab:blue"}
 _STEPS = 200  # of the drawn hull
 _COLUMNS = (
     "model",

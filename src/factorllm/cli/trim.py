@@ -1,0 +1,43 @@
+"""`factorllm trim`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from factorllm.cli import terminal
+from factorllm.cli.options import Model, Out, Resume, Text, settings_from
+from factorllm.runs.settings import Settings
+
+
+@settings_from(Settings, "tokens", "held_out_tokens", "seed", tokens=1_000_000)
+def trim(
+    model: Model,
+    out: Out,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that stay.")] = 32_768,
+    text: Text = None,
+    resume: Resume = True,
+    **chosen,
+) -> None:
+    """Leave out the tokens of a dense MODEL that a kind of text does not use, with their rows of the embedding table
+    and the output head; all else stays as it is."""
+    from factorllm.trimming.trim import trim as run
+
+    made = run(
+        model,
+        out,
+        vocabulary,
+        text=text,
+        settings=Settings(**chosen),
+        overwrite=not resume,
+        console=terminal.console,
+    )
+    if made is None:
+        terminal.say(f"done already, with the same arguments: {out}")
+        return
+    before, after = made.vocabulary
+    parameters = " -> ".join(f"{count / 1e6:.1f} M" for count in made.parameters)
+    terminal.say(f"{before:,} -> {after:,} tokens, {parameters} parameters")
+    terminal.say(f"text of the same kind that was not counted takes {made.tokens:.4f} x as many tokens")
+    terminal.say(f"written: {made.out}")

@@ -1,0 +1,53 @@
+"""Which tokens of a vocabulary stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from factorllm.errors import FactorLLMError
+from factorllm.trimming.byte_pairs import BytePairs
+
+
+def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size: int) -> list[int]:
+    """The tokens that stay: those of a text, the most frequent first, then those of the lowest ids, which are the most
+    frequent of what the tokenizer was made from; each with the tokens that it is merged from.
+
+    Text of which all tokens stay is cut as before: of the merges that the whole vocabulary would do, in the same order,
+    none is missing.
+
+    Args:
+        counts: how often each token is in the text, (vocabulary,), int64.
+        always: ids that stay in any case, beside the single bytes.
+        size: how many stay.
+
+    Returns:
+        Ids, ascending.
+
+    Raises:
+        FactorLLMError: when there is nothing to leave out, or `size` is too small for what must stay.
+    """
+    if size >= len(counts):
+        raise FactorLLMError(
+            f"the model has {len(counts):,} tokens, so none is left out; choose a smaller --vocabulary"
+        )
+    kept = {*always, *(pairs.ids[token] for token in pairs.bytes)}
+    if len(kept) > size:
+        raise FactorLLMError(
+            f"single bytes and special tokens alone are {len(kept):,}; choose a larger --vocabulary than {size:,}"
+        )
+    token_of = {index: token for token, index in pairs.ids.items()}
+    for index in _by_use(counts):
+        if len(kept) == size:
+            break
+        if index in token_of:
+            needed = {pairs.ids[token] for token in pairs.made_of(token_of[index])}
+            if len(kept | needed) <= size:
+                kept |= needed
+    return sorted(kept)
+
+
+def _by_use(counts: Tensor) -> Iterator[int]:
+    order = counts.argsort(descending=True, stable=True)  # equal counts in the order of ids
+    return iter(order.tolist())

@@ -1,0 +1,181 @@
+"""`trim()`: a dense model with a smaller vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from factorllm.dense import ModelSource, open_model
+from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
+from factorllm.dense.pretrained import name_architecture
+from factorllm.errors import FactorLLMError
+from factorllm.report.template import read_template
+from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.identity import common_identity
+from factorllm.runs.output import TRIMMED, TRIMMED_FROM, check_output, is_done, located
+from factorllm.runs.progress import meter
+from factorllm.runs.settings import Settings
+from factorllm.runs.workspace import Workspace, shard_name, write_index, write_json, write_shard, write_text
+from factorllm.text.calibration import hold_out, public_name, say_notes, text_origin
+from factorllm.text.parts import open_text, sequences_of
+from factorllm.trimming.byte_pairs import BytePairs
+from factorllm.trimming.choose import choose_tokens
+from factorllm.trimming.renumber import renumber_config, said_ids
+from factorllm.trimming.tokenizer import check_tokenizer, read_backend, write_tokenizer
+
+_TABLES = (HEAD, "lm_head.bias", "model.embed_tokens_per_layer.weight")
+"""Tensors beside the embeddings with a row for each token."""
+
+_SIZES = {"vocab_size", "vocab_size_per_layer_input"}
+"""Keys of a config that say how many rows those have."""
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """What came of it.
+
+    Attributes:
+        out: the folder.
+        vocabulary: tokens before, and now.
+        parameters: before, and now.
+        tokens: how many times as many tokens held-out text of the same kind takes.
+    """
+
+    out: Path
+    vocabulary: tuple[int, int]
+    parameters: tuple[int, int]
+    tokens: float
+
+
+def trim(
+    model: str,
+    out: str | Path,
+    vocabulary: int = 32_768,
+    *,
+    text: str | None = None,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Trimmed | None:
+    """Leave out the tokens that a kind of text does not use: their rows of the embedding table and of the output head.
+
+    What stays computes what it did: for text whose tokens all stay the logits are those of the dense model, of these
+    tokens. Other text is written with more and shorter tokens. The result is a dense model like any other; convert it,
+    and use it as the teacher (vocabulary trimming: arXiv 2305.15020).
+
+    Args:
+        model: a hub id, a folder of safetensors, or a `.gguf` file.
+        vocabulary: tokens that stay, special ones and single bytes among them.
+        text: where tokens are counted, as for `factorize`; None to let the model say it.
+        settings: `tokens` are counted, and `held_out_tokens` are not, but cut anew to see how many tokens they take.
+
+    Returns:
+        None where `out` was made by the same call already.
+
+    Raises:
+        FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
+
+    Example:
+        >>> trim("dense", "trimmed", 300, text="my-text.txt", settings=Settings(held_out_tokens=64)).vocabulary[1]
+        300
+    """
+    out, console = located(out), console or Console(quiet=True)
+    check_output(out, TRIMMED, [model, text])
+    source = open_model(model)
+    if source.wrapper:
+        raise FactorLLMError(
+            f"{model} takes images too, by tokens of their own; only models of text alone are trimmed: give its text "
+            "model"
+        )
+    settings = (settings or Settings()).resolve(source.config)
+    job = {"model": source.fingerprint, "vocabulary": vocabulary, **common_identity(text, settings)}
+    if not overwrite and is_done(out, TRIMMED, job):
+        return None
+    with explain_full_disk(out), Workspace(out, TRIMMED, job, overwrite) as work:
+        return _trim(source, vocabulary, text, settings, work, job, console)
+
+
+def _trim(
+    source: ModelSource,
+    vocabulary: int,
+    text: str | None,
+    settings: Settings,
+    work: Workspace,
+    job: dict,
+    console: Console,
+) -> Trimmed:
+    tokenizer = source.tokenizer()
+    pairs = BytePairs(read_backend(tokenizer, source.label), source.label)
+    before = source.config.vocab_size
+    parts = open_text(text, tokenizer, settings, lambda: source.load_model(torch.float32, settings.torch_device))
+    held_out = hold_out(parts, settings)
+    counts = parts.take(sequences_of(settings.tokens, settings.length)).flatten().bincount(minlength=before)
+    say_notes(parts, console)
+    generation = source.generation_config()
+    always = {*tokenizer.added_tokens_decoder, *said_ids(source.config), *said_ids(generation)}
+    kept = choose_tokens(pairs, counts, always, vocabulary)
+    new = {old: index for index, old in enumerate(kept)}
+
+    folder = work.folder_at("trimmed")
+    after = write_tokenizer(tokenizer, new, folder)
+    growth = check_tokenizer(tokenizer, after, kept, held_out.tolist())
+    sizes = _write_weights(source, torch.tensor(kept), folder, console)
+    renumber_config(generation, new).save_pretrained(folder)
+    made = {"format": 1, "base_model": {"name": public_name(source.label), "fingerprint": source.fingerprint}}
+    made |= {"text": text_origin(text), "counted_tokens": int(counts.sum()), "tokens_of_held_out_text": growth}
+    write_json(folder / TRIMMED_FROM, {**made, "kept": kept, "job": job})
+    card = read_template("trimmed.md.jinja")
+    shown = {"name": work.out.name, "made": made, "before": before, "after": len(kept), "licence": source.licence}
+    write_text(folder / "README.md", card.render(**shown))
+    # The last: without it, no engine takes the folder for a checkpoint.
+    write_json(folder / "config.json", _config(source, new).to_diff_dict())
+    open_model(str(folder))  # which looks whether all fits together
+    work.publish(folder)
+    return Trimmed(work.out, (before, len(kept)), sizes, growth)
+
+
+def _config(source: ModelSource, new: Mapping[int, int]) -> PreTrainedConfig:
+    config = renumber_config(source.config, new)
+    for key in _SIZES & vars(config).keys():
+        setattr(config, key, len(new))
+    name_architecture(config)
+    return config
+
+
+def _write_weights(source: ModelSource, kept: Tensor, folder: Path, console: Console) -> tuple[int, int]:
+    """The shards: what stands outside the layers, and each layer.
+
+    Returns:
+        Parameters before, and now.
+    """
+    before = after = 0
+    groups = list(_groups(source))
+    with meter(console, "writing the trimmed model", len(groups)) as bar:
+        for number, names in enumerate(groups, 1):
+            tensors = {name: source.tensor(name) for name in names}
+            before += sum(tensor.numel() for tensor in tensors.values())
+            tensors = {name: _rows(source, name, tensor, kept) for name, tensor in tensors.items()}
+            after += sum(tensor.numel() for tensor in tensors.values())
+            write_shard(folder / shard_name(number, len(groups)), tensors)
+            bar.advance(1)
+    write_index(folder)
+    return before, after
+
+
+def _rows(source: ModelSource, name: str, tensor: Tensor, kept: Tensor) -> Tensor:
+    """Of tables with a row for each token, the rows of those that stay; all else as it is."""
+    return tensor[kept] if name in (embeddings(source.config), *_TABLES) else tensor
+
+
+def _groups(source: ModelSource) -> Iterator[list[str]]:
+    """Names of tensors that are written together."""
+    names = source.parameter_names()
+    yield [name for name in names if not name.startswith(LAYERS)]
+    for index in range(source.config.num_hidden_layers):
+        yield [name for name in names if name.startswith(layer_prefix(index))]
