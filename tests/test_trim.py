@@ -10,6 +10,7 @@ from conftest import CONFIGS, SMALL, byte_tokenizer, edit_json
 from families import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_export import TEXT, byte_level_tokenizer, save_model, sentencepiece_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,9 +22,12 @@ from factorllm.measure.front.run import run_front
 from factorllm.measure.perplexity import perplexity
 from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
+from factorllm.report.findings import gather
+from factorllm.report.measured import Measured
 from factorllm.runs.settings import Settings
 from factorllm.text.calibration import hold_out
 from factorllm.text.parts import open_text
+from factorllm.trimming import trim as module
 from factorllm.trimming.byte_pairs import BytePairs
 from factorllm.trimming.choose import choose_tokens
 from factorllm.trimming.trim import trim
@@ -157,16 +161,21 @@ def test_the_most_frequent_tokens_stay_with_what_they_are_made_of(more, stay):
     assert kept == [*range(258), *sorted(learned[token] for token in stay)]
 
 
+@pytest.fixture(scope="module")
+def student(trimmed, text):
+    """Of the model with fewer tokens, with all experts on."""
+    factorize(str(trimmed / "small"), trimmed / "student", "S4A4E8", text=str(text), settings=SMALL)
+    return trimmed / "student"
+
+
 @pytest.mark.engine
-def test_a_trimmed_model_is_converted_exported_and_computed_by_llamacpp(trimmed, text, tmp_path):
-    factorize(str(trimmed / "small"), tmp_path / "student", "S4A4E8", text=str(text), settings=SMALL)
-    export(str(tmp_path / "student"), tmp_path / "student.gguf", "f32")
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+def test_a_trimmed_model_is_converted_exported_and_computed_by_llamacpp(student, tmp_path):
+    export(str(student), tmp_path / "student.gguf", "f32")
+    model, tokenizer = (kind.from_pretrained(student) for kind in (AutoModelForCausalLM, AutoTokenizer))
     ids = tokenizer(TEXT[0], add_special_tokens=False).input_ids[:40]
     with EngineProcess("llamacpp", tmp_path / "student.gguf", Options(context=64)) as process, torch.no_grad():
         assert process.tokenize(TEXT[0])[:40] == ids
-        likely = student(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        likely = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         for token, value in process.next_tokens(ids, 10):
             assert likely[token].item() == pytest.approx(value, abs=0.02)
 
@@ -205,15 +214,23 @@ def test_on_a_front_perplexity_is_for_a_token_of_the_dense_models(trimmed, text,
     assert found["small"].perplexity == pytest.approx(wanted, rel=2e-3)
 
 
-def test_models_of_as_many_but_other_tokens_are_not_compared(trimmed, text, tmp_path):
+@pytest.mark.engine
+def test_models_of_as_many_but_other_tokens_are_not_compared(trimmed, student, text, tmp_path):
     """Ids of one would be read as those of the other."""
-    factorize(str(trimmed / "small"), tmp_path / "student", "S4A4E8", text=str(text), settings=SMALL)
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{OTHER} {n}"}) + "\n" for n in range(80)))
     trim(str(trimmed / "dense"), tmp_path / "other", STAY, text=str(tmp_path / "other.jsonl"), settings=COUNTED)
     asked = {"text": str(text), "settings": EvalSettings(tasks=()), "cache": tmp_path / "cache"}
     with pytest.raises(FactorLLMError, match="the student knows other tokens than --against"):
-        evaluate(tmp_path / "student", against=str(tmp_path / "other"), **asked)
-    assert evaluate(tmp_path / "student", against=str(trimmed / "small"), **asked).agreement.kl < 0.1
+        evaluate(student, against=str(tmp_path / "other"), **asked)
+    assert evaluate(student, against=str(trimmed / "small"), **asked).agreement.kl < 0.1
+    with pytest.raises(FactorLLMError, match="knows 280 tokens and the student others"):
+        gather(student, str(tmp_path / "other"), Measured(), "cpu", Console(quiet=True))
+    for name, path in {"student": student, "small": trimmed / "small", "other": tmp_path / "other"}.items():
+        export(str(path), tmp_path / f"{name}.gguf", "f32")
+    read_by = {name: Options(context=64, reader=str(tmp_path / f"{name}.gguf")) for name in ("small", "other")}
+    with pytest.raises(FactorLLMError, match="their vocabularies are not the same"):
+        EngineProcess("llamacpp", tmp_path / "student.gguf", read_by["other"])
+    EngineProcess("llamacpp", tmp_path / "student.gguf", read_by["small"]).close()
 
 
 def test_what_is_done_is_not_done_again_and_what_is_the_users_stays(trimmed, text, tmp_path):
@@ -230,6 +247,29 @@ def test_what_is_done_is_not_done_again_and_what_is_the_users_stays(trimmed, tex
         trim(*given, text=str(text), settings=COUNTED, overwrite=True)
     with pytest.raises(FactorLLMError, match="which this command reads"):
         trim(str(trimmed / "dense"), trimmed / "dense", STAY, text=str(text), settings=COUNTED)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trimmed, text, tmp_path, monkeypatch):
+    given, asked = (str(trimmed / "dense"), tmp_path / "small", STAY), {"text": str(text), "settings": COUNTED}
+    written, write = [], module.write_shard
+
+    def killed_at_the_third(path, tensors):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, tensors)
+
+    monkeypatch.setattr(module, "write_shard", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        trim(*given, **asked)
+    assert not (tmp_path / "small").exists()
+    monkeypatch.setattr(module, "write_shard", lambda path, tensors: written.append(path.name) or write(path, tensors))
+    trim(*given, **asked)
+    assert len(written) == len(set(written)) == 4
+    names = [path.name for path in (trimmed / "small").iterdir() if path.name != "README.md"]  # which has its own name
+    assert [
+        name for name in names if (trimmed / "small" / name).read_bytes() != (tmp_path / "small" / name).read_bytes()
+    ] == []
 
 
 def words_tokenizer():

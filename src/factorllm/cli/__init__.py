@@ -56,7 +56,7 @@ for _name, _command in {
     app.command(_name)(_command)
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
-_RESUMED = ("make", "factorize", "prune", "heal", "sample", "demo", "front")
+_RESUMED = ("make", "factorize", "prune", "heal", "sample", "demo", "front", "trim")
 _OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 

@@ -53,7 +53,7 @@ class DensePrompt:
 
     def _try_out(self) -> None:
         """Whether the student goes on from what was handed over, instead of reading it again."""
-        if Client(self._dense).vocabulary != Client(self._student).vocabulary:
+        if Client(self._dense).words() != Client(self._student).words():
             raise FactorLLMError(f"{_CANNOT}: their vocabularies are not the same; {_INSTEAD}")
         tokens = list(range(_TRIED))
         asked = {"prompt": tokens, "n_predict": 1, "id_slot": 0, "cache_prompt": True}

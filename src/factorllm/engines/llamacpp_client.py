@@ -89,6 +89,10 @@ class Client:
         """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
         return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
 
+    def words(self) -> str:
+        """What all tokens say, in the order of their ids: of two vocabularies that are not the same, not the same."""
+        return self._post("/detokenize", {"tokens": list(range(self.vocabulary))})["content"]
+
     def _complete(self, prompt: list[int], count: int, **more) -> dict:
         body = {
             "prompt": prompt,

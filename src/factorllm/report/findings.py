@@ -71,7 +71,7 @@ def gather(checkpoint: Path, against: str | None, measured: Measured, device: st
     kinds = _kinds(tokenizer)
     models = [student]
     if against:
-        models.append(_dense(against, student, device))
+        models.append(_dense(against, student, tokenizer, device))
     routers = Routers(student)
     with meter(console, "running the student for the report", len(kinds) + len(models) * len(PROMPTS)) as bar:
         special = None
@@ -101,11 +101,12 @@ def _kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     return {kind: row[:shortest] for kind, row in tokens.items()}
 
 
-def _dense(against: str, student: PreTrainedModel, device: str) -> PreTrainedModel:
+def _dense(against: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
     source = open_model(against)
-    if source.config.vocab_size != student.config.vocab_size:
+    own, its = student.config.vocab_size, source.config.vocab_size
+    if own != its or source.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise FactorLLMError(
-            f"{against} knows {source.config.vocab_size} tokens and the student {student.config.vocab_size}, so it is "
-            "not the model that the student was made from; give that one with --against"
+            f"{against} knows {its} tokens and the student {f'{own}' if own != its else 'others'}, so it is not the "
+            "model that the student was made from; give that one with --against"
         )
     return source.load_model(torch.float32, torch.device(device))

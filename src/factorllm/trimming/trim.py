@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,15 @@ from factorllm.runs.identity import common_identity
 from factorllm.runs.output import TRIMMED, TRIMMED_FROM, check_output, is_done, located
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
-from factorllm.runs.workspace import Workspace, shard_name, write_index, write_json, write_shard, write_text
+from factorllm.runs.workspace import (
+    Workspace,
+    finish_publishing,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+    write_text,
+)
 from factorllm.text.calibration import hold_out, public_name, say_notes, text_origin
 from factorllm.text.parts import open_text, sequences_of
 from factorllm.trimming.byte_pairs import BytePairs
@@ -75,6 +84,8 @@ def trim(
         text: where tokens are counted, as for `factorize`; None to let the model say it.
         settings: `tokens` are counted, and `held_out_tokens` are not, but cut anew to see how many tokens they take.
 
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
+
     Returns:
         None where `out` was made by the same call already.
 
@@ -86,6 +97,7 @@ def trim(
         300
     """
     out, console = located(out), console or Console(quiet=True)
+    finish_publishing(out)
     check_output(out, TRIMMED, [model, text])
     source = open_model(model)
     if source.wrapper:
@@ -125,7 +137,7 @@ def _trim(
     folder = work.folder_at("trimmed")
     after = write_tokenizer(tokenizer, new, folder)
     growth = check_tokenizer(tokenizer, after, kept, held_out.tolist())
-    sizes = _write_weights(source, torch.tensor(kept), folder, console)
+    _write_weights(source, torch.tensor(kept), folder, console)
     renumber_config(generation, new).save_pretrained(folder)
     made = {"format": 1, "base_model": {"name": public_name(source.label), "fingerprint": source.fingerprint}}
     made |= {"text": text_origin(text), "counted_tokens": int(counts.sum()), "tokens_of_held_out_text": growth}
@@ -135,9 +147,13 @@ def _trim(
     write_text(folder / "README.md", card.render(**shown))
     # The last: without it, no engine takes the folder for a checkpoint.
     write_json(folder / "config.json", _config(source, new).to_diff_dict())
-    open_model(str(folder))  # which looks whether all fits together
+    written = open_model(str(folder))  # which looks whether all fits together
     work.publish(folder)
-    return Trimmed(work.out, (before, len(kept)), sizes, growth)
+    return Trimmed(work.out, (before, len(kept)), (_parameters(source), _parameters(written)), growth)
+
+
+def _parameters(source: ModelSource) -> int:
+    return sum(map(math.prod, source.parameter_shapes().values()))
 
 
 def _config(source: ModelSource, new: Mapping[int, int]) -> PreTrainedConfig:
@@ -148,24 +164,16 @@ def _config(source: ModelSource, new: Mapping[int, int]) -> PreTrainedConfig:
     return config
 
 
-def _write_weights(source: ModelSource, kept: Tensor, folder: Path, console: Console) -> tuple[int, int]:
-    """The shards: what stands outside the layers, and each layer.
-
-    Returns:
-        Parameters before, and now.
-    """
-    before = after = 0
+def _write_weights(source: ModelSource, kept: Tensor, folder: Path, console: Console) -> None:
+    """The shards: what stands outside the layers, and each layer. What an earlier run has written stays."""
     groups = list(_groups(source))
     with meter(console, "writing the trimmed model", len(groups)) as bar:
         for number, names in enumerate(groups, 1):
-            tensors = {name: source.tensor(name) for name in names}
-            before += sum(tensor.numel() for tensor in tensors.values())
-            tensors = {name: _rows(source, name, tensor, kept) for name, tensor in tensors.items()}
-            after += sum(tensor.numel() for tensor in tensors.values())
-            write_shard(folder / shard_name(number, len(groups)), tensors)
+            path = folder / shard_name(number, len(groups))
+            if not path.exists():
+                write_shard(path, {name: _rows(source, name, source.tensor(name), kept) for name in names})
             bar.advance(1)
     write_index(folder)
-    return before, after
 
 
 def _rows(source: ModelSource, name: str, tensor: Tensor, kept: Tensor) -> Tensor:
