@@ -180,6 +180,13 @@ def test_a_trimmed_model_is_converted_exported_and_computed_by_llamacpp(student,
             assert likely[token].item() == pytest.approx(value, abs=0.02)
 
 
+def test_what_is_made_of_a_gguf_file_says_its_architecture(trimmed, text, tmp_path):
+    """By which vLLM knows it; the file does not say it."""
+    export(str(trimmed / "dense"), tmp_path / "dense.gguf", "f32")
+    factorize(str(tmp_path / "dense.gguf"), tmp_path / "pruned", "S4A0E8", text=str(text), settings=SMALL)
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 @pytest.mark.engine
 def test_a_gguf_file_is_trimmed_as_its_folder_is(trimmed, text, tmp_path):
     export(str(trimmed / "dense"), tmp_path / "dense.gguf", "f32")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
-from gguf import TokenType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -44,16 +43,16 @@ class Vocabulary(NamedTuple):
 
     Attributes:
         size: how many.
-        digest: of all that are words, in their order.
+        digest: of all that have names, in their order.
     """
 
     size: int
     digest: str
 
     @classmethod
-    def of(cls, size: int, words: Mapping[str, int]) -> Vocabulary:
-        """That of a model with so many tokens, of which some are words with their ids."""
-        return cls(size, xxhash.xxh3_128(json.dumps(sorted(words.items(), key=itemgetter(1))).encode()).hexdigest())
+    def of(cls, size: int, names: Mapping[str, int]) -> Vocabulary:
+        """That of a model with so many tokens, those that have names with their ids."""
+        return cls(size, xxhash.xxh3_128(json.dumps(sorted(names.items(), key=itemgetter(1))).encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,8 @@ class GgufSubject:
         begin = next((token for token in ids if token is not None), 0)
         trained = Keys(str(path), reader.fields, said("general.architecture")).integer("context_length", _CONTEXT)
         engine = f"xllamacpp {version('xllamacpp')}"
-        tokens, kinds = said("tokenizer.ggml.tokens"), said("tokenizer.ggml.token_type")
-        used = [kind != TokenType.UNUSED for kind in kinds or [TokenType.NORMAL] * len(tokens)]
-        words = {token: index for index, token in enumerate(tokens) if used[index]}
-        vocabulary = Vocabulary.of(len(tokens), words)
+        tokens = said("tokenizer.ggml.tokens")
+        vocabulary = Vocabulary.of(len(tokens), {token: index for index, token in enumerate(tokens)})
         return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, vocabulary)
 
     def read_by(self, dense: GgufSubject) -> GgufSubject:
