@@ -49,7 +49,7 @@ def trimmed(tmp_path_factory, text):
     """A model, and it with fewer tokens."""
     root = tmp_path_factory.mktemp("trim")
     save_model(CONFIGS["mha"], root / "dense")
-    trim(str(root / "dense"), root / "small", STAY, text=str(text), settings=COUNTED)
+    trim(str(root / "dense"), root / "small", STAY, str(text), settings=COUNTED)
     return root
 
 
@@ -64,7 +64,7 @@ ODD = ("llama", "qwen2", "phi3", "lfm2", "gemma4_text", "cohere", "granite", "ne
 @pytest.mark.parametrize("family", ODD)
 def test_logits_of_the_tokens_that_stay_are_the_dense_models(family, text, tmp_path):
     save_model(TINY[family], tmp_path / "dense")
-    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, text=str(text), settings=COUNTED)
+    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED)
     kept, new = torch.tensor(kept_in(tmp_path / "small")), torch.arange(STAY).view(4, -1)[:, :32]
     dense, small = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("dense", "small"))
     assert small.config.vocab_size == STAY
@@ -83,7 +83,7 @@ def test_ids_are_right_wherever_they_stand(trimmed, text, tmp_path):
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
     tokenizer.save_pretrained(tmp_path / "dense")
-    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, text=str(text), settings=COUNTED)
+    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED)
     kept = kept_in(tmp_path / "small")
     assert kept == sorted(kept)
     assert {298, 299} <= set(kept)
@@ -121,7 +121,7 @@ def test_text_stays_what_it_is_and_is_cut_as_before_where_its_tokens_stay(kind, 
     before = KINDS[kind]()
     size = len(before) - 20
     save_model(CONFIGS["mha"], tmp_path / "dense", before)
-    made = trim(str(tmp_path / "dense"), tmp_path / "small", size, text=str(text), settings=COUNTED)
+    made = trim(str(tmp_path / "dense"), tmp_path / "small", size, str(text), settings=COUNTED)
     kept, after = kept_in(tmp_path / "small"), AutoTokenizer.from_pretrained(tmp_path / "small")
     assert made.vocabulary == (len(before) + 4, size)
     assert len(after) == len(kept) == size
@@ -190,7 +190,7 @@ def test_what_is_made_of_a_gguf_file_says_its_architecture(trimmed, text, tmp_pa
 @pytest.mark.engine
 def test_a_gguf_file_is_trimmed_as_its_folder_is(trimmed, text, tmp_path):
     export(str(trimmed / "dense"), tmp_path / "dense.gguf", "f32")
-    trim(str(tmp_path / "dense.gguf"), tmp_path / "small", STAY, text=str(text), settings=COUNTED)
+    trim(str(tmp_path / "dense.gguf"), tmp_path / "small", STAY, str(text), settings=COUNTED)
     own, wanted = (AutoModelForCausalLM.from_pretrained(root / "small") for root in (tmp_path, trimmed))
     assert kept_in(tmp_path / "small") == kept_in(trimmed / "small")
     assert own.config.architectures == wanted.config.architectures == ["LlamaForCausalLM"]
@@ -225,7 +225,7 @@ def test_on_a_front_perplexity_is_for_a_token_of_the_dense_models(trimmed, text,
 def test_models_of_as_many_but_other_tokens_are_not_compared(trimmed, student, text, tmp_path):
     """Ids of one would be read as those of the other."""
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{OTHER} {n}"}) + "\n" for n in range(80)))
-    trim(str(trimmed / "dense"), tmp_path / "other", STAY, text=str(tmp_path / "other.jsonl"), settings=COUNTED)
+    trim(str(trimmed / "dense"), tmp_path / "other", STAY, str(tmp_path / "other.jsonl"), settings=COUNTED)
     asked = {"text": str(text), "settings": EvalSettings(tasks=()), "cache": tmp_path / "cache"}
     with pytest.raises(FactorLLMError, match="the student knows other tokens than --against"):
         evaluate(student, against=str(tmp_path / "other"), **asked)
@@ -242,18 +242,18 @@ def test_models_of_as_many_but_other_tokens_are_not_compared(trimmed, student, t
 
 def test_what_is_done_is_not_done_again_and_what_is_the_users_stays(trimmed, text, tmp_path):
     given = str(trimmed / "dense"), tmp_path / "small", STAY
-    trim(*given, text=str(text), settings=COUNTED)
+    trim(*given, str(text), settings=COUNTED)
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
-    assert trim(*given, text=str(text), settings=COUNTED) is None
+    assert trim(*given, str(text), settings=COUNTED) is None
     with pytest.raises(FactorLLMError, match="made with other vocabulary"):
-        trim(str(trimmed / "dense"), tmp_path / "small", STAY + 1, text=str(text), settings=COUNTED)
-    assert trim(*given, text=str(text), settings=COUNTED, overwrite=True).vocabulary[1] == STAY
+        trim(str(trimmed / "dense"), tmp_path / "small", STAY + 1, str(text), settings=COUNTED)
+    assert trim(*given, str(text), settings=COUNTED, overwrite=True).vocabulary[1] == STAY
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
     (tmp_path / "small/notes.txt").write_text("mine")
     with pytest.raises(FactorLLMError, match=r"notes\.txt, which factorllm did not put there"):
-        trim(*given, text=str(text), settings=COUNTED, overwrite=True)
+        trim(*given, str(text), settings=COUNTED, overwrite=True)
     with pytest.raises(FactorLLMError, match="which this command reads"):
-        trim(str(trimmed / "dense"), trimmed / "dense", STAY, text=str(text), settings=COUNTED)
+        trim(str(trimmed / "dense"), trimmed / "dense", STAY, str(text), settings=COUNTED)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trimmed, text, tmp_path, monkeypatch):
@@ -305,5 +305,5 @@ def test_what_cannot_be_trimmed_is_refused_and_nothing_is_left(vocabulary, chang
     save_model(CONFIGS["mha"], tmp_path / "dense", change.get("tokenizer", byte_level_tokenizer)())
     edit_json(tmp_path / "dense/generation_config.json", **change.get("generation", {}))
     with pytest.raises(FactorLLMError, match=said):
-        trim(str(tmp_path / "dense"), tmp_path / "small", vocabulary, text=str(text), settings=COUNTED)
+        trim(str(tmp_path / "dense"), tmp_path / "small", vocabulary, str(text), settings=COUNTED)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -7,16 +7,19 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import Model, Out, Resume, Text, settings_from
+from factorllm.cli.options import Model, Out, Resume, settings_from
 from factorllm.runs.settings import Settings
+from factorllm.trimming import COUNTED_TOKENS
 
 
-@settings_from(Settings, "tokens", "held_out_tokens", "seed", tokens=1_000_000)
+@settings_from(Settings, "tokens", "held_out_tokens", "seed", tokens=COUNTED_TOKENS)
 def trim(
     model: Model,
     out: Out,
+    text: Annotated[
+        str, typer.Option(help="Text whose tokens are counted: .txt, .jsonl, .json, .parquet or a dataset id.")
+    ],
     vocabulary: Annotated[int, typer.Option(help="Tokens that stay.")] = 32_768,
-    text: Text = None,
     resume: Resume = True,
     **chosen,
 ) -> None:
@@ -28,7 +31,7 @@ def trim(
         model,
         out,
         vocabulary,
-        text=text,
+        text,
         settings=Settings(**chosen),
         overwrite=not resume,
         console=terminal.console,

@@ -1,1 +1,4 @@
 """A smaller vocabulary: embeddings and output head of the tokens that are used, the rest of the model as it was."""
+
+COUNTED_TOKENS = 10_000_000
+"""How many are counted when nothing else is said; a million misses more than half of the rare ones."""

@@ -33,6 +33,7 @@ from factorllm.runs.workspace import (
 )
 from factorllm.text.calibration import hold_out, public_name, say_notes, text_origin
 from factorllm.text.parts import open_text, sequences_of
+from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.byte_pairs import BytePairs
 from factorllm.trimming.choose import choose_tokens
 from factorllm.trimming.renumber import renumber_config, said_ids
@@ -65,9 +66,9 @@ class Trimmed:
 def trim(
     model: str,
     out: str | Path,
-    vocabulary: int = 32_768,
+    vocabulary: int,
+    text: str,
     *,
-    text: str | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -81,8 +82,9 @@ def trim(
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         vocabulary: tokens that stay, special ones and single bytes among them.
-        text: where tokens are counted, as for `factorize`; None to let the model say it.
-        settings: `tokens` are counted, and `held_out_tokens` are not, but cut anew to see how many tokens they take.
+        text: where tokens are counted, as for `factorize`.
+        settings: `tokens` are counted, 10 million by default, and `held_out_tokens` are not, but cut anew to see how
+            many tokens they take.
 
     A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
 
@@ -93,7 +95,7 @@ def trim(
         FactorLLMError: for everything that cannot be done, with the reason and what to do instead.
 
     Example:
-        >>> trim("dense", "trimmed", 300, text="my-text.txt", settings=Settings(held_out_tokens=64)).vocabulary[1]
+        >>> trim("dense", "trimmed", 300, "my-text.txt", settings=Settings(held_out_tokens=64)).vocabulary[1]
         300
     """
     out, console = located(out), console or Console(quiet=True)
@@ -105,7 +107,7 @@ def trim(
             f"{model} takes images too, by tokens of their own; only models of text alone are trimmed: give its text "
             "model"
         )
-    settings = (settings or Settings()).resolve(source.config)
+    settings = (settings or Settings(tokens=COUNTED_TOKENS)).resolve(source.config)
     job = {"model": source.fingerprint, "vocabulary": vocabulary, **common_identity(text, settings)}
     if not overwrite and is_done(out, TRIMMED, job):
         return None
@@ -116,7 +118,7 @@ def trim(
 def _trim(
     source: ModelSource,
     vocabulary: int,
-    text: str | None,
+    text: str,
     settings: Settings,
     work: Workspace,
     job: dict,
@@ -125,7 +127,7 @@ def _trim(
     tokenizer = source.tokenizer()
     pairs = BytePairs(read_backend(tokenizer, source.label), source.label)
     before = source.config.vocab_size
-    parts = open_text(text, tokenizer, settings, lambda: source.load_model(torch.float32, settings.torch_device))
+    parts = open_text(text, tokenizer, settings)
     held_out = hold_out(parts, settings)
     counts = parts.take(sequences_of(settings.tokens, settings.length)).flatten().bincount(minlength=before)
     say_notes(parts, console)
