@@ -109,6 +109,20 @@ def with_decoder():
     return tokenizer
 
 
+def test_special_tokens_without_a_row_are_left_out(trimmed, text, tmp_path):
+    """As of Phi-3 with tools: the model could not read them."""
+    shutil.copytree(trimmed / "dense", tmp_path / "dense")
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{number}|>" for number in range(6)]})
+    assert len(tokenizer) == 306  # of 304 rows
+    tokenizer.save_pretrained(tmp_path / "dense")
+    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED)
+    small = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert len(small) == STAY
+    assert [small.convert_tokens_to_ids(f"<|{number}|>") for number in range(4)] == [*range(STAY - 4, STAY)]
+    assert "<|4|>" not in small.get_vocab()
+
+
 KINDS = {
     "byte level": byte_level_tokenizer,
     "whole words": lambda: byte_level_tokenizer("llama-bpe"),
@@ -298,6 +312,8 @@ def without_bytes():
         (257, {}, "single bytes and special tokens alone are 258; choose a larger --vocabulary than 257"),
         (3, {"tokenizer": words_tokenizer}, r"is no byte pair encoding of bytes \(it is WordLevel\)"),
         (3, {"tokenizer": without_bytes}, "has no tokens for single bytes, so text .* would be lost"),
+        (STAY, {"generation": {"pad_token_id": 304}}, "says token 304, but it has 304; mend it first"),
+        (STAY, {"settings": Settings(held_out_tokens=2**17, length=64)}, "the text is too short"),
         (STAY, {"generation": {"suppress_tokens": [5]}}, r"lists tokens by their ids \(suppress_tokens\)"),
     ],
 )
@@ -305,5 +321,7 @@ def test_what_cannot_be_trimmed_is_refused_and_nothing_is_left(vocabulary, chang
     save_model(CONFIGS["mha"], tmp_path / "dense", change.get("tokenizer", byte_level_tokenizer)())
     edit_json(tmp_path / "dense/generation_config.json", **change.get("generation", {}))
     with pytest.raises(FactorLLMError, match=said):
-        trim(str(tmp_path / "dense"), tmp_path / "small", vocabulary, str(text), settings=COUNTED)
+        trim(
+            str(tmp_path / "dense"), tmp_path / "small", vocabulary, str(text), settings=change.get("settings", COUNTED)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -65,7 +65,7 @@ def renumber_tokenizer(tokenizer: dict[str, Any], new: Mapping[int, int]) -> dic
     merges = [[a, b] for a, b in merges if {a, b, a + b} <= vocabulary.keys()]
     return tokenizer | {
         "model": model | {"vocab": vocabulary, "merges": merges},
-        "added_tokens": [token | {"id": new[token["id"]]} for token in tokenizer["added_tokens"]],
+        "added_tokens": [token | {"id": new[token["id"]]} for token in tokenizer["added_tokens"] if token["id"] in new],
         "post_processor": _renumbered_processor(tokenizer.get("post_processor"), new),
         "truncation": None,
         "padding": None,

@@ -51,11 +51,25 @@ def write_tokenizer(
     content = renumber_tokenizer(read_backend(tokenizer, str(folder)), new)
     write_text(folder / _FILE, json.dumps(content, ensure_ascii=False))
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / _CONFIG, _renumbered(config, tokenizer, new))
+    return load_tokenizer(folder)
+
+
+def _renumbered(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, new: Mapping[int, int]) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, without tokens that are gone: transformers would add them again."""
+    gone = {str(token) for old, token in tokenizer.added_tokens_decoder.items() if old not in new}
+    lists = {key: value for key, value in config.items() if isinstance(value, list)}
+    left: dict[str, Any] = {key: [each for each in value if _name(each) not in gone] for key, value in lists.items()}
     if "added_tokens_decoder" in config:
         added = config["added_tokens_decoder"].items()
-        config["added_tokens_decoder"] = {str(new[int(index)]): token for index, token in added}
-        write_json(folder / _CONFIG, config)
-    return load_tokenizer(folder)
+        left["added_tokens_decoder"] = {str(new[int(old)]): token for old, token in added if int(old) in new}
+    return config | left
+
+
+def _name(token: object) -> object:
+    """Of a token in a list, as a word or with how it is found in text."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def check_tokenizer(

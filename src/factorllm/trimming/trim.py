@@ -31,7 +31,7 @@ from factorllm.runs.workspace import (
     write_shard,
     write_text,
 )
-from factorllm.text.calibration import hold_out, public_name, say_notes, text_origin
+from factorllm.text.calibration import hold_out, public_name, refuse_too_few, say_notes, text_origin
 from factorllm.text.parts import open_text, sequences_of
 from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.byte_pairs import BytePairs
@@ -79,14 +79,14 @@ def trim(
     tokens. Other text is written with more and shorter tokens. The result is a dense model like any other; convert it,
     and use it as the teacher (vocabulary trimming: arXiv 2305.15020).
 
+    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
+
     Args:
         model: a hub id, a folder of safetensors, or a `.gguf` file.
         vocabulary: tokens that stay, special ones and single bytes among them.
         text: where tokens are counted, as for `factorize`.
         settings: `tokens` are counted, 10 million by default, and `held_out_tokens` are not, but cut anew to see how
             many tokens they take.
-
-    A killed run goes on when it is called again with the same arguments, and ends with the same bytes.
 
     Returns:
         None where `out` was made by the same call already.
@@ -112,46 +112,71 @@ def trim(
     if not overwrite and is_done(out, TRIMMED, job):
         return None
     with explain_full_disk(out), Workspace(out, TRIMMED, job, overwrite) as work:
-        return _trim(source, vocabulary, text, settings, work, job, console)
+        chosen = _choose(source, vocabulary, text, settings, console)
+        folder = work.folder_at("trimmed")
+        growth = _write(source, chosen, folder, console)
+        made = {"format": 1, "base_model": {"name": public_name(source.label), "fingerprint": source.fingerprint}}
+        made |= {"text": text_origin(text), "counted_tokens": chosen.counted, "tokens_of_held_out_text": growth}
+        write_json(folder / TRIMMED_FROM, {**made, "kept": chosen.kept, "job": job})
+        sizes = source.config.vocab_size, len(chosen.kept)
+        card = read_template("trimmed.md.jinja")
+        write_text(folder / "README.md", card.render(name=out.name, made=made, sizes=sizes, licence=source.licence))
+        # The last: without it, no engine takes the folder for a checkpoint.
+        write_json(folder / "config.json", _config(source, chosen.new).to_diff_dict())
+        written = open_model(str(folder))  # which looks whether all fits together
+        work.publish(folder)
+    return Trimmed(out, sizes, (_parameters(source), _parameters(written)), growth)
 
 
-def _trim(
-    source: ModelSource,
-    vocabulary: int,
-    text: str,
-    settings: Settings,
-    work: Workspace,
-    job: dict,
-    console: Console,
-) -> Trimmed:
-    tokenizer = source.tokenizer()
+@dataclass(frozen=True)
+class _Chosen:
+    """What stays.
+
+    Attributes:
+        kept: ids of the tokens, ascending.
+        counted: tokens of the text that decided it.
+        held_out: of the text, (sequences, length), int64, which did not.
+    """
+
+    kept: list[int]
+    counted: int
+    held_out: Tensor
+
+    @property
+    def new(self) -> dict[int, int]:
+        """New ids by old ones."""
+        return {old: index for index, old in enumerate(self.kept)}
+
+
+def _choose(source: ModelSource, vocabulary: int, text: str, settings: Settings, console: Console) -> _Chosen:
+    tokenizer, rows = source.tokenizer(), source.config.vocab_size
     pairs = BytePairs(read_backend(tokenizer, source.label), source.label)
-    before = source.config.vocab_size
     parts = open_text(text, tokenizer, settings)
     held_out = hold_out(parts, settings)
-    counts = parts.take(sequences_of(settings.tokens, settings.length)).flatten().bincount(minlength=before)
+    counted = parts.take(sequences_of(settings.tokens, settings.length))
     say_notes(parts, console)
-    generation = source.generation_config()
-    always = {*tokenizer.added_tokens_decoder, *said_ids(source.config), *said_ids(generation)}
-    kept = choose_tokens(pairs, counts, always, vocabulary)
-    new = {old: index for index, old in enumerate(kept)}
+    refuse_too_few(len(counted), 1, settings.length)
+    said = {*said_ids(source.config), *said_ids(source.generation_config())}
+    if max(said, default=0) >= rows:
+        raise FactorLLMError(f"the config of {source.label} says token {max(said)}, but it has {rows:,}; mend it first")
+    # Some tokenizers have special tokens that the model has no row for.
+    special = {index for index in tokenizer.added_tokens_decoder if index < rows}
+    counts = counted.flatten().bincount(minlength=rows)
+    return _Chosen(choose_tokens(pairs, counts, said | special, vocabulary), counted.numel(), held_out)
 
-    folder = work.folder_at("trimmed")
-    after = write_tokenizer(tokenizer, new, folder)
-    growth = check_tokenizer(tokenizer, after, kept, held_out.tolist())
-    _write_weights(source, torch.tensor(kept), folder, console)
-    renumber_config(generation, new).save_pretrained(folder)
-    made = {"format": 1, "base_model": {"name": public_name(source.label), "fingerprint": source.fingerprint}}
-    made |= {"text": text_origin(text), "counted_tokens": int(counts.sum()), "tokens_of_held_out_text": growth}
-    write_json(folder / TRIMMED_FROM, {**made, "kept": kept, "job": job})
-    card = read_template("trimmed.md.jinja")
-    shown = {"name": work.out.name, "made": made, "before": before, "after": len(kept), "licence": source.licence}
-    write_text(folder / "README.md", card.render(**shown))
-    # The last: without it, no engine takes the folder for a checkpoint.
-    write_json(folder / "config.json", _config(source, new).to_diff_dict())
-    written = open_model(str(folder))  # which looks whether all fits together
-    work.publish(folder)
-    return Trimmed(work.out, (before, len(kept)), (_parameters(source), _parameters(written)), growth)
+
+def _write(source: ModelSource, chosen: _Chosen, folder: Path, console: Console) -> float:
+    """Weights, tokenizer and generation config.
+
+    Returns:
+        How many times as many tokens the held-out text takes.
+    """
+    before = source.tokenizer()
+    after = write_tokenizer(before, chosen.new, folder)
+    growth = check_tokenizer(before, after, chosen.kept, chosen.held_out.tolist())
+    _write_weights(source, torch.tensor(chosen.kept), folder, console)
+    renumber_config(source.generation_config(), chosen.new).save_pretrained(folder)
+    return growth
 
 
 def _parameters(source: ModelSource) -> int:
