@@ -16,7 +16,7 @@ from factorllm.measure.settings import EvalSettings
 @settings_from(FrontPlan, "importance_tokens", "gptq", "perplexity_tokens", "rounds", "threads")
 @settings_from(EvalSettings, "data", "limit", "run_generated_code")
 def front(
-    students: Annotated[list[str], typer.Argument(help="Checkpoints that factorllm made.")],
+    students: Annotated[list[str], typer.Argument(help="Checkpoints that factorllm made, trimmed models too.")],
     against: Annotated[list[str], typer.Option(help="The dense model; again for a static prune.")],
     text: Annotated[str, typer.Option(help="Text to weigh by and to measure perplexity on, each on its own part.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the files and the numbers.", **IS_PATH)],
