@@ -109,6 +109,19 @@ def with_decoder():
     return tokenizer
 
 
+def test_tokens_that_are_no_special_ones_but_put_around_a_text_stay(trimmed, text, tmp_path):
+    shutil.copytree(trimmed / "dense", tmp_path / "dense")
+    gone = next(index for index in reversed(range(300)) if index not in kept_in(trimmed / "small"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    word = tokenizer.convert_ids_to_tokens(gone)
+    around = processors.TemplateProcessing(single=f"{word} $A", special_tokens=[(word, gone)])
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.save_pretrained(tmp_path / "dense")
+    trim(str(tmp_path / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED)
+    small = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert kept_in(tmp_path / "small")[small("~").input_ids[0]] == gone
+
+
 def test_special_tokens_without_a_row_are_left_out(trimmed, text, tmp_path):
     """As of Phi-3 with tools: the model could not read them."""
     shutil.copytree(trimmed / "dense", tmp_path / "dense")
@@ -299,6 +312,12 @@ def words_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def as_roberta():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    return tokenizer
+
+
 def without_bytes():
     tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -312,6 +331,7 @@ def without_bytes():
         (257, {}, "single bytes and special tokens alone are 258; choose a larger --vocabulary than 257"),
         (3, {"tokenizer": words_tokenizer}, r"is no byte pair encoding of bytes \(it is WordLevel\)"),
         (3, {"tokenizer": without_bytes}, "has no tokens for single bytes, so text .* would be lost"),
+        (STAY, {"tokenizer": as_roberta}, "puts tokens around text by RobertaProcessing"),
         (STAY, {"generation": {"pad_token_id": 304}}, "says token 304, but it has 304; mend it first"),
         (STAY, {"settings": Settings(held_out_tokens=2**17, length=64)}, "the text is too short"),
         (STAY, {"generation": {"suppress_tokens": [5]}}, r"lists tokens by their ids \(suppress_tokens\)"),

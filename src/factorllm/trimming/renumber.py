@@ -37,6 +37,19 @@ def said_ids(config: Config) -> Iterator[int]:
             yield from filter(_is_token, value if isinstance(value, list) else [value])
 
 
+def ids_in_tokenizer(tokenizer: Mapping[str, Any]) -> Iterator[int]:
+    """The ids of tokens that `tokenizer.json` says beside its words: those that are put around a text, and the one that
+    stands for what is unknown.
+
+    Raises:
+        FactorLLMError: when ids stand in a part of it that is not known here.
+    """
+    yield from _ids_of(tokenizer.get("post_processor"))
+    unknown = tokenizer["model"].get("unk_token")
+    if unknown in tokenizer["model"]["vocab"]:
+        yield tokenizer["model"]["vocab"][unknown]
+
+
 def renumber_config(config: Config, new: Mapping[int, int]) -> Config:
     """A copy of a config, with new ids.
 
@@ -55,9 +68,6 @@ def renumber_tokenizer(tokenizer: dict[str, Any], new: Mapping[int, int]) -> dic
 
     Args:
         new: new ids by old ones, in their order.
-
-    Raises:
-        FactorLLMError: when ids stand in a part of it that is not known here.
     """
     model = tokenizer["model"]
     vocabulary = {token: new[index] for token, index in model["vocab"].items() if index in new}
@@ -75,11 +85,6 @@ def renumber_tokenizer(tokenizer: dict[str, Any], new: Mapping[int, int]) -> dic
 def _renumbered_processor(processor: dict[str, Any] | None, new: Mapping[int, int]) -> dict[str, Any] | None:
     if processor is None:
         return None
-    if processor["type"] not in _POST_PROCESSORS:
-        raise FactorLLMError(
-            f"the tokenizer puts tokens around text by {processor['type']}, which is not written anew; use the model "
-            "with its whole vocabulary"
-        )
     if processor["type"] == "Sequence":
         return processor | {"processors": [_renumbered_processor(each, new) for each in processor["processors"]]}
     if processor["type"] == "ByteLevel":
@@ -89,6 +94,20 @@ def _renumbered_processor(processor: dict[str, Any] | None, new: Mapping[int, in
         for name, token in processor["special_tokens"].items()
     }
     return processor | {"special_tokens": special}
+
+
+def _ids_of(processor: dict[str, Any] | None) -> Iterator[int]:
+    if processor is None:
+        return
+    if processor["type"] not in _POST_PROCESSORS:
+        raise FactorLLMError(
+            f"the tokenizer puts tokens around text by {processor['type']}, which is not written anew; use the model "
+            "with its whole vocabulary"
+        )
+    for each in processor.get("processors", ()):
+        yield from _ids_of(each)
+    for token in processor.get("special_tokens", {}).values():
+        yield from token["ids"]
 
 
 def _is_token(value: object) -> bool:

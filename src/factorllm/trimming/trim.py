@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from factorllm.dense import ModelSource, open_model
 from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
@@ -36,7 +37,7 @@ from factorllm.text.parts import open_text, sequences_of
 from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.byte_pairs import BytePairs
 from factorllm.trimming.choose import choose_tokens
-from factorllm.trimming.renumber import renumber_config, said_ids
+from factorllm.trimming.renumber import ids_in_tokenizer, renumber_config, said_ids
 from factorllm.trimming.tokenizer import check_tokenizer, read_backend, write_tokenizer
 
 _TABLES = (HEAD, "lm_head.bias", "model.embed_tokens_per_layer.weight")
@@ -150,19 +151,26 @@ class _Chosen:
 
 def _choose(source: ModelSource, vocabulary: int, text: str, settings: Settings, console: Console) -> _Chosen:
     tokenizer, rows = source.tokenizer(), source.config.vocab_size
-    pairs = BytePairs(read_backend(tokenizer, source.label), source.label)
+    backend = read_backend(tokenizer, source.label)
+    pairs = BytePairs(backend, source.label)
     parts = open_text(text, tokenizer, settings)
     held_out = hold_out(parts, settings)
     counted = parts.take(sequences_of(settings.tokens, settings.length))
     say_notes(parts, console)
     refuse_too_few(len(counted), 1, settings.length)
-    said = {*said_ids(source.config), *said_ids(source.generation_config())}
-    if max(said, default=0) >= rows:
+    counts = counted.flatten().bincount(minlength=rows)
+    kept = choose_tokens(pairs, counts, _always(source, tokenizer, backend), vocabulary)
+    return _Chosen(kept, counted.numel(), held_out)
+
+
+def _always(source: ModelSource, tokenizer: PreTrainedTokenizerBase, backend: Mapping[str, Any]) -> set[int]:
+    """The ids of tokens that the model's files name."""
+    said = {*said_ids(source.config), *said_ids(source.generation_config()), *ids_in_tokenizer(backend)}
+    if max(said, default=0) >= (rows := source.config.vocab_size):
         raise FactorLLMError(f"the config of {source.label} says token {max(said)}, but it has {rows:,}; mend it first")
     # Some tokenizers have special tokens that the model has no row for.
-    special = {index for index in tokenizer.added_tokens_decoder if index < rows}
-    counts = counted.flatten().bincount(minlength=rows)
-    return _Chosen(choose_tokens(pairs, counts, said | special, vocabulary), counted.numel(), held_out)
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return said | {index for index in special if index < rows}
 
 
 def _write(source: ModelSource, chosen: _Chosen, folder: Path, console: Console) -> float:
