@@ -103,12 +103,6 @@ def test_ids_are_right_wherever_they_stand(trimmed, text, tmp_path):
     assert (kept[small.bos_token_id], kept[small.eos_token_id]) == (begin, end)
 
 
-def with_decoder():
-    tokenizer, bare = sentencepiece_tokenizer(), [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *bare])
-    return tokenizer
-
-
 def test_tokens_that_are_no_special_ones_but_put_around_a_text_stay(trimmed, text, tmp_path):
     shutil.copytree(trimmed / "dense", tmp_path / "dense")
     gone = next(index for index in reversed(range(300)) if index not in kept_in(trimmed / "small"))
@@ -134,6 +128,12 @@ def test_special_tokens_without_a_row_are_left_out(trimmed, text, tmp_path):
     assert len(small) == STAY
     assert [small.convert_tokens_to_ids(f"<|{number}|>") for number in range(4)] == [*range(STAY - 4, STAY)]
     assert "<|4|>" not in small.get_vocab()
+
+
+def with_decoder():
+    tokenizer, bare = sentencepiece_tokenizer(), [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *bare])
+    return tokenizer
 
 
 KINDS = {

@@ -179,6 +179,12 @@ def keep_first_layers(config: PreTrainedConfig, count: int) -> None:
         config.layer_types = config.layer_types[:count]
 
 
+def set_vocabulary(config: PreTrainedConfig, tokens: int) -> None:
+    """Say how many tokens there are, of which the embeddings, the output head and their like have a row each."""
+    for size in {"vocab_size", "vocab_size_per_layer_input"} & vars(config).keys():
+        setattr(config, size, tokens)
+
+
 def residual_factor(config: PreTrainedConfig) -> float:
     """What an FFN's output is multiplied with before it is added to the residual stream."""
     if config.model_type == "minicpm3":

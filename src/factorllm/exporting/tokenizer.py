@@ -47,7 +47,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
             "the tokenizer is not a fast BPE tokenizer, the only kind that is written; give the GGUF of the dense "
             "model with --tokenizer, whose tokenizer is then copied"
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [" ".join(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(list(_scores(tokenizer, merges, vocabulary)))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +25,7 @@ from factorllm.measure.chain.answers import ServedAnswers
 from factorllm.measure.chain.run import Ask
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, ask, need_lm_eval
+from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.digest import digest_of
 from factorllm.runs.settings import Settings
 from factorllm.text.calibration import hold_out
@@ -36,23 +35,6 @@ _CONTEXT = 4096
 """Tokens of a question and its answer; less where the model has been trained on less."""
 
 _ROWS_AT_ONCE = 8
-
-
-class Vocabulary(NamedTuple):
-    """What a model's tokens are.
-
-    Attributes:
-        size: how many.
-        digest: of all that have names, in their order.
-    """
-
-    size: int
-    digest: str
-
-    @classmethod
-    def of(cls, size: int, names: Mapping[str, int]) -> Vocabulary:
-        """That of a model with so many tokens, those that have names with their ids."""
-        return cls(size, xxhash.xxh3_128(json.dumps(sorted(names.items(), key=itemgetter(1))).encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -135,6 +117,7 @@ class GgufSubject:
         """Bytes of what is loaded when it is asked."""
         return sum(path.stat().st_size for path in (self.path, self.reader) if path)
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the file describes.
 
@@ -157,7 +140,7 @@ class GgufSubject:
         """
         settings = made_with or Settings()
         settings = settings.model_copy(update={"length": min(settings.length, self.context)})
-        return hold_out(open_text(text, self.tokenizer(), settings), settings)
+        return hold_out(open_text(text, self.tokenizer, settings), settings)
 
     def follow(self, tokens: Tensor, tick: Callable[[int], None] = lambda sequences: None) -> Followed:
         """What the model says of a text.

@@ -31,10 +31,11 @@ from factorllm.measure.chain.answers import LoadedAnswers
 from factorllm.measure.chain.measure import measure_chain
 from factorllm.measure.chain.plan import read_chain
 from factorllm.measure.chain.run import Ask, ChainScore
-from factorllm.measure.gguf_subject import Followed, GgufSubject, Vocabulary, check_gguf
+from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks, definition, run_task
+from factorllm.measure.vocabulary import Vocabulary, check_vocabularies
 from factorllm.runs.device import usable_device
 from factorllm.runs.digest import digest_of
 from factorllm.runs.memory import available_memory
@@ -143,7 +144,7 @@ def _of_checkpoint(
     if against:
         subjects["dense"] = _Subject.of_dense(against, settings)
     if text is not None:
-        _check_vocabularies(subjects)
+        check_vocabularies({name: subject.vocabulary for name, subject in subjects.items()})
         tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
     scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
     return subjects, Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
@@ -162,7 +163,7 @@ def _of_gguf(
     subjects = {"student": GgufSubject.of(student)} | ({"dense": GgufSubject.of(Path(against))} if against else {})
     asked = subjects | ({"student": subjects["student"].read_by(subjects["dense"])} if dense_prompt else {})
     if text is not None:
-        _check_vocabularies(subjects)
+        check_vocabularies({name: subject.vocabulary for name, subject in subjects.items()})
         tokens = subjects["student"].held_out(text)
     scores = scores_of_files(asked, settings, cache, console)
     if text is None:
@@ -248,17 +249,6 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _computed_in(settings: EvalSettings) -> tuple[str, str]:
     return settings.dtype, torch.device(settings.device).type
-
-
-def _check_vocabularies(subjects: Mapping[str, _Subject | GgufSubject]) -> None:
-    """Refuse to compare next tokens of models that do not have the same."""
-    if len({subject.vocabulary for subject in subjects.values()}) > 1:
-        own, its = (subjects[name].vocabulary.size for name in ("student", "dense"))
-        they = f"{own} tokens and the model of --against {its}" if own != its else "other tokens than --against"
-        raise FactorLLMError(
-            f"the student knows {they}, so they cannot be compared on --text; give the dense model that the student "
-            "was made from"
-        )
 
 
 def scores_of_files(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import activation, family_of, ffn_layers, keep_first_layers
+from factorllm.dense.families import activation, family_of, ffn_layers, keep_first_layers, set_vocabulary
 from factorllm.dense.ffn import FFN
 from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
 from factorllm.dense.pretrained import parameter_shapes
@@ -110,8 +110,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def with_tokens(config: PreTrainedConfig, tokens: int) -> PreTrainedConfig:
     """The same model with a vocabulary of so many tokens, none of which is special."""
     config = copy.deepcopy(config)
-    for size in {"vocab_size", "vocab_size_per_layer_input"} & vars(config).keys():
-        setattr(config, size, tokens)
+    set_vocabulary(config, tokens)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     return config
 

@@ -106,7 +106,7 @@ def _dense(against: str, student: PreTrainedModel, tokenizer: PreTrainedTokenize
     own, its = student.config.vocab_size, source.config.vocab_size
     if own != its or source.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise FactorLLMError(
-            f"{against} knows {its} tokens and the student {f'{own}' if own != its else 'others'}, so it is not the "
+            f"{against} knows {its} tokens and the student {own if own != its else 'others'}, so it is not the "
             "model that the student was made from; give that one with --against"
         )
     return source.load_model(torch.float32, torch.device(device))

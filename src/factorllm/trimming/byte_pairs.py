@@ -18,7 +18,6 @@ class BytePairs:
 
     Attributes:
         ids: of all tokens that merges make, and of those that they are made of.
-        merges: pairs, the first to be merged first.
         bytes: tokens without which some text could not be written.
 
     Raises:
@@ -33,8 +32,7 @@ class BytePairs:
                 "alone a part can be taken; use the model with its whole vocabulary"
             )
         self.ids: dict[str, int] = model["vocab"]
-        self.merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
-        self._rank = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        self._rank = {tuple(pair): rank for rank, pair in reversed(list(enumerate(model["merges"])))}
         self.bytes = self._bytes(tokenizer, label)
 
     def _bytes(self, tokenizer: Mapping[str, Any], label: str) -> set[str]:

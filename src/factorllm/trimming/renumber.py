@@ -71,8 +71,7 @@ def renumber_tokenizer(tokenizer: dict[str, Any], new: Mapping[int, int]) -> dic
     """
     model = tokenizer["model"]
     vocabulary = {token: new[index] for token, index in model["vocab"].items() if index in new}
-    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    merges = [[a, b] for a, b in merges if {a, b, a + b} <= vocabulary.keys()]
+    merges = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= vocabulary.keys()]
     return tokenizer | {
         "model": model | {"vocab": vocabulary, "merges": merges},
         "added_tokens": [token | {"id": new[token["id"]]} for token in tokenizer["added_tokens"] if token["id"] in new],

@@ -38,24 +38,26 @@ def read_backend(tokenizer: PreTrainedTokenizerBase, label: str) -> dict[str, An
 
 
 def write_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, new: Mapping[int, int], folder: Path
+    tokenizer: PreTrainedTokenizerBase, backend: dict[str, Any], new: Mapping[int, int], folder: Path
 ) -> PreTrainedTokenizerBase:
     """Write the tokenizer with the tokens that stay, and read it back.
 
     Args:
+        backend: of `read_backend`.
         new: new ids by old ones, in their order.
     """
     tokenizer.save_pretrained(folder)
     for name in _WITH_OLD_IDS:
         (folder / name).unlink(missing_ok=True)
-    content = renumber_tokenizer(read_backend(tokenizer, str(folder)), new)
-    write_text(folder / _FILE, json.dumps(content, ensure_ascii=False))
+    write_text(folder / _FILE, json.dumps(renumber_tokenizer(backend, new), ensure_ascii=False))
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / _CONFIG, _renumbered(config, tokenizer, new))
+    write_json(folder / _CONFIG, _renumbered_config(config, tokenizer, new))
     return load_tokenizer(folder)
 
 
-def _renumbered(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, new: Mapping[int, int]) -> dict[str, Any]:
+def _renumbered_config(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, new: Mapping[int, int]
+) -> dict[str, Any]:
     """What `tokenizer_config.json` says, without tokens that are gone: transformers would add them again."""
     gone = {str(token) for old, token in tokenizer.added_tokens_decoder.items() if old not in new}
     lists = {key: value for key, value in config.items() if isinstance(value, list)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from factorllm.dense import ModelSource, open_model
+from factorllm.dense.families import set_vocabulary
 from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
 from factorllm.dense.pretrained import name_architecture
 from factorllm.errors import FactorLLMError
@@ -42,9 +43,6 @@ from factorllm.trimming.tokenizer import check_tokenizer, read_backend, write_to
 
 _TABLES = (HEAD, "lm_head.bias", "model.embed_tokens_per_layer.weight")
 """Tensors beside the embeddings with a row for each token."""
-
-_SIZES = {"vocab_size", "vocab_size_per_layer_input"}
-"""Keys of a config that say how many rows those have."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,14 @@ def trim(
     if not overwrite and is_done(out, TRIMMED, job):
         return None
     with explain_full_disk(out), Workspace(out, TRIMMED, job, overwrite) as work:
-        chosen = _choose(source, vocabulary, text, settings, console)
+        tokenizer = source.tokenizer()
+        backend = read_backend(tokenizer, source.label)
+        chosen = _choose(source, tokenizer, backend, vocabulary, text, settings, console)
         folder = work.folder_at("trimmed")
-        growth = _write(source, chosen, folder, console)
+        trimmed = write_tokenizer(tokenizer, backend, chosen.new, folder)
+        growth = check_tokenizer(tokenizer, trimmed, chosen.kept, chosen.held_out.tolist())
+        _write_weights(source, torch.tensor(chosen.kept), folder, console)
+        renumber_config(source.generation_config(), chosen.new).save_pretrained(folder)
         made = {"format": 1, "base_model": {"name": public_name(source.label), "fingerprint": source.fingerprint}}
         made |= {"text": text_origin(text), "counted_tokens": chosen.counted, "tokens_of_held_out_text": growth}
         write_json(folder / TRIMMED_FROM, {**made, "kept": chosen.kept, "job": job})
@@ -149,16 +152,22 @@ class _Chosen:
         return {old: index for index, old in enumerate(self.kept)}
 
 
-def _choose(source: ModelSource, vocabulary: int, text: str, settings: Settings, console: Console) -> _Chosen:
-    tokenizer, rows = source.tokenizer(), source.config.vocab_size
-    backend = read_backend(tokenizer, source.label)
+def _choose(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    backend: Mapping[str, Any],
+    vocabulary: int,
+    text: str,
+    settings: Settings,
+    console: Console,
+) -> _Chosen:
     pairs = BytePairs(backend, source.label)
     parts = open_text(text, tokenizer, settings)
     held_out = hold_out(parts, settings)
     counted = parts.take(sequences_of(settings.tokens, settings.length))
     say_notes(parts, console)
     refuse_too_few(len(counted), 1, settings.length)
-    counts = counted.flatten().bincount(minlength=rows)
+    counts = counted.flatten().bincount(minlength=source.config.vocab_size)
     kept = choose_tokens(pairs, counts, _always(source, tokenizer, backend), vocabulary)
     return _Chosen(kept, counted.numel(), held_out)
 
@@ -173,28 +182,13 @@ def _always(source: ModelSource, tokenizer: PreTrainedTokenizerBase, backend: Ma
     return said | {index for index in special if index < rows}
 
 
-def _write(source: ModelSource, chosen: _Chosen, folder: Path, console: Console) -> float:
-    """Weights, tokenizer and generation config.
-
-    Returns:
-        How many times as many tokens the held-out text takes.
-    """
-    before = source.tokenizer()
-    after = write_tokenizer(before, chosen.new, folder)
-    growth = check_tokenizer(before, after, chosen.kept, chosen.held_out.tolist())
-    _write_weights(source, torch.tensor(chosen.kept), folder, console)
-    renumber_config(source.generation_config(), chosen.new).save_pretrained(folder)
-    return growth
-
-
 def _parameters(source: ModelSource) -> int:
     return sum(map(math.prod, source.parameter_shapes().values()))
 
 
 def _config(source: ModelSource, new: Mapping[int, int]) -> PreTrainedConfig:
     config = renumber_config(source.config, new)
-    for key in _SIZES & vars(config).keys():
-        setattr(config, key, len(new))
+    set_vocabulary(config, len(new))
     name_architecture(config)
     return config
 

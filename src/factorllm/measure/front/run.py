@@ -21,12 +21,13 @@ from factorllm.exporting.importance import WeighOnce
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
 from factorllm.measure.front.show import front_json, write_picture
-from factorllm.measure.gguf_subject import Followed, GgufSubject, Vocabulary, check_gguf
+from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.scores import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.subjects import Subject, open_subject
 from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.measure.tasks import Score, check_tasks
+from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import check_own_files, is_trimmed, located, read_json
@@ -243,7 +244,7 @@ def _texts(
         if subject.vocabulary not in found:
             tokens = subject.held_out(text, made_with)
             tokens = tokens[: sequences_of(plan.perplexity_tokens, tokens.shape[1])]
-            words = subject.tokenizer().batch_decode(tokens[:, 1:].tolist())
+            words = subject.tokenizer.batch_decode(tokens[:, 1:].tolist())
             found[subject.vocabulary] = _Text(tokens, sum(len(row.encode()) for row in words))
     return found
 
