@@ -16,13 +16,17 @@ from conftest import BASE, save_dense, served
 from forked import command, ended
 from rich.console import Console
 from test_export import save_model
-from transformers import LlamaConfig
+from test_plan import timed_by
+from transformers import AutoConfig, LlamaConfig
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
 from factorllm.cli import main
+from factorllm.dense import open_model
+from factorllm.making.choose import choose_plan
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.steps import Progress, Work
+from factorllm.planning import forecast as forecasting
 
 PLAN = {
     "recipe": "S2A2E8",
@@ -159,6 +163,42 @@ def test_a_wish_is_written_down_before_the_work(dense, text_file, tmp_path, monk
     assert written.factorize.tokens < 24_576  # the text has no more
     with pytest.raises(FactorLLMError, match="written for another wish"):
         make(str(dense), tmp_path / "made", text=str(text_file), effort="best")
+
+
+def test_with_a_smaller_vocabulary_the_student_is_made_from_the_trimmed_model(dense, plan, tmp_path):
+    plan.model_copy(update={"vocabulary": 280, "heal": None}).write(tmp_path / "plan.yaml")
+    made = make_planned(tmp_path / "plan.yaml", tmp_path / "made")
+    assert open_model(str(made.out / "trimmed")).config.vocab_size == 280
+    assert AutoConfig.from_pretrained(made.out / "checkpoint").vocab_size == 280
+    assert made.numbers[0] == (ANY, "kept of the likeliest next tokens")  # of the trimmed model's, whose tokens it has
+    assert f"factorllm eval {made.out / 'checkpoint'} --against {made.out / 'trimmed'}" in made.commands
+    done = Progress(Work(read_plan(made.out / "plan.yaml"), made.out, Console(quiet=True)), [])._done
+    assert {"trim", "factorize"} <= done.keys()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "text", "said"),
+    [(280, False, "counted in a text"), (10_000, True, "tokens, so none is left out")],
+)
+def test_a_vocabulary_that_cannot_be_trimmed_is_refused_before_anything(
+    vocabulary, text, said, dense, text_file, tmp_path
+):
+    with pytest.raises(FactorLLMError, match=said):
+        make(str(dense), tmp_path / "made", text=str(text_file) if text else None, vocabulary=vocabulary)
+    assert not (tmp_path / "made").exists()
+
+
+def test_where_fewer_tokens_are_fast_enough_no_neuron_is_left_out(dense, text_file, tmp_path, monkeypatch):
+    head_and_layers = timed_by(lambda said: dict.fromkeys(("decode", "prefill"), 5 + said["block_count"]))
+    monkeypatch.setattr(forecasting, "measure_speed", head_and_layers)
+    with pytest.raises(FactorLLMError, match=r"with 280 tokens alone .* times as fast, so no neuron .*factorllm trim"):
+        make(str(dense), tmp_path / "made", wish=Wish(speed=1.01), text=str(text_file), vocabulary=280)
+
+
+def test_what_is_timed_fits_into_a_short_context(dense, text_file):
+    chosen = choose_plan(str(dense), Wish(), str(text_file))
+    for timed in (chosen.bench, chosen.front.speed_plan()):
+        assert max(*timed.prompts, timed.context + timed.steps) <= 256
 
 
 def test_without_a_text_it_is_sampled_first(dense, tmp_path):

@@ -86,6 +86,7 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
     config = LlamaConfig(**BASE | shape)
     monkeypatch.setattr(forecasting, "_LAYER_BYTES", 1)  # few layers stand for all twelve
     found = {one.name: one for one in forecasting.forecast(config, ("q8_0",))}
+    fewer = {one.name: one for one in forecasting.forecast(config, ("q8_0",), vocabulary=512)}
     per_layer = {
         "dense": 2 + 5.12,
         "S4A2E8": 2 + 2.56 + 2 * 64 / 50 + 3,
@@ -100,7 +101,17 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
     for name, seconds in per_layer.items():
         assert found[name].decode == pytest.approx(1 / (5 + 12 * seconds), rel=1e-6), name
         assert found[name].prefill == pytest.approx(10 / (5 + 12 * seconds), rel=1e-6), name
+        same = "trimmed" if name == "dense" else name  # whose head takes as much less time as it has fewer tokens
+        assert fewer[same].decode == pytest.approx(1 / (5 / 4 + 12 * seconds), rel=1e-6), name
+        assert fewer[same].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 / 4 + 12 * seconds), rel=1e-6), name
+        assert fewer[same].file_bytes < found[name].file_bytes
+    assert fewer["dense"] == found["dense"]
     assert found["S4A0E8"].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 + 12 * 4.56), rel=1e-6)
+
+
+def test_no_more_tokens_can_stay_than_there_are():
+    with pytest.raises(FactorLLMError, match="the model has 260 tokens, so none is left out"):
+        forecasting.forecast(LlamaConfig(**BASE | {"vocab_size": 260}), ("q8_0",), vocabulary=260)
 
 
 def test_times_by_which_a_shape_would_take_none_are_refused(monkeypatch):
@@ -135,9 +146,9 @@ def test_fewer_layers_are_the_first_ones():
 
 
 def choice(name: str, decode_ratio: float, memory: int) -> Choice:
-    recipe = parse_recipe(name)
+    recipe = None if name in ("dense", "trimmed") else parse_recipe(name)
     expected = forecasting.Expected(name, recipe, "q8_0", 0.5, 1.0, 1.0, decode_ratio, 1.0, memory, memory)
-    return Choice(expected, known_quality(recipe, "SmolLM2-135M-Instruct"), 1.0, 1.0)
+    return Choice(expected, recipe and known_quality(recipe, "SmolLM2-135M-Instruct"), 1.0, 1.0)
 
 
 OUTLOOK = Outlook(
@@ -159,6 +170,12 @@ OUTLOOK = Outlook(
 )
 def test_a_wish_means_a_shape(wish, chosen):
     assert OUTLOOK.choose(Wish(**wish), "q8_0").expected.name == chosen
+
+
+@pytest.mark.parametrize(("speed", "chosen"), [(1.1, "trimmed"), (1.15, "S0A4E8N3")])
+def test_fewer_tokens_come_before_fewer_neurons(speed, chosen):
+    outlook = Outlook(OUTLOOK.model, [choice("dense", 1, 120), choice("trimmed", 1.12, 90), *OUTLOOK.choices], 300)
+    assert outlook.choose(Wish(speed=speed), "q8_0").expected.name == chosen
 
 
 @pytest.mark.parametrize(

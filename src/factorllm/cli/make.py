@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import IS_PATH, FileType, Keep, Memory, Speed, Text, Time
+from factorllm.cli.options import IS_PATH, FileType, Keep, Memory, Speed, Text, Time, Vocabulary
 from factorllm.errors import FactorLLMError
 from factorllm.planning.wish import Wish
 
@@ -24,6 +24,7 @@ def make(
     time: Time = None,
     memory: Memory = None,
     text: Text = None,
+    vocabulary: Vocabulary = None,
     effort: Annotated[str, typer.Option(help="How much text and healing.", metavar="quick|standard|best")] = "standard",
     file_type: FileType = "q8_0",
 ) -> None:
@@ -34,7 +35,7 @@ def make(
 
     wish, console = Wish(speed=speed, keep=keep, time=time, memory=memory), terminal.console
     if Path(model).suffix in {".yaml", ".yml"}:
-        if wish != Wish() or text:
+        if wish != Wish() or text or vocabulary:
             raise FactorLLMError(f"{model} says it all: edit it there, and give no wish beside it but -o")
         made = make_planned(model, out, console)
     elif out is None:
@@ -42,7 +43,8 @@ def make(
     elif effort not in EFFORTS:
         raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
     else:
-        made = run(model, out, wish=wish, text=text, effort=effort, file_type=file_type, console=console)
+        how = {"vocabulary": vocabulary, "effort": effort, "file_type": file_type}
+        made = run(model, out, wish=wish, text=text, **how, console=console)
     show_made(made)
 
 

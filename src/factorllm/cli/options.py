@@ -55,6 +55,9 @@ Speed = Annotated[
     float | None, typer.Option(help="Decode so many times as fast as the dense model in the same file type.")
 ]
 Keep = Annotated[float | None, typer.Option(help="Share of the dense model's scores to keep, as far as it is known.")]
+Vocabulary = Annotated[
+    int | None, typer.Option(help="Tokens of the vocabulary that stay, as by factorllm trim; all unless said.")
+]
 Time = Annotated[str | None, typer.Option(help="Time for all of it: 90s, 60m or 2h.", metavar="TIME")]
 Memory = Annotated[
     str | None, typer.Option(help="Memory for the file and a conversation: 800m or 16g.", metavar="MEMORY")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from factorllm.cli import terminal
-from factorllm.cli.options import Keep, Memory, Model, Speed, names_in
+from factorllm.cli.options import Keep, Memory, Model, Speed, Vocabulary, names_in
 from factorllm.planning import TYPES
 from factorllm.planning.wish import Wish
 
@@ -18,6 +18,7 @@ def plan(
     speed: Speed = None,
     keep: Keep = None,
     memory: Memory = None,
+    vocabulary: Vocabulary = None,
     types: Annotated[str, typer.Option(help="File types to look at, separated by commas.")] = ",".join(TYPES),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
@@ -29,7 +30,7 @@ def plan(
     from factorllm.planning.show import outlook_table
 
     wish, kinds = Wish(speed=speed, keep=keep, memory=memory), names_in(types)
-    outlook = run(model, kinds, Console(quiet=True) if as_json else terminal.console)
+    outlook = run(model, kinds, vocabulary, Console(quiet=True) if as_json else terminal.console)
     chosen = [outlook.choose(wish, kind) for kind in kinds] if wish != Wish() else []
     if as_json:
         typer.echo(json.dumps(outlook.as_json() | {"chosen": [one.expected.name for one in chosen]}, indent=2))

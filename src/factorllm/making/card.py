@@ -38,6 +38,6 @@ def commands(plan: MakePlan, at: Place) -> list[str]:
     return [
         f"factorllm chat {at.out}",
         f"factorllm serve {at.gguf}",
-        f"factorllm eval {at.checkpoint} --against {plan.model}",
+        f"factorllm eval {at.checkpoint} --against {at.dense(plan)}",
         f"ollama create {at.out.name.lower()} -f {at.out / 'Modelfile'}",
     ]

@@ -22,6 +22,7 @@ from factorllm.recipe import Recipe, parse_recipe
 from factorllm.runs.progress import minutes
 from factorllm.runs.settings import Settings
 from factorllm.text.parts import open_text, sequences_of
+from factorllm.trimming.choose import check_size
 
 Effort = Literal["quick", "standard", "best"]
 
@@ -74,6 +75,7 @@ def choose_plan(
     model: str,
     wish: Wish,
     text: str | None = None,
+    vocabulary: int | None = None,
     effort: Effort = "standard",
     file_type: str = "q8_0",
     console: Console | None = None,
@@ -84,13 +86,17 @@ def choose_plan(
 
     Args:
         text: as for `factorize`; None to sample from the model.
+        vocabulary: tokens that stay, by the text; None for all.
 
     Raises:
-        FactorLLMError: when no shape is what is wished for, or the time is too short for any.
+        FactorLLMError: when no shape is what is wished for, or the time is too short for any; when the vocabulary is to
+            be trimmed without a text, or trimming alone is fast enough.
     """
+    if vocabulary is not None:
+        _check_vocabulary(model, vocabulary, text)
     work, recipe = EFFORTS[effort], DEFAULT_RECIPE
     if wish.speed or wish.keep or wish.memory:
-        recipe = foretell(model, (file_type,), console).choose(wish, file_type).expected.name
+        recipe = _shape_of(model, wish, vocabulary, file_type, console)
     if wish.time is not None:
         work = replace(work, healed=_affordable(model, parse_recipe(recipe), work, wish.time))
     if text is not None:
@@ -99,13 +105,31 @@ def choose_plan(
         model=model,
         recipe=recipe,
         text=text,
+        vocabulary=vocabulary,
         sample=None if text else SampleStep(tokens=work.text_tokens),
         factorize=Settings(tokens=work.calibrated, held_out_tokens=work.held_out, tune=work.tune),
         heal=HealSettings(tokens=work.healed) if work.healed else None,
         export=ExportStep(type=file_type),
         bench=_bench(model, work.rounds) if installed("llamacpp") else None,
-        front=_front(work) if work.front and installed("llamacpp") else None,
+        front=_front(model, work) if work.front and installed("llamacpp") else None,
     )
+
+
+def _check_vocabulary(model: str, vocabulary: int, text: str | None) -> None:
+    if text is None:
+        raise FactorLLMError("which tokens stay is counted in a text, the more of it the better; give it with --text")
+    check_size(vocabulary, read_dense_config(model).vocab_size)
+
+
+def _shape_of(model: str, wish: Wish, vocabulary: int | None, file_type: str, console: Console | None) -> str:
+    """The name of the shape that a wish means."""
+    expected = foretell(model, (file_type,), vocabulary, console).choose(wish, file_type).expected
+    if expected.recipe is None:
+        raise FactorLLMError(
+            f"with {vocabulary:,} tokens alone it is expected to decode {expected.decode_ratio:.2f} times as fast, so "
+            "no neuron need be left out; run `factorllm trim` and `factorllm export`, or ask for more --speed"
+        )
+    return expected.name
 
 
 def _bench(model: str, rounds: int) -> Plan:
@@ -113,9 +137,10 @@ def _bench(model: str, rounds: int) -> Plan:
     return plan.within(read_dense_config(model).max_position_embeddings)
 
 
-def _front(work: _Work) -> FrontPlan:
+def _front(model: str, work: _Work) -> FrontPlan:
     """Of few tokens: what is weighed by them is the same for all files."""
-    return FrontPlan(types=work.front, importance_tokens=8192, perplexity_tokens=2048, rounds=work.rounds)
+    plan = FrontPlan(types=work.front, importance_tokens=8192, perplexity_tokens=2048, rounds=work.rounds)
+    return plan.within(read_dense_config(model).max_position_embeddings)
 
 
 def _tokens_in(text: str, model: str, most: int) -> int:

@@ -6,10 +6,13 @@ from factorllm.dense.headers import read_dense_config
 from factorllm.making.plan_file import MakePlan
 from factorllm.measure.speed.plan import Plan
 from factorllm.planning.pace import Pace
+from factorllm.planning.stand_in import with_tokens
 from factorllm.recipe import parse_recipe
 
 _AT_LEAST = 5.0
 """Seconds of any step: models are opened and files written."""
+_COUNTED = 60.0
+"""Seconds of cutting 10 million tokens."""
 _SAMPLED, _DECODED = 2, 10
 """Passes that are as long as saying a token, in large batches and alone: each reads all weights."""
 _QUESTIONS = 100_000
@@ -26,10 +29,13 @@ def expected_seconds(plan: MakePlan, steps: list[str]) -> dict[str, float]:
         FactorLLMError: for a model that cannot be read.
     """
     config, pace, recipe = read_dense_config(plan.model), Pace.measure(), parse_recipe(plan.recipe)
+    if plan.vocabulary:
+        config = with_tokens(config, plan.vocabulary)
     settings, heal = plan.factorize, plan.heal
     students = 2 if settings.baseline and not recipe.is_prune else 1
     found = {
         "factorize": pace.convert_seconds(config, students * settings.tokens * (1 + settings.tune)),
+        "trim": _COUNTED,
         "heal": pace.heal_seconds(config, recipe, heal.tokens * heal.epochs) if heal else 0,
     }
     passes = _passes(plan, students)

@@ -47,6 +47,7 @@ class MakePlan(BaseModel):
         model: the dense model, as `factorize` takes it.
         recipe: of the student, as `factorize` takes it.
         text: text as for `factorize`; null to sample it first.
+        vocabulary: tokens that stay of the dense model's, counted in the text; null for all.
         sample: how, where there is no text.
         factorize: settings of the conversion.
         heal: settings of healing; null to leave it out.
@@ -65,6 +66,7 @@ class MakePlan(BaseModel):
     model: str
     recipe: str
     text: str | None = None
+    vocabulary: int | None = Field(default=None, gt=0)
     sample: SampleStep | None = None
     factorize: Settings = Settings()
     heal: HealSettings | None = None
@@ -80,6 +82,12 @@ class MakePlan(BaseModel):
             raise ValueError(
                 "there is neither a text nor how to sample one: give `text:` or `sample: {tokens: 100000}`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _counts_in_text(self) -> MakePlan:
+        if self.vocabulary and self.text is None:
+            raise ValueError("which tokens stay is counted in a text: give `text:`, or leave out `vocabulary:`")
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ def make(
     *,
     wish: Wish | None = None,
     text: str | None = None,
+    vocabulary: int | None = None,
     effort: Effort = "standard",
     file_type: str = "q8_0",
     console: Console | None = None,
@@ -56,6 +57,7 @@ def make(
         out: a folder of its own.
         wish: how fast, how good, in how much time and memory.
         text: as for `factorize`; None to sample from the model.
+        vocabulary: tokens that stay, by the text, before anything else is done; None for all.
         effort: how much text and healing: `quick`, `standard` or `best`.
         file_type: of the GGUF file.
         console: where progress is shown.
@@ -69,7 +71,8 @@ def make(
         True
     """
     out, console, wish = located(out), console or Console(quiet=True), wish or Wish()
-    asked = {"model": model, "text": text, "effort": effort, "type": file_type, "wish": wish.model_dump(mode="json")}
+    asked = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort, "type": file_type}
+    asked |= {"wish": wish.model_dump(mode="json")}
     path, before = out / NAME, read_json(out / "steps" / "asked.json")
     if path.is_file() and before not in (None, asked):
         raise FactorLLMError(
@@ -77,7 +80,7 @@ def make(
         )
     if not path.is_file():
         _check_free(out)
-        plan = choose_plan(model, wish, text, effort, file_type, console)
+        plan = choose_plan(model, wish, text, vocabulary, effort, file_type, console)
         with explain_full_disk(out):
             (out / "steps").mkdir(parents=True, exist_ok=True)
             write_json(out / "steps" / "asked.json", asked)

@@ -30,6 +30,8 @@ from factorllm.runs.output import read_json
 from factorllm.runs.workspace import write_json
 from factorllm.text.calibration import file_digest
 from factorllm.text.sample import sample
+from factorllm.trimming import COUNTED_TOKENS
+from factorllm.trimming.trim import trim
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Place:
     @property
     def sampled(self) -> Path:
         return self.steps / "text.jsonl"
+
+    @property
+    def trimmed(self) -> Path:
+        return self.out / "trimmed"
 
     @property
     def converted(self) -> Path:
@@ -70,6 +76,10 @@ class Place:
     @property
     def front(self) -> Path:
         return self.out / "front"
+
+    def dense(self, plan: MakePlan) -> str:
+        """The dense model that has the student's vocabulary: what it is made from, taught by, and compared with."""
+        return str(self.trimmed) if plan.vocabulary else plan.model
 
     def measured(self, plan: MakePlan) -> Measured:
         """What the steps of a plan measured."""
@@ -100,6 +110,7 @@ class Work:
         self.plan, self.at = plan, Place(out, plan.export.type)
         self._console = console
         self._text = plan.text or str(self.at.sampled)
+        self._dense = self.at.dense(plan)
         self._converted = self.at.converted if plan.heal else self.at.checkpoint
         # What is unfinished, of the same plan, goes on; what an older plan left there is replaced.
         self._again: dict[str, Any] = {"overwrite": True, "console": console}
@@ -107,9 +118,12 @@ class Work:
     def steps(self) -> list[Step]:
         """All steps, in their order."""
         plan, at, said = self.plan, self.at, self.plan.model_dump(mode="json")
-        converts = {"recipe": plan.recipe, "settings": said["factorize"], "text": plan.text and file_digest(plan.text)}
+        text = plan.text and file_digest(plan.text)
+        converts = {"recipe": plan.recipe, "settings": said["factorize"], "text": text}
+        trims = {"vocabulary": plan.vocabulary, "settings": said["factorize"], "text": text}
         found = [
             Step("sample", at.sampled, said["sample"], self._sample) if plan.text is None else None,
+            Step("trim", at.trimmed, trims, self._trim) if plan.vocabulary else None,
             Step("factorize", self._converted, converts, self._factorize),
             Step("heal", at.checkpoint, said["heal"], self._heal) if plan.heal else None,
             Step("export", at.gguf, said["export"], self._export),
@@ -127,13 +141,20 @@ class Work:
         how = self.plan.sample.model_dump(include={"chat", "temperature"})
         sample(self.plan.model, self.at.sampled, settings=settings, **how, **self._again)
 
+    def _trim(self) -> None:
+        plan = self.plan
+        assert plan.vocabulary  # there is no such step without
+        assert plan.text
+        settings = plan.factorize.model_copy(update={"tokens": COUNTED_TOKENS})
+        trim(plan.model, self.at.trimmed, plan.vocabulary, plan.text, settings=settings, **self._again)
+
     def _factorize(self) -> None:
         plan = self.plan
-        factorize(plan.model, self._converted, plan.recipe, text=self._text, settings=plan.factorize, **self._again)
+        factorize(self._dense, self._converted, plan.recipe, text=self._text, settings=plan.factorize, **self._again)
 
     def _heal(self) -> None:
         plan = self.plan
-        heal(self._converted, plan.model, self.at.checkpoint, text=self._text, settings=plan.heal, **self._again)
+        heal(self._converted, self._dense, self.at.checkpoint, text=self._text, settings=plan.heal, **self._again)
 
     def _export(self) -> None:
         how = self.plan.export
@@ -143,7 +164,7 @@ class Work:
 
     def _evaluate(self) -> None:
         measured = {"text": self._text, "settings": self.plan.evaluate, "console": self._console}
-        write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self.plan.model, **measured)))
+        write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self._dense, **measured)))
 
     def _bench(self) -> None:
         plan = self.plan
@@ -158,9 +179,7 @@ class Work:
         folder = self.at.out / "report"
         check_report_folder(folder)
         measured, device = self.at.measured(self.plan), self.plan.evaluate.device
-        write_report(
-            self.at.out.name, gather(self.at.checkpoint, self.plan.model, measured, device, self._console), folder
-        )
+        write_report(self.at.out.name, gather(self.at.checkpoint, self._dense, measured, device, self._console), folder)
 
     def _card(self) -> None:
         write_modelfile(self.at.gguf, self.at.out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from factorllm.planning.stand_in import StandIn, with_layers, with_tokens
 from factorllm.recipe import Recipe, Shape, parse_recipe
 from factorllm.runs.disk import IN_TMPDIR, require_space
 from factorllm.runs.progress import meter
+from factorllm.trimming.choose import check_size
 
 RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8")
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
@@ -49,8 +50,8 @@ class Expected:
     """What one shape in one file type is expected to do.
 
     Attributes:
-        name: the recipe, or `dense`.
-        recipe: None for the dense model.
+        name: the recipe; `dense`; or `trimmed`, the dense model with fewer tokens.
+        recipe: None for the dense model, trimmed or not.
         sparsity: share of the FFN's neurons that do not run for a token.
         decode, prefill: tokens/s at batch 1.
         decode_ratio, prefill_ratio: over the dense model in the same type.
@@ -72,7 +73,7 @@ class Expected:
     @property
     def kind(self) -> str:
         if self.recipe is None:
-            return "dense"
+            return self.name
         return "static prune" if self.recipe.is_prune else "student"
 
 
@@ -83,24 +84,34 @@ class _Step:
     head: float
     layer: np.ndarray
 
+    def with_head(self, share: float) -> _Step:
+        """Of a model with a share of the tokens, whose head is as much smaller."""
+        return replace(self, head=share * self.head)
+
     def seconds(self, shape: Shape, layers: int) -> float:
         return self.head + layers * float(_terms(shape) @ self.layer)
 
 
 def forecast(
-    config: PreTrainedConfig, types: tuple[str, ...] = TYPES, console: Console | None = None
+    config: PreTrainedConfig,
+    types: tuple[str, ...] = TYPES,
+    vocabulary: int | None = None,
+    console: Console | None = None,
 ) -> list[Expected]:
     """The speed and size of each shape of `RECIPES` and of the dense model, in llama.cpp on this machine.
 
     Args:
         config: of the dense model; nothing else of it is read.
         types: GGUF file types.
+        vocabulary: tokens that stay of it; None for all. The dense model has all of them in any case.
 
     Raises:
         FactorLLMError: when llama.cpp is not installed or has no such architecture, no shape is possible, or
-            some layers have no FFN; when other programs disturb the timing.
+            some layers have no FFN; when other programs disturb the timing; when there are no more tokens than stay.
     """
     console = console or Console(quiet=True)
+    if vocabulary is not None:
+        check_size(vocabulary, config.vocab_size)
     if len(ffn_layers(config)) < config.num_hidden_layers:
         raise FactorLLMError(
             f"its speed in llama.cpp cannot be foretold, for not each layer of {config.model_type} has an FFN; "
@@ -121,7 +132,12 @@ def forecast(
                 "the times of llama.cpp contradict each other, for some shape would take none: stop other programs "
                 "that use this machine, and repeat the command"
             )
-        found += [_expected(config, recipe, shape, file_type, steps) for recipe, shape in shapes]
+        found.append(_expected(config, config, *shapes[0], file_type, steps))
+        if vocabulary is None:
+            found += [_expected(config, config, *shape, file_type, steps) for shape in shapes[1:]]
+        else:
+            fewer = with_tokens(config, vocabulary)
+            found += [_expected(config, fewer, *shape, file_type, steps) for shape in shapes]
     return found
 
 
@@ -207,15 +223,26 @@ def _subject(name: str, model: StandIn, file_type: str, work: Path) -> Subject:
 
 
 def _expected(
-    config: PreTrainedConfig, recipe: Recipe | None, shape: Shape, file_type: str, steps: dict[str, _Step]
+    dense: PreTrainedConfig,
+    config: PreTrainedConfig,
+    recipe: Recipe | None,
+    shape: Shape,
+    file_type: str,
+    steps: dict[str, _Step],
 ) -> Expected:
-    layers = config.num_hidden_layers
-    prefill, decode = (step.seconds(shape, layers) for step in steps.values())
-    dense_prefill, dense_decode = (step.seconds(dense_shape(config), layers) for step in steps.values())
+    """Of one shape.
+
+    Args:
+        config: the dense model's, or the same with fewer tokens: what is given the shape.
+        steps: of the dense model.
+    """
+    layers, share = config.num_hidden_layers, config.vocab_size / dense.vocab_size
+    prefill, decode = (step.with_head(share).seconds(shape, layers) for step in steps.values())
+    dense_prefill, dense_decode = (step.seconds(dense_shape(dense), layers) for step in steps.values())
     size = StandIn.of(config, shape).file_size(file_type)
     cache = 2 * layers * key_value_heads(config) * head_dim(config) * _KV_BYTES * _CONTEXT
     return Expected(
-        name=recipe.name if recipe else "dense",
+        name=recipe.name if recipe else "dense" if config is dense else "trimmed",
         recipe=recipe,
         file_type=file_type,
         sparsity=shape.sparsity,

@@ -15,6 +15,7 @@ from factorllm.planning import TYPES
 from factorllm.planning.forecast import Expected, forecast
 from factorllm.planning.pace import Pace
 from factorllm.planning.quality import Measured, known_quality
+from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
 from factorllm.runs.progress import minutes
 
@@ -44,18 +45,22 @@ class Outlook:
 
     Attributes:
         choices: the dense model first, for each file type.
+        vocabulary: tokens that stay in all but the dense model; None for all.
     """
 
     model: str
     choices: list[Choice]
+    vocabulary: int | None = None
 
     def choose(self, wish: Wish, file_type: str) -> Choice:
         """The shape that a wish means: the best one that is fast enough, or the fastest one that keeps enough.
 
+        Where the trimmed model is fast enough that is the best, for it has all of its FFN.
+
         Raises:
             FactorLLMError: when none is, with the nearest one.
         """
-        found = [c for c in self.choices if c.expected.recipe and c.expected.file_type == file_type]
+        found = [c for c in self.choices if c.expected.kind != "dense" and c.expected.file_type == file_type]
         if wish.memory is not None:
             found = _those(found, lambda c: wish.memory - c.expected.memory_bytes, lambda c: _memory(c), "as small")
         if wish.keep is not None:
@@ -68,7 +73,8 @@ class Outlook:
         return max(found, key=lambda c: c.expected.decode_ratio)
 
     def as_json(self) -> dict[str, Any]:
-        return {"model": self.model, "tokens": TOKENS, "healed_tokens": HEALED_TOKENS} | {
+        said = {"model": self.model, "vocabulary": self.vocabulary, "tokens": TOKENS, "healed_tokens": HEALED_TOKENS}
+        return said | {
             "choices": [
                 asdict(choice.expected)
                 | {
@@ -82,7 +88,9 @@ class Outlook:
         }
 
 
-def plan(model: str, types: tuple[str, ...] = TYPES, console: Console | None = None) -> Outlook:
+def plan(
+    model: str, types: tuple[str, ...] = TYPES, vocabulary: int | None = None, console: Console | None = None
+) -> Outlook:
     """What the usual shapes of a dense model would cost and give in llama.cpp on this machine.
 
     Reads the model's config and the names of its tensors only; a folder that holds nothing but a `config.json` will do.
@@ -90,6 +98,7 @@ def plan(model: str, types: tuple[str, ...] = TYPES, console: Console | None = N
     Args:
         model: a hub id, a folder, or a `.gguf` file.
         types: GGUF file types.
+        vocabulary: tokens that `trim` is to leave; None for all.
         console: where progress is shown.
 
     Raises:
@@ -102,8 +111,9 @@ def plan(model: str, types: tuple[str, ...] = TYPES, console: Console | None = N
     """
     config = read_dense_config(model)
     pace = Pace.measure()
-    expected = forecast(config, types, console=console)
-    return Outlook(model, [_choice(config, model, pace, one) for one in expected])
+    expected = forecast(config, types, vocabulary, console)
+    made = config if vocabulary is None else with_tokens(config, vocabulary)
+    return Outlook(model, [_choice(made, model, pace, one) for one in expected], vocabulary)
 
 
 def _choice(config: PreTrainedConfig, model: str, pace: Pace, expected: Expected) -> Choice:
@@ -137,6 +147,8 @@ def _kept(choice: Choice) -> float:
 
 
 def _loss(choice: Choice) -> float:
+    if choice.expected.recipe is None:
+        return 0.0
     return choice.quality.perplexity if choice.quality else float("inf")
 
 
@@ -150,6 +162,8 @@ def _memory(choice: Choice) -> str:
 
 def times(choice: Choice) -> str:
     """How long a student takes to make, in words."""
+    if choice.expected.recipe is None:
+        return "factorllm trim makes it in minutes, and changes no weight"
     return (
         f"converting about {minutes(choice.convert_seconds)} from {TOKENS:,} tokens, healing about "
         f"{minutes(choice.heal_seconds)} on {HEALED_TOKENS:,}"

@@ -11,10 +11,12 @@ from factorllm.runs.progress import minutes
 
 def outlook_table(outlook: Outlook) -> Table:
     """A row a shape and file type: expected speed, size and memory, time to make, and what is known of its quality."""
+    fewer = outlook.vocabulary
+    kept = "" if fewer is None else f"; all but dense with {fewer:,} tokens of its vocabulary"
     table = Table(
         title=f"{outlook.model} in llama.cpp on this machine, as expected",
         caption=f"minutes: converting from {TOKENS:,} tokens, and healing on {HEALED_TOKENS:,}; "
-        "x: over the dense model in the same type",
+        f"x: over the dense model in the same type{kept}",
         box=SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -32,7 +34,7 @@ def outlook_table(outlook: Outlook) -> Table:
         before = expected.file_type
         made = expected.recipe is not None
         table.add_row(
-            f"{expected.name}, {expected.kind}" if made else "dense",
+            f"{expected.name}, {expected.kind}" if made else expected.name,
             expected.file_type,
             f"{expected.sparsity:.0%}",
             f"{expected.decode:.1f}",

@@ -28,10 +28,7 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
     Raises:
         FactorLLMError: when there is nothing to leave out, or `size` is too small for what must stay.
     """
-    if size >= len(counts):
-        raise FactorLLMError(
-            f"the model has {len(counts):,} tokens, so none is left out; choose a smaller --vocabulary"
-        )
+    check_size(size, len(counts))
     kept = {*always, *(pairs.ids[token] for token in pairs.bytes)}
     if len(kept) > size:
         raise FactorLLMError(
@@ -46,6 +43,17 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
             if len(kept | needed) <= size:
                 kept |= needed
     return sorted(kept)
+
+
+def check_size(size: int, tokens: int) -> None:
+    """Refuse a vocabulary of which nothing is left out.
+
+    Args:
+        size: tokens that are to stay.
+        tokens: of the model.
+    """
+    if size >= tokens:
+        raise FactorLLMError(f"the model has {tokens:,} tokens, so none is left out; choose a smaller --vocabulary")
 
 
 def _by_use(counts: Tensor) -> Iterator[int]:

@@ -44,3 +44,8 @@ class FrontPlan(BaseModel):
         threads = self.threads or len(os.sched_getaffinity(0))
         timed = {"prompts": (self.prompt,), "context": self.context, "steps": self.steps, "batches": (1,)}
         return Plan(rounds=self.rounds, threads=(threads,), **timed)
+
+    def within(self, context: int) -> FrontPlan:
+        """The same of a model that reads no more than `context` tokens."""
+        timed = self.speed_plan().within(context)
+        return self.model_copy(update={"prompt": timed.prompts[0], "context": timed.context, "steps": timed.steps})
