@@ -270,6 +270,18 @@ def check_student(out: Path, dense: Path, tolerance: float = 1e-4) -> None:
     check_same(logits_of(student.float()) / scale, logits_of(teacher.float()), rounding)
 
 
+@torch.no_grad()
+def check_trimmed(out: Path, dense: Path) -> None:
+    """A trimmed model computes what transformers computes from the dense folder, and says texts with tokens of it."""
+    kept = torch.tensor(json.loads((out / "factorllm.vocabulary.json").read_text())["kept"])
+    small, large = (as_transformers_reads(folder, dtype=torch.float32).eval() for folder in (out, dense))
+    tokens = torch.arange(len(kept))[None, :40]
+    check_same(small(tokens).logits, large(kept[tokens]).logits[..., kept])
+    few, all_ = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in (out, dense))
+    said = "the weather, there: ünï 7"
+    assert all_.decode(kept[few(said).input_ids].tolist()) == all_.decode(all_(said).input_ids)
+
+
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

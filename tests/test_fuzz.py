@@ -29,6 +29,7 @@ from fuzzing import (
     check_same,
     check_student,
     check_student_of_gguf,
+    check_trimmed,
     digest,
     fresh_copy,
     logits_of,
@@ -401,6 +402,23 @@ def _check_tokens(text, vocabulary: int) -> None:
         assert tokens.max() < vocabulary, "a token that the model does not have"
 
 
+_TRIMMED = ("--vocabulary", 260, "--tokens", 64, "--held-out-tokens", 64)
+
+
+def _check_trimmed_folder(bases: Bases, work: Path, example: tuple) -> None:
+    name, change = example
+    model, out, text = fresh_copy(bases.folder(name), work), work / "out", bases.folder("text.txt")
+    change.apply(model)
+    before = digest(model, text)
+    ended = run("trim", model, "-o", out, "--text", text, *_TRIMMED)
+    assert digest(model, text) == before, "an input was changed"
+    check_end(ended)
+    if ended.code:
+        check_no_output(out)
+    else:
+        check_trimmed(out, model)
+
+
 # ---------------------------------------------------------------- GGUF files
 
 
@@ -747,6 +765,12 @@ _OF_OTHERS: dict[str, dict[str, tuple[str, ...]]] = {
         "--text": ("", "empty", "file", "nowhere.txt", "\udcff.txt"),
         "-o": _OUTS,
     },
+    "trim": {
+        "--vocabulary": (*_WHOLE, "258", "263", "264"),
+        "--tokens": ("-1", "0", "1", "64", *_WHOLE[4:]),
+        "--text": ("text.txt", "", ".", "empty", "file", "nowhere.txt", "no/such", "\udcff.txt", "x" * 300),
+        "-o": _OUTS,
+    },
     "inspect": {"--prompt": ("", " ", "a b", "\udcff", "[bold]x[/]", "<s></s>", "\x00"), "--layer": _WHOLE},
     "eval": {
         "--tasks": ("", ",", "no-such", "generation", " , "),
@@ -896,6 +920,7 @@ def _command(bases: Bases, command: str, model: str, options: dict[str, str]) ->
     usual: dict[str, dict] = {
         "factorize": {"-o": "new", "--text": "text.txt", "--tokens": 64, "--device": "cpu", "--no-baseline": None},
         "sample": {"-o": "new.jsonl", "--tokens": 32, "--device": "cpu"},
+        "trim": {"-o": "new", "--text": "text.txt", "--vocabulary": 260, "--tokens": 64},
         "export": {"-o": "new.gguf"},
         "heal": {"--teacher": dense, "-o": "new", "--tokens": 0},
         "eval": {"--tasks": "", "--device": "cpu"},
@@ -903,7 +928,7 @@ def _command(bases: Bases, command: str, model: str, options: dict[str, str]) ->
         "bench": {"--against": dense},
         "serve": {},
     }
-    good = {"sample": dense, "heal": student, "bench": dense, "serve": "nowhere"}.get(command, student)
+    good = {"sample": dense, "trim": dense, "heal": student, "bench": dense, "serve": "nowhere"}.get(command, student)
     subject = good if model == "good" else bases.folder("students/prune") if model == "prune" else model
     words = [command] if command else []
     if command in ("hosts", "no-such-command", ""):
@@ -1057,12 +1082,13 @@ def _check_measurements(bases: Bases, work: Path, change) -> None:
 # ---------------------------------------------------------------- the tests
 
 KINDS = {
-    "config": Kind(360, _configs, _check_read_folder),
+    "config": Kind(330, _configs, _check_read_folder),
     "config-factorized": Kind(150, _configs, _check_factorized_folder),
     "weights": Kind(190, _weights, _check_read_folder),
     "weights-factorized": Kind(80, _weights, _check_factorized_folder),
     "tokenizer": Kind(170, _tokenizers, _check_read_tokenizer),
     "tokenizer-factorized": Kind(60, _tokenizers, _check_factorized_folder),
+    "tokenizer-trimmed": Kind(30, _tokenizers, _check_trimmed_folder),
     "gguf": Kind(190, _ggufs, _check_read_gguf),
     "gguf-factorized": Kind(70, _ggufs, _check_factorized_gguf),
     "text": Kind(180, _texts, _check_read_text),
