@@ -17,17 +17,11 @@ from typer.testing import CliRunner
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.cli import app
 from factorllm.convert.layer import convert_layer
-from factorllm.convert.partition import keep_top_energy
-from factorllm.convert.split import _evened
 from factorllm.dense import open_model
 from factorllm.dense.ends import Ends
-from factorllm.dense.ffn import FFN
 from factorllm.dense.layer import LayerLoader
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import SEEING, Document, Front
-from factorllm.recipe import Shape
-from factorllm.runs.ranks import Ranks
-from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance
 from factorllm.text.pictures import Picture, parted, read_pictures
 
@@ -259,17 +253,6 @@ def test_held_out_images_are_others_and_no_image_counts_twice(pictures):
     assert {picture.path for picture in learned} | {picture.path for picture in held_out} == {p.path for p in found}
     assert not {picture.path for picture in learned} & {picture.path for picture in held_out}
     assert parted(found, seed=1, most_held_out=8)[1] != held_out
-
-
-def test_an_unevenly_large_kind_of_token_does_not_decide_alone_which_neurons_count():
-    """Of 10 neurons, image tokens use the first five and text tokens the last five, a hundred times as strongly."""
-    hidden = torch.zeros(40, 10)
-    hidden[:20, :5], hidden[20:, 5:] = torch.tensor([5.0, 4, 3, 2, 1]), 100 * torch.tensor([5.0, 4, 3, 2, 1])
-    ffn = FFN(torch.zeros(10, 4), torch.zeros(10, 4), torch.ones(4, 10))
-    shape = Shape(10, 4, 0, 1, 0)
-    assert keep_top_energy(ffn, hidden, shape).shared.tolist() == [5, 6, 7, 8]
-    evened = _evened(ffn, hidden, torch.arange(40) < 20, Ranks(Settings(device="cpu")))
-    assert keep_top_energy(ffn, evened, shape).shared.tolist() == [0, 1, 5, 6]
 
 
 def no_processor(dense, pictures):

@@ -137,10 +137,29 @@ def test_what_is_no_partition_is_refused(order, says):
         partition_from_order(torch.tensor(order), Shape(4, 0, 3, 2, 1))
 
 
-def test_static_prune_keeps_the_neurons_of_highest_energy():
+def shared_of(method: str, ffn: FFN, hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """The neurons that a static prune keeps, or that a method shares beside two experts."""
+    if method == "prune":
+        return keep_top_energy(ffn, hidden, Shape(ffn.width, width, 0, 1, 0)).shared
+    rest = (ffn.width - width) // 2
+    return partition(ffn, hidden, Shape(ffn.width, width, 2, rest, 1), method).shared
+
+
+@pytest.mark.parametrize("method", ["prune", "kmeans", "coactivation"])
+def test_neurons_that_always_run_have_most_of_the_energy(method):
     ffn, hidden = random_ffn(24, 6, 2)
-    kept = keep_top_energy(ffn, hidden, Shape(24, 9, 0, 3, 0)).order
-    energy = neuron_energy(hidden, ffn.neuron_gain()).mean(0)
+    kept = shared_of(method, ffn, hidden, 10)
+    energy = neuron_energy(hidden, ffn.neuron_gain())
+    share = (energy / energy.sum(1, keepdim=True)).mean(0)
     dropped = torch.ones(24, dtype=torch.bool).index_fill(0, kept, False)
-    assert len(kept) == 9
-    assert energy[kept].min() >= energy[dropped].max()
+    assert len(kept) == 10
+    assert share[kept].min() >= share[dropped].max()
+
+
+@pytest.mark.parametrize("method", ["prune", "kmeans", "coactivation"])
+def test_tokens_of_large_activations_do_not_decide_alone(method):
+    """Of 10 neurons, half of the tokens use the first five, the others the last five, a hundred times as strongly."""
+    hidden = torch.zeros(40, 10)
+    hidden[:20, :5], hidden[20:, 5:] = torch.tensor([5.0, 4, 3, 2, 1]), 100 * torch.tensor([5.0, 4, 3, 2, 1])
+    ffn = FFN(torch.rand(10, 4), torch.zeros(10, 4), torch.ones(4, 10))
+    assert shared_of(method, ffn, hidden, 4).tolist() == [0, 1, 5, 6]

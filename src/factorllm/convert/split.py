@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 from factorllm.convert.partition import Partition, keep_top_energy, partition
 from factorllm.convert.task import TOO_LARGE, LayerTask
-from factorllm.dense.ffn import FFN, neuron_energy
 from factorllm.errors import FactorLLMError
-from factorllm.runs.ranks import Ranks
 
 _TOKENS = 8192
 
@@ -25,9 +20,6 @@ def split_neurons(task: LayerTask) -> Partition:
     ffn, sample, ranks = task.layer.ffn, task.sample, task.ranks
     stride = max(sample.sequences * sample.length // _TOKENS, 1)
     hidden = torch.cat([sample.read(run, task.device).flatten(0, 1)[::stride] for run in sample.runs()])
-    if task.streams.sequences.has_images:
-        is_image = torch.cat([kinds[::stride] for kinds in task.sampled_kinds()])
-        hidden = _evened(ffn, hidden, is_image.to(task.device), ranks)
     hidden = ranks.gather(hidden)
     # No partition can compare energies that are infinite.
     most = hidden.abs().max().item() ** 2 * ffn.neuron_gain().max().item() * ffn.width
@@ -42,15 +34,3 @@ def split_neurons(task: LayerTask) -> Partition:
     else:
         split = partition(ffn, hidden, task.shape, task.recipe.partition, task.generator)
     return Partition(ranks.same(split.shared), ranks.same(split.experts), split.ffn_width)
-
-
-def _evened(ffn: FFN, hidden: Tensor, is_image: Tensor, ranks: Ranks) -> Tensor:
-    """Activations of which those of image tokens are scaled so that a token has the same energy in the mean, whether it
-    is of an image or of text: else the kind that is larger alone would decide which neurons count."""
-    energy = neuron_energy(hidden, ffn.neuron_gain()).sum(1).double()
-    totals = torch.stack([part for mask in (is_image, ~is_image) for part in (energy[mask].sum(), mask.sum().double())])
-    images, image_tokens, text, text_tokens = ranks.sum(totals).tolist()
-    if not (images and text):
-        return hidden
-    factor = math.sqrt(text / text_tokens / (images / image_tokens))
-    return torch.where(is_image[:, None], hidden * factor, hidden)

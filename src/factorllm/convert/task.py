@@ -143,11 +143,6 @@ class LayerTask:
         """Each `stride`-th token of `run`: (n, width), fp32."""
         return rows.read(run, self.device)[:, ::stride].flatten(0, 1).float()
 
-    def sampled_kinds(self) -> Iterator[Tensor]:
-        """Which of the sampled tokens are of an image, run by run: (n,), bool."""
-        for run in self.sample.runs():
-            yield self.streams.sequences.is_image(run)[:, :: self.stride].flatten()
-
     def sampled_own(self) -> Iterator[Tensor]:
         """Which of the sampled tokens are of the student's kind of text, run by run: (n,), bool."""
         for run in self.sample.runs():

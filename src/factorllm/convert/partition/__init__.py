@@ -17,7 +17,7 @@ from factorllm.convert.partition.activation import by_activation
 from factorllm.convert.partition.balanced import shared_and_routed
 from factorllm.convert.partition.coactivation import by_coactivation
 from factorllm.convert.partition.contiguous import contiguous
-from factorllm.convert.partition.energy import by_energy, mean_energy
+from factorllm.convert.partition.energy import by_energy, energy_shares
 from factorllm.convert.partition.kmeans import by_weights
 from factorllm.convert.partition.overlapping import overlapping
 from factorllm.convert.partition.random import at_random
@@ -82,23 +82,20 @@ def partition(
 
 
 def keep_top_energy(ffn: FFN, hidden: Tensor, shape: Shape, own: Tensor | None = None) -> Partition:
-    """A static prune: the neurons of highest mean contribution energy, and no experts.
+    """A static prune: the neurons that have most of the tokens' contribution energy in the mean, and no experts.
 
-    For one kind of text these are the ones of largest `e_i / sum(e_i) + b e / sum(e)`, e_i the mean energy over its own
-    tokens and e over all.
+    For one kind of text these are the ones of largest `e_i + b e`, e_i the mean share over its own tokens and e over
+    all.
 
     Args:
         own: which tokens are of that kind, (n,), bool; None for a prune for all text.
     """
-    energy = mean_energy(ffn, hidden)
+    shares = energy_shares(ffn, hidden)
+    score = shares.mean(0)
     if own is not None and own.any():
-        energy = _shares(mean_energy(ffn, hidden[own])) + _GENERAL * _shares(energy)
-    kept, _ = shared_and_routed(energy, shape.shared_width)
+        score = shares[own].mean(0) + _GENERAL * score
+    kept, _ = shared_and_routed(score, shape.shared_width)
     return Partition(kept, kept.new_empty(0, shape.expert_width), shape.ffn_width)
-
-
-def _shares(energy: Tensor) -> Tensor:
-    return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def partition_from_labels(labels: Tensor, shape: Shape) -> Partition:

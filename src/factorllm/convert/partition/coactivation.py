@@ -1,7 +1,8 @@
 """Graph partitioning of co-activation: MoEfication (arXiv 2110.01786, section 3.2), with METIS.
 
 Neurons that fire on the same tokens become one expert. METIS balances only approximately; an exact balanced assignment
-by the same affinities then makes the experts equal. The shared part is the neurons of highest energy.
+by the same affinities then makes the experts equal. The shared part is the neurons with the
+largest share of the tokens' energy.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from factorllm.convert.partition.activation import activated
 from factorllm.convert.partition.balanced import balanced_assignment, label_around_shared, shared_and_routed
-from factorllm.convert.partition.energy import mean_energy
+from factorllm.convert.partition.energy import energy_shares
 from factorllm.dense.ffn import FFN
 from factorllm.recipe import Shape
 
@@ -20,7 +21,7 @@ _NEIGHBOURS = 32  # strongest edges kept for each neuron: METIS is made for spar
 
 
 def by_coactivation(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared, routed = shared_and_routed(mean_energy(ffn, hidden), shape.shared_width)
+    shared, routed = shared_and_routed(energy_shares(ffn, hidden).mean(0), shape.shared_width)
     fires = activated(hidden)[:, routed].float()
     together = (fires.T @ fires).fill_diagonal_(0).cpu()
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))

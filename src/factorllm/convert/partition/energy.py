@@ -55,11 +55,6 @@ def expert_picks(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1).indices, 1)
 
 
-def mean_energy(ffn: FFN, hidden: Tensor) -> Tensor:
-    """Each neuron's contribution energy, mean over tokens: (f,)."""
-    return neuron_energy(hidden, ffn.neuron_gain()).mean(0)
-
-
 def _kmeans_start(energy: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     shared, routed = shared_and_routed(energy.sum(0), shape.shared_width)
     profile = normalize(energy[:, routed].sqrt(), dim=0)
