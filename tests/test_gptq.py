@@ -53,6 +53,19 @@ def test_less_is_lost_on_inputs_like_the_texts(kind):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", LEVELS)
+def test_one_massive_input_does_not_hide_what_the_others_have_in_common(kind):
+    weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    seen, new = correlated(4096, 128).split(2048)
+    seen[:, 0] *= 1000
+    new[:, 0] = 0
+    gram = seen.T @ seen
+    importance = (gram.diagonal() / gram.diagonal().mean())[None].numpy()
+    plain = lost(weights, quantize("w", weights.numpy(), kind, importance), kind, new)
+    assert lost(weights, quantize_compensated("w", weights.numpy(), kind, gram[None]), kind, new) < 0.85 * plain
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", LEVELS)
 def test_inputs_that_have_nothing_in_common_leave_the_nearest_levels(kind):
     weights = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     made = quantize_compensated("w", weights.numpy(), kind, torch.zeros(1, 64, 64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -66,21 +66,44 @@ def quantize(
     Raises:
         FactorLLMError: when a row does not come out as what was put in.
     """
+    typical = float(np.sqrt(np.square(tensor, dtype=np.float64).sum(-1).mean()))
+    out = None if back is None else back.reshape(-1, *tensor.shape[-2:])
+
+    def look(number: int, rows: slice, given: np.ndarray, made: np.ndarray) -> None:
+        again = _dequantize_rows(made, kind, tensor.shape[-1])
+        refuse_lost(name, given, again, kind.name, typical)
+        if out is not None:
+            out[number, rows] = again
+
+    return _quantized(tensor, kind, importance, look)
+
+
+def quantize_loosely(tensor: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
+    """As `quantize`, of what somebody else looks at: rows may come out as others than what was put in."""
+    return _quantized(tensor, kind, importance, lambda *_: None)
+
+
+def _quantized(
+    tensor: np.ndarray,
+    kind: Type,
+    importance: np.ndarray | None,
+    look: Callable[[int, slice, np.ndarray, np.ndarray], None],
+) -> np.ndarray:
+    """A tensor on all cores, piece by piece.
+
+    Args:
+        look: is shown each piece: the number of its matrix, its rows there, what was put in, and its bytes.
+    """
     block, size = gguf.GGML_QUANT_SIZES[kind]
     width = tensor.shape[-1]
     matrices = np.ascontiguousarray(tensor, np.float32).reshape(-1, tensor.shape[-2], width)
     made = np.empty((*matrices.shape[:2], width // block * size), np.uint8)
-    typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
-    out = None if back is None else back.reshape(matrices.shape)
 
     def work(piece: tuple[int, slice]) -> None:
         number, rows = piece
         weights = None if importance is None else importance[number if len(importance) > 1 else 0]
         _quantize_rows(matrices[number, rows], made[number, rows], kind, weights)
-        again = _dequantize_rows(made[number, rows], kind, width)
-        refuse_lost(name, matrices[number, rows], again, kind.name, typical)
-        if out is not None:
-            out[number, rows] = again
+        look(number, rows, matrices[number, rows], made[number, rows])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(work, _pieces(matrices.shape)))

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from factorllm.exporting.ggml import quantize
+from factorllm.exporting.ggml import quantize, quantize_loosely
 from factorllm.runs.stored import kept_rows
 
 LEVELS = {
@@ -26,7 +26,12 @@ bytes: byte j has the code of weight j in its low half, and that of weight j + 1
 
 _BLOCK = 32
 _SCALE_BYTES = 2
-_DAMPING = 0.01  # of the mean diagonal, as in the paper
+_DAMPING = 0.5
+"""Of each input's own power, as if it had so much noise of its own. It has: of all that was rounded before it, and what a
+few thousand tokens have in common by chance. The paper's 0.01 of the mean power is more than all that most inputs have
+where a few are massive, and next to nothing of the others, on whose account weights then run away
+(docs/experiments.md)."""
+_LEAST = 1e-6  # of the mean power, for inputs that are never there
 
 
 def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tensor) -> np.ndarray:
@@ -55,7 +60,7 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     plain = quantize(name, matrices, kind, importance, plain_back)
     made = []
     for matrix, gram, alone, alone_back in zip(matrices, damped, plain, plain_back, strict=True):
-        compensated = _Rounding.of(name, matrix, kind, gram).run()
+        compensated = _Rounding.of(matrix, kind, gram).run()
         back = gguf.quants.dequantize(compensated, kind)
         better = _errors(back - matrix, gram) <= _errors(alone_back - matrix, gram)
         better &= kept_rows(matrix, back, typical)
@@ -66,7 +71,8 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
 def _damped(gram: Tensor) -> Tensor:
     """(d, d), fp64, that can be inverted; of no inputs, as if they had nothing in common."""
     gram = gram.to(torch.float64, copy=True) if gram.any() else torch.eye(len(gram), dtype=torch.float64)
-    gram.diagonal().add_(_DAMPING * gram.diagonal().mean())
+    own = gram.diagonal().clone()
+    gram.diagonal().add_(_DAMPING * own + _LEAST * own.mean())
     return gram
 
 
@@ -94,17 +100,16 @@ class _Rounding:
         weights: (1, d), fp32: what the squared error of each column counts for the choice of scales.
     """
 
-    name: str
     rest: Tensor
     kind: Type
     pull: Tensor
     weights: np.ndarray
 
     @classmethod
-    def of(cls, name: str, matrix: np.ndarray, kind: Type, gram: Tensor) -> _Rounding:
+    def of(cls, matrix: np.ndarray, kind: Type, gram: Tensor) -> _Rounding:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         pull = torch.linalg.cholesky(inverse, upper=True).float()
-        return cls(name, torch.from_numpy(matrix.copy()), kind, pull, _importance(gram))
+        return cls(torch.from_numpy(matrix.copy()), kind, pull, _importance(gram))
 
     def run(self) -> np.ndarray:
         """The matrix's bytes: (rows, bytes of a row), uint8."""
@@ -115,7 +120,7 @@ class _Rounding:
     def _block(self, columns: slice) -> np.ndarray:
         """Round a block of every row, and move what comes after it."""
         weights = np.ascontiguousarray(self.weights[:, columns])
-        scaled = quantize(self.name, np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
+        scaled = quantize_loosely(np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
         scales = torch.from_numpy(scaled[:, :_SCALE_BYTES].copy().view(np.float16).astype(np.float32))[:, 0]
         codes, errors = self._codes(columns, scales)
         self.rest[:, columns.stop :] -= errors @ self.pull[columns, columns.stop :]
