@@ -109,9 +109,12 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
     assert found["S4A0E8"].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 + 12 * 4.56), rel=1e-6)
 
 
-def test_no_more_tokens_can_stay_than_there_are():
-    with pytest.raises(FactorLLMError, match="the model has 260 tokens, so none is left out"):
-        forecasting.forecast(LlamaConfig(**BASE | {"vocab_size": 260}), ("q8_0",), vocabulary=260)
+@pytest.mark.parametrize(
+    ("vocabulary", "said"), [(260, "has 260 tokens, so none is left out"), (0, "0 tokens is none")]
+)
+def test_no_more_tokens_can_stay_than_there_are_and_some_must(vocabulary, said):
+    with pytest.raises(FactorLLMError, match=said):
+        forecasting.forecast(LlamaConfig(**BASE | {"vocab_size": 260}), ("q8_0",), vocabulary=vocabulary)
 
 
 def test_times_by_which_a_shape_would_take_none_are_refused(monkeypatch):

@@ -35,7 +35,7 @@ def make(
 
     wish, console = Wish(speed=speed, keep=keep, time=time, memory=memory), terminal.console
     if Path(model).suffix in {".yaml", ".yml"}:
-        if wish != Wish() or text or vocabulary:
+        if wish != Wish() or text or vocabulary is not None:
             raise FactorLLMError(f"{model} says it all: edit it there, and give no wish beside it but -o")
         made = make_planned(model, out, console)
     elif out is None:

@@ -27,10 +27,9 @@ bytes: byte j has the code of weight j in its low half, and that of weight j + 1
 _BLOCK = 32
 _SCALE_BYTES = 2
 _DAMPING = 0.5
-"""Of each input's own power, as if it had so much noise of its own. It has: of all that was rounded before it, and what a
+"""Of each input's own power, as if it had so much noise of its own. It has: all that was rounded before it, and what a
 few thousand tokens have in common by chance. The paper's 0.01 of the mean power is more than all that most inputs have
-where a few are massive, and next to nothing of the others, on whose account weights then run away
-(docs/experiments.md)."""
+where a few are massive, so of theirs nothing was made good (docs/experiments.md)."""
 _LEAST = 1e-6  # of the mean power, for inputs that are never there
 
 

@@ -46,12 +46,14 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
 
 
 def check_size(size: int, tokens: int) -> None:
-    """Refuse a vocabulary of which nothing is left out.
+    """Refuse a vocabulary of no token, or of which nothing is left out.
 
     Args:
         size: tokens that are to stay.
         tokens: of the model.
     """
+    if size < 1:
+        raise FactorLLMError(f"a vocabulary of {size:,} tokens is none; choose a --vocabulary such as 32768")
     if size >= tokens:
         raise FactorLLMError(f"the model has {tokens:,} tokens, so none is left out; choose a smaller --vocabulary")
 
