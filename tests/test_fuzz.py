@@ -1150,3 +1150,25 @@ def test_damaged_inputs(name, bases, tmp_path):
 def test_damaged_inputs_that_no_one_has_seen(name, bases, tmp_path):
     inputs = int(os.environ.get("FACTORLLM_FUZZ", SLOWLY))
     fuzz(KINDS[name], inputs, bases, tmp_path / "work", print_blob=True, suppress_health_check=list(HealthCheck))
+
+
+_TOO_LONG = "x" * 5000
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("serve", _TOO_LONG),
+        ("chat", _TOO_LONG),
+        ("export", _TOO_LONG, "-o", "new.gguf"),
+        ("bench", "STUDENT", "--against", _TOO_LONG),
+        ("chat", "STUDENT", "--against", _TOO_LONG),
+        *(("serve", "STUDENT", option, _TOO_LONG) for option in ("--retrieval", "--lossless", "--dense-prompt")),
+    ],
+    ids=lambda words: " ".join(word for word in words if word != _TOO_LONG),
+)
+def test_a_name_that_no_path_can_have_is_refused(words, bases):
+    ended = run(*(bases.folder("students/sparse") if word == "STUDENT" else word for word in words))
+    check_end(ended)
+    assert "it is no path that can be there" in ended.err

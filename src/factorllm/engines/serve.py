@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from factorllm.dense import local_path
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.dense_prompt import DensePrompt
@@ -125,7 +126,7 @@ def serve(
     beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
     asked = [option for option, value in beside.items() if value]
     _refuse_beside(model, asked)
-    if (Path(model) / KINDS).is_dir():
+    if (local_path(model) / KINDS).is_dir():
         _serve_kinds(model, engine, file_type, settings, say)
         return
     engine = choose_engine() if engine == "auto" else engine_name(engine)

@@ -17,7 +17,7 @@ from textwrap import wrap
 from types import ModuleType
 
 from factorllm.engines.llamacpp_client import Client, post
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.serving.proxy import Front, texts_of
 
 GAIN = 1.5
@@ -60,9 +60,10 @@ def read_passages(folder: Path) -> list[Passage]:
     """The files of a folder and of those in it, in parts of whole paragraphs.
 
     Raises:
-        FactorLLMError: when there is no text.
+        FactorLLMError: when there is no text; for what no path can be.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    with refusing(folder, "it is no path that can be there: check it"):
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     found = [
         Passage(str(path.relative_to(folder)), text)
         for path in files

@@ -43,9 +43,10 @@ def adapter_folders(student: Path) -> list[Path]:
     """The adapters of a student, in the order of their kinds; none of most students.
 
     Raises:
-        FactorLLMError: when one is missing among them.
+        FactorLLMError: when one is missing among them; for what no path can be.
     """
-    count = sum(path.is_dir() for path in (student / ADAPTERS).glob("*"))
+    with refusing(student, "it is no path that can be there: check it"):
+        count = sum(path.is_dir() for path in (student / ADAPTERS).glob("*"))
     folders = [student / ADAPTERS / str(kind) for kind in range(count)]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise FactorLLMError(f"{missing[0]} is missing among the adapters of {student}; heal with --train mor1e again")
