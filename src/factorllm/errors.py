@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from pydantic import ValidationError
 
@@ -40,6 +40,11 @@ def refusing(what: object, instead: str) -> Iterator[None]:
         if not _is_of_input(error):
             raise
         raise FactorLLMError(f"{what} cannot be used ({one_line(error)}); {instead}") from error
+
+
+def refusing_path(path: object) -> AbstractContextManager[None]:
+    """As `refusing`, around the first look at a path that a user gave: a name may be too long for any."""
+    return refusing(path, "it is no path that can be there: check it")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -6,7 +6,7 @@ from factorllm.dense.gguf.file import GGUFSource
 from factorllm.dense.hub import download
 from factorllm.dense.model import ModelSource
 from factorllm.dense.safetensors import SafetensorsSource
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, refusing_path
 
 __all__ = ["ModelSource", "local_path", "open_model"]
 
@@ -17,7 +17,7 @@ def local_path(model: str) -> Path:
     Raises:
         FactorLLMError: for what no path can be: a name that is too long.
     """
-    with refusing(model, "it is no path that can be there: check it"):
+    with refusing_path(model):
         path = Path(model).expanduser()
         (path / "config.json").exists()
     return path

@@ -125,9 +125,10 @@ def serve(
     settings = settings or ServeSettings()
     beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
     asked = [option for option, value in beside.items() if value]
-    _refuse_beside(model, asked)
-    if (local_path(model) / KINDS).is_dir():
-        _serve_kinds(model, engine, file_type, settings, say)
+    folder = local_path(model)
+    _refuse_beside(folder, asked)
+    if (folder / KINDS).is_dir():
+        _serve_kinds(folder, engine, file_type, settings, say)
         return
     engine = choose_engine() if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
@@ -145,28 +146,29 @@ def serve(
         raise FactorLLMError("transformers does not serve; use --engine llamacpp or vllm")
 
 
-def _serve_kinds(model: str, engine: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
+def _serve_kinds(
+    folder: Path, engine: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]
+) -> None:
     if engine != "auto" and engine_name(engine) != "llamacpp":
         raise FactorLLMError(
-            f"{model} holds a model for each kind of text, which llama.cpp's servers answer together; use --engine "
-            f"llamacpp, or serve one of them: {Path(model) / KINDS / '0'}"
+            f"{folder} holds a model for each kind of text, which llama.cpp's servers answer together; use --engine "
+            f"llamacpp, or serve one of them: {folder / KINDS / '0'}"
         )
-    serve_kinds(Path(model), file_type, settings, say)
+    serve_kinds(folder, file_type, settings, say)
 
 
-def _refuse_beside(model: str, asked: list[str]) -> None:
+def _refuse_beside(folder: Path, asked: list[str]) -> None:
     """What was never measured together is refused."""
     if len(asked) > 1:
         raise FactorLLMError(f"{' with '.join(asked)} was never measured, so it is refused; leave one of them out")
-    folder = Path(model)
     if asked and (folder / KINDS).is_dir():
         raise FactorLLMError(
-            f"{asked[0]} is for one model, and {model} holds one for each kind of text; give one of them: "
+            f"{asked[0]} is for one model, and {folder} holds one for each kind of text; give one of them: "
             f"{folder / KINDS / '0'}"
         )
     if asked and adapter_folders(folder):
         raise FactorLLMError(
-            f"{asked[0]} was never measured with adapters such as those of {model}, so it is refused; leave it out"
+            f"{asked[0]} was never measured with adapters such as those of {folder}, so it is refused; leave it out"
         )
 
 

@@ -58,8 +58,8 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     plain_back = np.empty_like(matrices)
     plain = quantize(name, matrices, kind, importance, plain_back)
     made = []
-    for matrix, gram, alone, alone_back in zip(matrices, damped, plain, plain_back, strict=True):
-        compensated = _Rounding.of(matrix, kind, gram).run()
+    for matrix, gram, weights, alone, alone_back in zip(matrices, damped, importance, plain, plain_back, strict=True):
+        compensated = _Rounding.of(matrix, kind, gram, weights[None]).run()
         back = gguf.quants.dequantize(compensated, kind)
         better = _errors(back - matrix, gram) <= _errors(alone_back - matrix, gram)
         better &= kept_rows(matrix, back, typical)
@@ -105,10 +105,10 @@ class _Rounding:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, matrix: np.ndarray, kind: Type, gram: Tensor) -> _Rounding:
+    def of(cls, matrix: np.ndarray, kind: Type, gram: Tensor, weights: np.ndarray) -> _Rounding:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         pull = torch.linalg.cholesky(inverse, upper=True).float()
-        return cls(torch.from_numpy(matrix.copy()), kind, pull, _importance(gram))
+        return cls(torch.from_numpy(matrix.copy()), kind, pull, weights)
 
     def run(self) -> np.ndarray:
         """The matrix's bytes: (rows, bytes of a row), uint8."""

@@ -123,6 +123,9 @@ def forecast(
         raise FactorLLMError(
             f"its speed in llama.cpp cannot be foretold: {reason}; factorize it, and measure with factorllm bench"
         )
+    fewer = config if vocabulary is None else with_tokens(config, vocabulary)
+    rest = shapes[1:] if vocabulary is None else shapes  # the trimmed model is one beside the dense one
+    models = [(config, shapes[0]), *((fewer, shape) for shape in rest)]
     timed = _timed_shapes(config, shapes)
     found = []
     for file_type in types:
@@ -132,12 +135,7 @@ def forecast(
                 "the times of llama.cpp contradict each other, for some shape would take none: stop other programs "
                 "that use this machine, and repeat the command"
             )
-        found.append(_expected(config, config, *shapes[0], file_type, steps))
-        if vocabulary is None:
-            found += [_expected(config, config, *shape, file_type, steps) for shape in shapes[1:]]
-        else:
-            fewer = with_tokens(config, vocabulary)
-            found += [_expected(config, fewer, *shape, file_type, steps) for shape in shapes]
+        found += [_expected(config, one, *shape, file_type, steps) for one, shape in models]
     return found
 
 

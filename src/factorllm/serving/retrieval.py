@@ -17,7 +17,7 @@ from textwrap import wrap
 from types import ModuleType
 
 from factorllm.engines.llamacpp_client import Client, post
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, refusing_path
 from factorllm.serving.proxy import Front, texts_of
 
 GAIN = 1.5
@@ -62,7 +62,7 @@ def read_passages(folder: Path) -> list[Passage]:
     Raises:
         FactorLLMError: when there is no text; for what no path can be.
     """
-    with refusing(folder, "it is no path that can be there: check it"):
+    with refusing_path(folder):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     found = [
         Passage(str(path.relative_to(folder)), text)

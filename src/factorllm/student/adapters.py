@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, refusing, refusing_path
 from factorllm.runs.workspace import write_shard
 from factorllm.text.intuition import FILE, Intuition
 
@@ -45,7 +45,7 @@ def adapter_folders(student: Path) -> list[Path]:
     Raises:
         FactorLLMError: when one is missing among them; for what no path can be.
     """
-    with refusing(student, "it is no path that can be there: check it"):
+    with refusing_path(student):
         count = sum(path.is_dir() for path in (student / ADAPTERS).glob("*"))
     folders = [student / ADAPTERS / str(kind) for kind in range(count)]
     if missing := [folder for folder in folders if not folder.is_dir()]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
 from factorllm.dense.safetensors import load_language_model, open_folder, read_tokenizer
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, refusing, refusing_path
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, refuse_kinds, workspace_folder
@@ -28,7 +28,7 @@ def read_provenance(folder: Path) -> dict:
         FactorLLMError: when the folder is not a finished checkpoint of factorllm.
     """
     path = folder / PROVENANCE
-    with refusing(folder, "it is no path that can be there: check it"):
+    with refusing_path(folder):
         there, partial = path.exists(), workspace_folder(folder)
     if not there:
         hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""

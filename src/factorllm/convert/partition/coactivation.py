@@ -1,8 +1,8 @@
 """Graph partitioning of co-activation: MoEfication (arXiv 2110.01786, section 3.2), with METIS.
 
 Neurons that fire on the same tokens become one expert. METIS balances only approximately; an exact balanced assignment
-by the same affinities then makes the experts equal. The shared part is the neurons with the
-largest share of the tokens' energy.
+by the same affinities then makes the experts equal. The shared part is the neurons with the largest
+share of the tokens' energy.
 """
 
 import numpy as np
