@@ -241,7 +241,7 @@ def test_a_gguf_file_is_asked_as_its_folder_is(models, data, tmp_path, monkeypat
         against = str(models / f"dense{suffix}")
         evaluate(models / f"student{suffix}", against=against, settings=settings, cache=tmp_path / f"c{suffix}")
     assert len(said) == 4
-    assert said[:2] == said[2:]
+    assert sorted(said[:2]) == sorted(said[2:])  # files are asked side by side: either may be done first
     assert said[0] != said[1]
 
 

@@ -126,17 +126,13 @@ def need_lm_eval() -> None:
 
 def ask(harness: LM, task: str, data: Path | None, limit: int | None, run_generated_code: bool) -> Score:
     """Score what lm-eval has as a model, as `run_task` does."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     _check_programs(task, run_generated_code)
-    found = simple_evaluate(
-        harness,
-        tasks=[local_task(task, data) if data else task],
-        limit=limit,
-        task_manager=_task_manager(data is None),
-        log_samples=False,
-        confirm_run_unsafe_code=run_generated_code,
-    )
+    loaded = _task_manager(data is None).load([local_task(task, data) if data else task])
+    # Not `simple_evaluate`, which starts git and pip to describe the machine: a process that is started while another
+    # thread changes the environment's variables may be given freed memory for them.
+    found = evaluate(harness, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=run_generated_code)
     return _score(found, task)
 
 
