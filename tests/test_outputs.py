@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -299,6 +300,11 @@ def test_healing_looks_at_the_end_before_the_work(own, dense_folder, text_file, 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(FactorLLMError, match=r"no space left .* are needed"):
+            heal(own, str(dense_folder), tmp_path / "healed", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("factorllm.runs.memory.available_memory", lambda: 0)
+        patch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=10_000))
+        with pytest.raises(FactorLLMError, match=r"not enough memory: .* moments take .* use --train lora"):
             heal(own, str(dense_folder), tmp_path / "healed", **options)
     (own / "generation_config.json").write_text('{"num_return_sequences": 3}')
     with pytest.raises(FactorLLMError, match=r"generation_config\.json cannot be used"):

@@ -29,6 +29,7 @@ from factorllm.runs.device import has_bfloat16
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
+from factorllm.runs.memory import require_memory
 from factorllm.runs.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
@@ -155,6 +156,7 @@ def open_heal_job(
         )  # fmt: skip
         if ranks.is_main:
             _check_disk(job)
+            _check_memory(job)
             _copy_companions(job)
         yield job
 
@@ -178,6 +180,21 @@ def _check_disk(job: HealJob) -> None:
     needed = weights + job.text["train"].numel() * (likely + priors)
     if not (job.work.folder / "targets").exists():
         require_space(job.work.out, needed, "free some, choose another output folder, or use fewer --tokens")
+
+
+def _check_memory(job: HealJob) -> None:
+    """Refuse before the work when memory is plainly too small for what every step needs; activations come on top."""
+    if job.device.type != "cpu" or job.ranks.count > 1:  # of several, FSDP may give each a share
+        return
+    whole, purpose = 1, "the weights in fp32"
+    instead = "close other programs, or heal on a machine with more"
+    if job.settings.quantize:
+        whole, purpose = whole + 1, f"{purpose}, once more as they are rounded"
+    if job.settings.train == "all":
+        whole, purpose = whole + 3, f"{purpose}, their gradients and AdamW's two moments"
+        instead = "close other programs, or use --train lora, which learns few weights"
+    parameters = job.made["results"]["student"]["total_parameters"]
+    require_memory(whole * parameters * torch.float32.itemsize, purpose, instead)
 
 
 def _check_teacher(student: Path, made: dict, source: ModelSource) -> None:

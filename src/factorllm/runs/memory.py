@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from factorllm.errors import FactorLLMError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_REUSED = 32 << 20  # glibc takes no more
 _KEPT = 1 << 30
@@ -27,6 +29,22 @@ def peak_memory() -> int:
 def available_memory() -> int:
     """Bytes that this machine could still give to a process."""
     return psutil.virtual_memory().available
+
+
+def require_memory(needed: int, purpose: str, instead: str) -> None:
+    """Refuse before the work when this machine plainly has not `needed` bytes, swap space counted: what a system does
+    where memory ends is to kill a process, without a word.
+
+    Args:
+        purpose: what they are for.
+
+    Raises:
+        FactorLLMError: saying how much is needed, and how much is free.
+    """
+    free = available_memory() + psutil.swap_memory().free
+    if needed > free:
+        wanted, left = (f"{size / 2**30:.1f} GiB" for size in (needed, free))
+        raise FactorLLMError(f"not enough memory: {purpose} take {wanted}, and {left} are free; {instead}")
 
 
 def give_back_freed_memory() -> None:
