@@ -173,6 +173,7 @@ def test_with_a_smaller_vocabulary_the_student_is_made_from_the_trimmed_model(de
     assert AutoConfig.from_pretrained(made.out / "checkpoint").vocab_size == 280
     assert made.numbers[0] == (ANY, "kept of the likeliest next tokens")  # of the trimmed model's, whose tokens it has
     assert f"factorllm eval {made.out / 'checkpoint'} --against {made.out / 'trimmed'}" in made.commands
+    assert "from the dense model `trimmed (dense with fewer tokens)`" in (made.out / "checkpoint/README.md").read_text()
     assert {"trim", "factorize"} <= json.loads((made.out / "steps" / "done.json").read_text()).keys()
 
 

@@ -28,7 +28,6 @@ from factorllm.runs.workspace import (
 )
 from factorllm.student.provenance import FORMAT
 from factorllm.student.read import PARTITION_FILE
-from factorllm.text.calibration import public_name
 
 
 def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
@@ -36,7 +35,7 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     rows = finite_rows(job, measure_students(job))
     student = job.students[0]
     summary = Summary(
-        base_model=public_name(job.source.label),
+        base_model=job.base_model,
         out=job.work.out,
         recipe=student.recipe,
         host=student.host.name,

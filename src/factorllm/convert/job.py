@@ -25,7 +25,7 @@ from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
-from factorllm.runs.output import CHECKPOINT, KINDS, check_output, located
+from factorllm.runs.output import CHECKPOINT, KINDS, check_output, located, trimmed_from
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.rows import Rows
 from factorllm.runs.settings import Settings
@@ -100,6 +100,12 @@ class Job:
         """Which sequences of the calibration are of a student's kind of text, (sequences,), bool; None where it has
         none."""
         return None if student.kind is None else self.text.kinds == student.kind
+
+    @property
+    def base_model(self) -> str:
+        """The dense model's name, fit to publish; of one that factorllm trimmed, its origin's too."""
+        name, origin = public_name(self.source.label), trimmed_from(self.source.label)
+        return f"{name} ({origin} with fewer tokens)" if origin else name
 
     @property
     def layers(self) -> int:

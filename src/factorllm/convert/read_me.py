@@ -23,7 +23,6 @@ from factorllm.runs.memory import give_back_freed_memory
 from factorllm.runs.output import KINDS, PROVENANCE
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.workspace import write_json, write_text
-from factorllm.text.calibration import public_name
 from factorllm.text.intuition import Intuition
 
 PROMPT = 128
@@ -114,7 +113,7 @@ def _summary(
             cost = replace(cost, total_parameters=recipe.kinds * cost.total_parameters)
         rows.append(_row(name, of_kinds, counts, cost))
     return Summary(
-        base_model=public_name(job.source.label),
+        base_model=job.base_model,
         out=job.work.out,
         recipe=recipe.prune,
         host=own.host.name,

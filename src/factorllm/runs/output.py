@@ -288,13 +288,17 @@ CHECKPOINT = Kind("a checkpoint that factorllm made", True, _read_checkpoint, _f
 
 
 def _read_trimmed(out: Path) -> dict | None:
-    made = read_json(out / TRIMMED_FROM)
-    return made if made is not None and {"format", "base_model", "kept"} <= made.keys() else None
+    made = read_json(out / TRIMMED_FROM) or {}
+    base = made.get("base_model")
+    whole = {"format", "kept"} <= made.keys() and isinstance(base, dict) and isinstance(base.get("name"), str)
+    return made if whole else None
 
 
-def is_trimmed(model: str | Path) -> bool:
-    """Whether a model is one that factorllm trimmed."""
-    return _read_trimmed(Path(model).expanduser()) is not None
+def trimmed_from(model: str | Path) -> str | None:
+    """The published name of what a model was trimmed from; None for one that factorllm did not trim."""
+    made = _read_trimmed(Path(model).expanduser())
+    # Half a character, which JSON can hold, could not be written into a card.
+    return made["base_model"]["name"].encode(errors="replace").decode() if made else None
 
 
 TRIMMED = Kind("a model that factorllm trimmed", True, _read_trimmed, _foreign_file)

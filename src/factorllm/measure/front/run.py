@@ -30,7 +30,7 @@ from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.output import check_own_files, is_trimmed, located, read_json
+from factorllm.runs.output import check_own_files, located, read_json, trimmed_from
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
@@ -131,7 +131,7 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
 
 
 def _kind(path: str, given_as: Kind) -> Kind:
-    return "trimmed" if given_as != "dense" and is_trimmed(path) else given_as
+    return "trimmed" if given_as != "dense" and trimmed_from(path) else given_as
 
 
 def _held_out_by(models: list[_Model]) -> Settings:
