@@ -1,7 +1,8 @@
 """Rounding that makes errors good: GPTQ (arXiv 2210.17323, algorithm 1), for types whose blocks have one scale.
 
 A weight that is rounded up puts too much into its row's output; the weights of later columns, which are not rounded
-yet, are moved so that on a text's inputs the output comes back as near as it can.
+yet, are moved so that on a text's inputs the output comes back as near as it can. What came out is then made better in
+turns (`descent.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from factorllm.exporting.descent import BLOCK, Blocks, columns_of_blocks, descend, squared_errors
 from factorllm.exporting.ggml import quantize, quantize_loosely
 from factorllm.runs.stored import kept_rows
 
@@ -21,11 +23,8 @@ LEVELS = {
     Type.Q4_0: tuple(range(-8, 8)),
     Type.IQ4_NL: tuple(gguf.quants.IQ4_NL.kvalues),
 }
-"""What a code of four bits stands for, in units of its block's scale. A block of 32 weights is its scale, fp16, and 16
-bytes: byte j has the code of weight j in its low half, and that of weight j + 16 in its high one."""
+"""What a code of four bits stands for, in units of its block's scale."""
 
-_BLOCK = 32
-_SCALE_BYTES = 2
 _DAMPING = 0.5
 """Of each input's own power, as if it had so much noise of its own. It has: all that was rounded before it, and what a
 few thousand tokens have in common by chance. The paper's 0.01 of the mean power is more than all that most inputs have
@@ -36,7 +35,7 @@ _LEAST = 1e-6  # of the mean power, for inputs that are never there
 def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tensor) -> np.ndarray:
     """A tensor in one of the types of `LEVELS`, its errors made good on a text's inputs.
 
-    Rows that come out better when each block is rounded for itself, by importance, are rounded so: a weight that is
+    Rows that come out better when each block is rounded for itself, by importance, begin with that: a weight that is
     moved beyond what its block's scale reaches is cut off, and what is missing is moved on.
 
     Args:
@@ -55,16 +54,35 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
     damped = [_damped(gram) for gram in grams]
     importance = np.concatenate([_importance(gram) for gram in damped])
-    plain_back = np.empty_like(matrices)
-    plain = quantize(name, matrices, kind, importance, plain_back)
-    made = []
-    for matrix, gram, weights, alone, alone_back in zip(matrices, damped, importance, plain, plain_back, strict=True):
-        compensated = _Rounding.of(matrix, kind, gram, weights[None]).run()
-        back = gguf.quants.dequantize(compensated, kind)
-        better = _errors(back - matrix, gram) <= _errors(alone_back - matrix, gram)
-        better &= kept_rows(matrix, back, typical)
-        made.append(np.where(better[:, None], compensated, alone))
+    plain = quantize(name, matrices, kind, importance)
+    each = zip(matrices, damped, importance, plain, strict=True)
+    made = [_compensated(matrix, kind, gram, weights[None], alone, typical) for matrix, gram, weights, alone in each]
     return np.stack(made).reshape(*tensor.shape[:-1], -1)
+
+
+def _compensated(
+    matrix: np.ndarray, kind: Type, gram: Tensor, weights: np.ndarray, alone: np.ndarray, typical: float
+) -> np.ndarray:
+    """The bytes of a matrix.
+
+    Args:
+        gram: (d, d), fp64, positive definite.
+        weights: as `_Rounding` has them.
+        alone: the bytes of each block rounded for itself, which a row keeps that does not stay near what was put in.
+        typical: as for `kept_rows`.
+    """
+
+    def near(blocks: Blocks) -> Tensor:
+        return torch.from_numpy(kept_rows(matrix, blocks.weights().numpy(), typical))
+
+    given, inputs = torch.from_numpy(matrix), gram.float()
+    found = _Rounding.of(matrix, kind, gram, weights).run()
+    plain = Blocks.of_bytes(alone, found.levels)
+    errors, plain_errors = (squared_errors(blocks.weights() - given, inputs) for blocks in (found, plain))
+    worse = (errors > plain_errors) | ~near(found)
+    found.codes[worse], found.scales[worse] = plain.codes[worse], plain.scales[worse]
+    descend(found, given, inputs)
+    return np.where(near(found)[:, None], found.bytes(), alone)
 
 
 def _damped(gram: Tensor) -> Tensor:
@@ -79,13 +97,6 @@ def _importance(gram: Tensor) -> np.ndarray:
     """(1, d), fp32: what the squared error of each column counts by itself."""
     diagonal = gram.diagonal()
     found: np.ndarray = (diagonal / diagonal.mean()).float().numpy()[None]
-    return found
-
-
-def _errors(missing: np.ndarray, gram: Tensor) -> np.ndarray:
-    """(rows, d), what weights lack -> (rows,), the squared error of each row's output, e^T G e."""
-    lacks = torch.from_numpy(missing)
-    found: np.ndarray = ((lacks @ gram.float()) * lacks).sum(1).numpy()
     return found
 
 
@@ -110,33 +121,32 @@ class _Rounding:
         pull = torch.linalg.cholesky(inverse, upper=True).float()
         return cls(torch.from_numpy(matrix.copy()), kind, pull, weights)
 
-    def run(self) -> np.ndarray:
-        """The matrix's bytes: (rows, bytes of a row), uint8."""
-        width = self.rest.shape[1]
-        blocks = [self._block(slice(first, first + _BLOCK)) for first in range(0, width, _BLOCK)]
-        return np.concatenate(blocks, axis=1)
-
-    def _block(self, columns: slice) -> np.ndarray:
-        """Round a block of every row, and move what comes after it."""
-        weights = np.ascontiguousarray(self.weights[:, columns])
-        scaled = quantize_loosely(np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
-        scales = torch.from_numpy(scaled[:, :_SCALE_BYTES].copy().view(np.float16).astype(np.float32))[:, 0]
-        codes, errors = self._codes(columns, scales)
-        self.rest[:, columns.stop :] -= errors @ self.pull[columns, columns.stop :]
-        low, high = codes.T.reshape(-1, 2, _BLOCK // 2).unbind(1)
-        return np.concatenate([scaled[:, :_SCALE_BYTES], (low | high << 4).numpy()], axis=1)
-
-    def _codes(self, columns: slice, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes of a block, (32, rows), uint8; and what is to be made good after it, (rows, 32)."""
+    def run(self) -> Blocks:
+        """The matrix, rounded from the first block of columns to the last."""
         levels = torch.tensor(LEVELS[self.kind], dtype=torch.float32)
+        blocks = [self._block(columns, levels) for columns in columns_of_blocks(self.rest.shape[1])]
+        codes, scales = (torch.stack(parts, dim=1) for parts in zip(*blocks, strict=True))
+        return Blocks(codes, scales, levels)
+
+    def _block(self, columns: slice, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a block of every row, and move what comes after it: its codes, (rows, 32), and scales, (rows,)."""
+        weights = np.ascontiguousarray(self.weights[:, columns])
+        alone = quantize_loosely(np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
+        scales = Blocks.of_bytes(alone, levels).scales[:, 0]
+        codes, errors = self._codes(columns, scales, levels)
+        self.rest[:, columns.stop :] -= errors @ self.pull[columns, columns.stop :]
+        return codes, scales
+
+    def _codes(self, columns: slice, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of a block, and what is to be made good after it: (rows, 32), int64 and fp32."""
         between = (levels[1:] + levels[:-1]) / 2
         own = self.pull[columns, columns]
         block = self.rest[:, columns].T.contiguous()
         inverse = torch.where(scales != 0, 1 / scales, 0.0)
-        codes = torch.empty(block.shape, dtype=torch.uint8)
+        codes = torch.empty(block.shape, dtype=torch.int64)
         errors = torch.empty_like(block)
-        for column in range(_BLOCK):
+        for column in range(BLOCK):
             codes[column] = torch.bucketize(block[column] * inverse, between)
-            errors[column] = (block[column] - levels[codes[column].long()] * scales) / own[column, column]
+            errors[column] = (block[column] - levels[codes[column]] * scales) / own[column, column]
             block[column + 1 :] -= own[column, column + 1 :, None] * errors[column]
-        return codes, errors.T
+        return codes.T, errors.T
