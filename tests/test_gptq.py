@@ -82,8 +82,8 @@ def test_inputs_that_have_nothing_in_common_leave_the_nearest_levels(kind):
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", LEVELS)
 def test_no_row_loses_more_than_by_rounding_each_block_for_itself(kind):
-    """Nearly all inputs are in one direction, so much is moved, in some rows beyond what a block's scale reaches. Beside
-    it inputs have noise of half of their own power, as is taken for granted of them (`_DAMPING`)."""
+    """Nearly all inputs are in one direction, so much is moved, in some rows beyond what a block's scale reaches.
+    Beside it inputs have noise of half of their own power, as is taken for granted of them (`_DAMPING`)."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(64, 96, generator=generator)
     inputs = torch.randn(512, 1, generator=generator) + 0.01 * torch.randn(512, 96, generator=generator)
