@@ -100,12 +100,12 @@ def test_no_row_loses_more_than_by_rounding_each_block_for_itself(kind):
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_descent_makes_no_row_worse_and_ends_where_no_code_alone_would_be_better(kind):
-    weights = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(1))
     inputs = correlated(512, 96)
-    gram = inputs.T @ inputs / 512
+    gram = (inputs.T @ inputs / 512)[None]
     levels = torch.tensor(LEVELS[kind], dtype=torch.float32)
-    scales = (weights.view(8, 3, 32).abs().amax(-1) / levels.max()).half().float()
-    codes = torch.bucketize(weights.view(8, 3, 32) / scales[..., None], (levels[1:] + levels[:-1]) / 2)
+    scales = (weights.view(1, 8, 3, 32).abs().amax(-1) / levels.max()).half().float()
+    codes = torch.bucketize(weights.view(1, 8, 3, 32) / scales[..., None], (levels[1:] + levels[:-1]) / 2)
     blocks = Blocks(codes, scales, levels)
 
     def errors() -> torch.Tensor:
@@ -119,17 +119,18 @@ def test_descent_makes_no_row_worse_and_ends_where_no_code_alone_would_be_better
     assert (found[-1] < 0.7 * found[0]).all()
     assert torch.equal(found[-1], found[-2])
     for column, code in itertools.product(range(96), range(16)):
-        old = blocks.codes[:, column // 32, column % 32].clone()
-        blocks.codes[:, column // 32, column % 32] = code
+        place = (..., column // 32, column % 32)
+        old = blocks.codes[place].clone()
+        blocks.codes[place] = code
         assert (errors() >= found[-1] * (1 - 1e-4)).all()
-        blocks.codes[:, column // 32, column % 32] = old
+        blocks.codes[place] = old
 
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_blocks_are_what_gguf_reads(kind):
     generator = torch.Generator().manual_seed(1)
-    codes, levels = torch.randint(16, (4, 3, 32), generator=generator), torch.tensor(LEVELS[kind]).float()
-    blocks = Blocks(codes, torch.randn(4, 3, generator=generator).half().float(), levels)
+    codes, levels = torch.randint(16, (2, 4, 3, 32), generator=generator), torch.tensor(LEVELS[kind]).float()
+    blocks = Blocks(codes, torch.randn(2, 4, 3, generator=generator).half().float(), levels)
     made = blocks.bytes()
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(made, kind)), blocks.weights())
     again = Blocks.of_bytes(made, levels)

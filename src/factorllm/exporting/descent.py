@@ -24,11 +24,11 @@ _AT_ONCE = 1 << 24  # numbers of the systems that are solved at once
 
 @dataclass
 class Blocks:
-    """A matrix in blocks of 32 weights with one scale, as four-bit types of GGUF have them.
+    """Matrices in blocks of 32 weights with one scale, as four-bit types of GGUF have them.
 
     Attributes:
-        codes: (rows, blocks, 32), int64.
-        scales: (rows, blocks), fp32, each a number of fp16.
+        codes: (n, rows, blocks, 32), int64.
+        scales: (n, rows, blocks), fp32, each a number of fp16.
         levels: (16,), fp32, ascending: what a code stands for, in units of its block's scale.
     """
 
@@ -38,8 +38,8 @@ class Blocks:
 
     @classmethod
     def of_bytes(cls, made: np.ndarray, levels: Tensor) -> Blocks:
-        """Of a file's bytes, (rows, bytes of a row), uint8."""
-        blocks = made.reshape(len(made), -1, _SCALE_BYTES + BLOCK // 2)
+        """Of a file's bytes, (n, rows, bytes of a row), uint8."""
+        blocks = made.reshape(*made.shape[:-1], -1, _SCALE_BYTES + BLOCK // 2)
         scales = blocks[..., :_SCALE_BYTES].copy().view(np.float16)[..., 0].astype(np.float32)
         pairs = torch.from_numpy(blocks[..., _SCALE_BYTES:].copy())
         return cls(torch.cat([pairs & 15, pairs >> 4], dim=-1).long(), torch.from_numpy(scales), levels)
@@ -48,15 +48,16 @@ class Blocks:
         """For a file: byte j of a block has the code of weight j in its low half, and of weight j + 16 in its high."""
         scales = self.scales.numpy().astype(np.float16)[..., None].view(np.uint8)
         low, high = self.codes.to(torch.uint8).unflatten(-1, (2, BLOCK // 2)).unbind(-2)
-        return np.concatenate([scales, (low | high << 4).numpy()], axis=-1).reshape(len(scales), -1)
+        blocks = np.concatenate([scales, (low | high << 4).numpy()], axis=-1)
+        return blocks.reshape(*blocks.shape[:-2], -1)
 
     def units(self) -> Tensor:
-        """(rows, d): the weights, in units of their blocks' scales."""
-        return self.levels[self.codes].flatten(1)
+        """(n, rows, d): the weights, in units of their blocks' scales."""
+        return self.levels[self.codes].flatten(-2)
 
     def weights(self) -> Tensor:
-        """(rows, d)."""
-        return (self.levels[self.codes] * self.scales[..., None]).flatten(1)
+        """(n, rows, d)."""
+        return (self.levels[self.codes] * self.scales[..., None]).flatten(-2)
 
 
 def columns_of_blocks(width: int) -> list[slice]:
@@ -64,57 +65,62 @@ def columns_of_blocks(width: int) -> list[slice]:
     return [slice(first, first + BLOCK) for first in range(0, width, BLOCK)]
 
 
-def descend(blocks: Blocks, matrix: Tensor, gram: Tensor) -> None:
+def descend(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
     """Make the squared error of each row's output less, in place.
 
     Args:
-        matrix: (rows, d), fp32, what was rounded.
-        gram: (d, d), fp32, positive definite: `X^T X` of the inputs X.
+        matrices: (n, rows, d), fp32, what was rounded.
+        grams: (n, d, d), fp32, positive definite: `X^T X` of the inputs X.
     """
     for _ in range(_ROUNDS):
-        _choose_scales(blocks, matrix, gram)
-        _choose_codes(blocks, matrix, gram)
+        _choose_scales(blocks, matrices, grams)
+        _choose_codes(blocks, matrices, grams)
 
 
-def squared_errors(lacks: Tensor, gram: Tensor) -> Tensor:
-    """(rows, d), what weights lack -> (rows,), the squared error of each row's output, e^T G e."""
-    return ((lacks @ gram) * lacks).sum(1)
+def squared_errors(lacks: Tensor, grams: Tensor) -> Tensor:
+    """(n, rows, d), what weights lack -> (n, rows), the squared error of each row's output, e^T G e."""
+    return ((lacks @ grams) * lacks).sum(-1)
 
 
-def _choose_scales(blocks: Blocks, matrix: Tensor, gram: Tensor) -> None:
+def _choose_scales(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
     """All scales of a row together by least squares, where that is better when they are rounded to fp16."""
-    count = blocks.scales.shape[1]
-    at_once = max(_AT_ONCE // count**2, 1)
-    for rows in (slice(first, first + at_once) for first in range(0, len(matrix), at_once)):
-        own = Blocks(blocks.codes[rows], blocks.scales[rows], blocks.levels)
-        given, before = matrix[rows], squared_errors(own.weights() - matrix[rows], gram)
-        units = own.units()
-        products = torch.empty(len(units), count, count)
-        for block, columns in enumerate(columns_of_blocks(units.shape[1])):
-            products[:, block] = ((units[:, columns] @ gram[columns]) * units).unflatten(1, (count, BLOCK)).sum(-1)
-        wanted = (units * (given @ gram)).unflatten(1, (count, BLOCK)).sum(-1)
-        diagonal = products.diagonal(dim1=1, dim2=2)
-        diagonal[diagonal <= 0] = 1  # a block of zeros, whatever its scale
-        own.scales = torch.linalg.solve(products.double(), wanted.double()).half().float()
-        better = squared_errors(own.weights() - given, gram) < before
-        blocks.scales[rows] = torch.where(better[:, None], own.scales, blocks.scales[rows])
+    at_once = max(_AT_ONCE // (len(matrices) * blocks.scales.shape[-1] ** 2), 1)
+    for rows in (slice(first, first + at_once) for first in range(0, matrices.shape[1], at_once)):
+        own = Blocks(blocks.codes[:, rows], blocks.scales[:, rows], blocks.levels)
+        given = matrices[:, rows]
+        before = squared_errors(own.weights() - given, grams)
+        own.scales = _least_squares(own.units(), given, grams).half().float()
+        better = squared_errors(own.weights() - given, grams) < before
+        blocks.scales[:, rows] = torch.where(better[..., None], own.scales, blocks.scales[:, rows])
 
 
-def _choose_codes(blocks: Blocks, matrix: Tensor, gram: Tensor) -> None:
+def _least_squares(units: Tensor, given: Tensor, grams: Tensor) -> Tensor:
+    """The scales of each row's blocks, (n, rows, blocks), fp64, with which `units` come nearest to `given`."""
+    blocks = (units.shape[-1] // BLOCK, BLOCK)
+    columns = columns_of_blocks(units.shape[-1])
+    spread = (((units[..., own] @ grams[:, own]) * units).unflatten(-1, blocks).sum(-1) for own in columns)
+    products = torch.stack(list(spread), dim=-2)
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    diagonal[diagonal <= 0] = 1  # a block of zeros, whatever its scale
+    wanted = (units * (given @ grams)).unflatten(-1, blocks).sum(-1)
+    return torch.linalg.solve(products.double(), wanted.double())
+
+
+def _choose_codes(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
     """Each code of a row again, one column after the other."""
     between = (blocks.levels[1:] + blocks.levels[:-1]) / 2
     weights = blocks.weights()
-    slope = (weights - matrix) @ gram  # half of the gradient of a row's error
-    for block, columns in enumerate(columns_of_blocks(matrix.shape[1])):
-        own, scales = gram[columns, columns], blocks.scales[:, block]
+    slope = (weights - matrices) @ grams  # half of the gradient of a row's error
+    for block, columns in enumerate(columns_of_blocks(matrices.shape[-1])):
+        own, scales = grams[:, columns, columns], blocks.scales[..., block]
         inverse = torch.where(scales != 0, 1 / scales, 0.0)
-        old = weights[:, columns].T.contiguous()
-        new, pull = old.clone(), slope[:, columns].T.contiguous()
+        old = weights[..., columns].mT.contiguous()
+        new, pull = old.clone(), slope[..., columns].mT.contiguous()
         for column in range(BLOCK):
-            best = (new[column] - pull[column] / own[column, column]) * inverse
-            codes = torch.bucketize(best, between)
-            moved = blocks.levels[codes] * scales - new[column]
-            blocks.codes[:, block, column] = codes
-            pull += own[column, :, None] * moved
-            new[column] += moved
-        slope += (new - old).T @ gram[columns]
+            best = new[:, column] - pull[:, column] / own[:, column, column, None]
+            codes = torch.bucketize(best * inverse, between)
+            moved = blocks.levels[codes] * scales - new[:, column]
+            blocks.codes[..., block, column] = codes
+            pull += own[:, column, :, None] * moved[:, None]
+            new[:, column] += moved
+        slope += (new - old).mT @ grams[:, columns]

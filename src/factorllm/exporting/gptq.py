@@ -30,6 +30,7 @@ _DAMPING = 0.5
 few thousand tokens have in common by chance. The paper's 0.01 of the mean power is more than all that most inputs have
 where a few are massive, so of theirs nothing was made good (docs/experiments.md)."""
 _LEAST = 1e-6  # of the mean power, for inputs that are never there
+_AT_ONCE = 1 << 24  # numbers of the sums of matrices that are rounded together
 
 
 def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tensor) -> np.ndarray:
@@ -50,103 +51,101 @@ def quantize_compensated(name: str, tensor: np.ndarray, kind: Type, grams: Tenso
     Raises:
         FactorLLMError: when a row does not come out as what was put in.
     """
-    matrices = np.ascontiguousarray(tensor, np.float32).reshape(-1, *tensor.shape[-2:])
-    typical = float(np.sqrt(np.square(matrices, dtype=np.float64).sum(-1).mean()))
-    damped = [_damped(gram) for gram in grams]
-    importance = np.concatenate([_importance(gram) for gram in damped])
-    plain = quantize(name, matrices, kind, importance)
-    each = zip(matrices, damped, importance, plain, strict=True)
-    made = [_compensated(matrix, kind, gram, weights[None], alone, typical) for matrix, gram, weights, alone in each]
-    return np.stack(made).reshape(*tensor.shape[:-1], -1)
+    matrices = torch.from_numpy(np.ascontiguousarray(tensor, np.float32)).reshape(-1, *tensor.shape[-2:])
+    typical = float(matrices.double().square().sum(-1).mean().sqrt())
+    at_once = max(_AT_ONCE // grams.shape[-1] ** 2, 1)
+    parts = zip(matrices.split(at_once), grams.split(at_once), strict=True)
+    made = [_compensated(name, own, kind, _damped(inputs), typical) for own, inputs in parts]
+    return np.concatenate(made).reshape(*tensor.shape[:-1], -1)
 
 
-def _compensated(
-    matrix: np.ndarray, kind: Type, gram: Tensor, weights: np.ndarray, alone: np.ndarray, typical: float
-) -> np.ndarray:
-    """The bytes of a matrix.
+def _compensated(name: str, matrices: Tensor, kind: Type, grams: Tensor, typical: float) -> np.ndarray:
+    """The bytes of some matrices. Rows that do not stay near what was put in keep each block rounded for itself.
 
     Args:
-        gram: (d, d), fp64, positive definite.
-        weights: as `_Rounding` has them.
-        alone: the bytes of each block rounded for itself, which a row keeps that does not stay near what was put in.
+        grams: (n, d, d), fp64, positive definite.
         typical: as for `kept_rows`.
     """
 
     def near(blocks: Blocks) -> Tensor:
-        return torch.from_numpy(kept_rows(matrix, blocks.weights().numpy(), typical))
+        return torch.from_numpy(kept_rows(matrices.numpy(), blocks.weights().numpy(), typical))
 
-    given, inputs = torch.from_numpy(matrix), gram.float()
-    found = _Rounding.of(matrix, kind, gram, weights).run()
+    importance, inputs = _importance(grams), grams.float()
+    alone = quantize(name, matrices.numpy(), kind, importance)
+    found = _Rounding.of(matrices, kind, grams, importance).run()
     plain = Blocks.of_bytes(alone, found.levels)
-    errors, plain_errors = (squared_errors(blocks.weights() - given, inputs) for blocks in (found, plain))
+    errors, plain_errors = (squared_errors(blocks.weights() - matrices, inputs) for blocks in (found, plain))
     worse = (errors > plain_errors) | ~near(found)
     found.codes[worse], found.scales[worse] = plain.codes[worse], plain.scales[worse]
-    descend(found, given, inputs)
-    return np.where(near(found)[:, None], found.bytes(), alone)
+    descend(found, matrices, inputs)
+    return np.where(near(found)[..., None], found.bytes(), alone)
 
 
-def _damped(gram: Tensor) -> Tensor:
-    """(d, d), fp64, that can be inverted; of no inputs, as if they had nothing in common."""
-    gram = gram.to(torch.float64, copy=True) if gram.any() else torch.eye(len(gram), dtype=torch.float64)
-    own = gram.diagonal().clone()
-    gram.diagonal().add_(_DAMPING * own + _LEAST * own.mean())
-    return gram
+def _damped(grams: Tensor) -> Tensor:
+    """(n, d, d), fp64, that can be inverted; of no inputs, as if they had nothing in common."""
+    idle = ~grams.flatten(1).any(1)
+    grams = grams.to(torch.float64, copy=True)
+    grams[idle] = torch.eye(grams.shape[-1], dtype=torch.float64)
+    own = grams.diagonal(dim1=1, dim2=2)
+    own += _DAMPING * own + _LEAST * own.mean(1, keepdim=True)
+    return grams
 
 
-def _importance(gram: Tensor) -> np.ndarray:
-    """(1, d), fp32: what the squared error of each column counts by itself."""
-    diagonal = gram.diagonal()
-    found: np.ndarray = (diagonal / diagonal.mean()).float().numpy()[None]
+def _importance(grams: Tensor) -> np.ndarray:
+    """(n, d), fp32: what the squared error of each column counts by itself."""
+    diagonal = grams.diagonal(dim1=1, dim2=2)
+    found: np.ndarray = (diagonal / diagonal.mean(1, keepdim=True)).float().numpy()
     return found
 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """One matrix on its way to a file.
+    """Matrices on their way to a file.
 
     Attributes:
-        rest: (rows, d), fp32: the weights, those that are not rounded yet moved by the errors of those that are.
-        pull: (d, d), fp32, upper triangular: how an error in a column moves the later ones.
-        weights: (1, d), fp32: what the squared error of each column counts for the choice of scales.
+        rest: (n, rows, d), fp32: the weights, those that are not rounded yet moved by the errors of those that are.
+        pull: (n, d, d), fp32, upper triangular: how an error in a column moves the later ones.
+        importance: (n, d), fp32: what the squared error of each column counts for the choice of scales.
     """
 
     rest: Tensor
     kind: Type
     pull: Tensor
-    weights: np.ndarray
+    importance: np.ndarray
 
     @classmethod
-    def of(cls, matrix: np.ndarray, kind: Type, gram: Tensor, weights: np.ndarray) -> _Rounding:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    def of(cls, matrices: Tensor, kind: Type, grams: Tensor, importance: np.ndarray) -> _Rounding:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(grams))
         pull = torch.linalg.cholesky(inverse, upper=True).float()
-        return cls(torch.from_numpy(matrix.copy()), kind, pull, weights)
+        return cls(matrices.clone(), kind, pull, importance)
 
     def run(self) -> Blocks:
-        """The matrix, rounded from the first block of columns to the last."""
+        """The matrices, rounded from the first block of columns to the last."""
         levels = torch.tensor(LEVELS[self.kind], dtype=torch.float32)
-        blocks = [self._block(columns, levels) for columns in columns_of_blocks(self.rest.shape[1])]
-        codes, scales = (torch.stack(parts, dim=1) for parts in zip(*blocks, strict=True))
+        blocks = [self._block(columns, levels) for columns in columns_of_blocks(self.rest.shape[-1])]
+        codes, scales = (torch.stack(parts, dim=2) for parts in zip(*blocks, strict=True))
         return Blocks(codes, scales, levels)
 
     def _block(self, columns: slice, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a block of every row, and move what comes after it: its codes, (rows, 32), and scales, (rows,)."""
-        weights = np.ascontiguousarray(self.weights[:, columns])
-        alone = quantize_loosely(np.ascontiguousarray(self.rest[:, columns].numpy()), self.kind, weights)
-        scales = Blocks.of_bytes(alone, levels).scales[:, 0]
+        """Round a block of every row, and move what comes after it: its codes, (n, rows, 32), and scales, (n, rows)."""
+        block = np.ascontiguousarray(self.rest[..., columns].numpy())
+        alone = quantize_loosely(block, self.kind, np.ascontiguousarray(self.importance[:, columns]))
+        scales = Blocks.of_bytes(alone, levels).scales[..., 0]
         codes, errors = self._codes(columns, scales, levels)
-        self.rest[:, columns.stop :] -= errors @ self.pull[columns, columns.stop :]
+        self.rest[..., columns.stop :] -= errors @ self.pull[:, columns, columns.stop :]
         return codes, scales
 
     def _codes(self, columns: slice, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes of a block, and what is to be made good after it: (rows, 32), int64 and fp32."""
+        """The codes of a block, and what is to be made good after it: (n, rows, 32), int64 and fp32."""
         between = (levels[1:] + levels[:-1]) / 2
-        own = self.pull[columns, columns]
-        block = self.rest[:, columns].T.contiguous()
+        own = self.pull[:, columns, columns]
+        block = self.rest[..., columns].mT.contiguous()
         inverse = torch.where(scales != 0, 1 / scales, 0.0)
         codes = torch.empty(block.shape, dtype=torch.int64)
         errors = torch.empty_like(block)
         for column in range(BLOCK):
-            codes[column] = torch.bucketize(block[column] * inverse, between)
-            errors[column] = (block[column] - levels[codes[column]] * scales) / own[column, column]
-            block[column + 1 :] -= own[column, column + 1 :, None] * errors[column]
-        return codes.T, errors.T
+            codes[:, column] = torch.bucketize(block[:, column] * inverse, between)
+            missing = block[:, column] - levels[codes[:, column]] * scales
+            errors[:, column] = missing / own[:, column, column, None]
+            block[:, column + 1 :] -= own[:, column, column + 1 :, None] * errors[:, None, column]
+        return codes.mT, errors.mT

@@ -88,9 +88,9 @@ def refuse_lost(name: str, rows: np.ndarray, back: np.ndarray, kind: str, typica
 
 
 def kept_rows(rows: np.ndarray, back: np.ndarray, typical: float) -> np.ndarray:
-    """Which rows a quantiser kept, (n,) bool; NaN is not kept either. Arguments as of `refuse_lost`."""
-    lost = np.linalg.norm((back - rows).astype(np.float64), axis=1)
-    kept: np.ndarray = lost <= _SPOILT * np.maximum(np.linalg.norm(rows.astype(np.float64), axis=1), typical)
+    """Which rows (..., d) a quantiser kept, (...) bool; NaN is not kept either. Arguments as of `refuse_lost`."""
+    lost = np.linalg.norm((back - rows).astype(np.float64), axis=-1)
+    kept: np.ndarray = lost <= _SPOILT * np.maximum(np.linalg.norm(rows.astype(np.float64), axis=-1), typical)
     return kept
 
 
