@@ -98,6 +98,18 @@ def test_no_row_loses_more_than_by_rounding_each_block_for_itself(kind):
     assert (errors[0] < 0.5 * errors[1]).any()
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("size", [1e-17, 1e17])
+def test_the_size_of_inputs_changes_nothing(size):
+    weights = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).numpy()
+    inputs = correlated(512, 64)
+    made, wanted = (
+        quantize_compensated("w", weights, Type.Q4_0, (scale * inputs.T @ (scale * inputs))[None])
+        for scale in (size, 1.0)
+    )
+    assert (made == wanted).mean() > 0.99
+
+
 @pytest.mark.parametrize("kind", LEVELS)
 def test_descent_makes_no_row_worse_and_ends_where_no_code_alone_would_be_better(kind):
     weights = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(1))

@@ -70,7 +70,8 @@ def _compensated(name: str, matrices: Tensor, kind: Type, grams: Tensor, typical
     def near(blocks: Blocks) -> Tensor:
         return torch.from_numpy(kept_rows(matrices.numpy(), blocks.weights().numpy(), typical))
 
-    importance, inputs = _importance(grams), grams.float()
+    importance = _importance(grams)
+    inputs = (grams / grams.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]).float()  # of whatever size, within fp32
     alone = quantize(name, matrices.numpy(), kind, importance)
     found = _Rounding.of(matrices, kind, grams, importance).run()
     plain = Blocks.of_bytes(alone, found.levels)
