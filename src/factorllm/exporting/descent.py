@@ -8,6 +8,7 @@ still to be moved. Here all scales of a row are those of least squares, and each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,17 @@ class Blocks:
         return (self.levels[self.codes] * self.scales[..., None]).flatten(-2)
 
 
+def nearest_code(levels: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+    """How weights of one column of a block, (n, rows), are rounded: to the codes, int64, of the nearest levels.
+
+    Args:
+        scales: of the block in each row, (n, rows).
+    """
+    between = (levels[1:] + levels[:-1]) / 2
+    inverse = torch.where(scales != 0, 1 / scales, 0.0)
+    return lambda weights: torch.bucketize(weights * inverse, between)
+
+
 def columns_of_blocks(width: int) -> list[slice]:
     """The columns of each block of a row."""
     return [slice(first, first + BLOCK) for first in range(0, width, BLOCK)]
@@ -108,17 +120,15 @@ def _least_squares(units: Tensor, given: Tensor, grams: Tensor) -> Tensor:
 
 def _choose_codes(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
     """Each code of a row again, one column after the other."""
-    between = (blocks.levels[1:] + blocks.levels[:-1]) / 2
     weights = blocks.weights()
     slope = (weights - matrices) @ grams  # half of the gradient of a row's error
     for block, columns in enumerate(columns_of_blocks(matrices.shape[-1])):
         own, scales = grams[:, columns, columns], blocks.scales[..., block]
-        inverse = torch.where(scales != 0, 1 / scales, 0.0)
+        nearest = nearest_code(blocks.levels, scales)
         old = weights[..., columns].mT.contiguous()
         new, pull = old.clone(), slope[..., columns].mT.contiguous()
         for column in range(BLOCK):
-            best = new[:, column] - pull[:, column] / own[:, column, column, None]
-            codes = torch.bucketize(best * inverse, between)
+            codes = nearest(new[:, column] - pull[:, column] / own[:, column, column, None])
             moved = blocks.levels[codes] * scales - new[:, column]
             blocks.codes[..., block, column] = codes
             pull += own[:, column, :, None] * moved[:, None]

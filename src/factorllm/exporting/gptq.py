@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from factorllm.exporting.descent import BLOCK, Blocks, columns_of_blocks, descend, squared_errors
+from factorllm.exporting.descent import BLOCK, Blocks, columns_of_blocks, descend, nearest_code, squared_errors
 from factorllm.exporting.ggml import quantize, quantize_loosely
 from factorllm.runs.stored import kept_rows
 
@@ -138,14 +138,13 @@ class _Rounding:
 
     def _codes(self, columns: slice, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of a block, and what is to be made good after it: (n, rows, 32), int64 and fp32."""
-        between = (levels[1:] + levels[:-1]) / 2
+        nearest = nearest_code(levels, scales)
         own = self.pull[:, columns, columns]
         block = self.rest[..., columns].mT.contiguous()
-        inverse = torch.where(scales != 0, 1 / scales, 0.0)
         codes = torch.empty(block.shape, dtype=torch.int64)
         errors = torch.empty_like(block)
         for column in range(BLOCK):
-            codes[:, column] = torch.bucketize(block[:, column] * inverse, between)
+            codes[:, column] = nearest(block[:, column])
             missing = block[:, column] - levels[codes[:, column]] * scales
             errors[:, column] = missing / own[:, column, column, None]
             block[:, column + 1 :] -= own[:, column, column + 1 :, None] * errors[:, None, column]

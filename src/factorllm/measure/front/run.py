@@ -131,7 +131,7 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
 
 
 def _kind(path: str, given_as: Kind) -> Kind:
-    return "trimmed" if given_as != "dense" and trimmed_from(path) else given_as
+    return "trimmed" if given_as != "dense" and trimmed_from(path) is not None else given_as
 
 
 def _held_out_by(models: list[_Model]) -> Settings:
