@@ -15,7 +15,7 @@ from test_export import TEXT, byte_level_tokenizer, save_model, sentencepiece_to
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from factorllm import FactorLLMError, export, factorize
+from factorllm import FactorLLMError, export, factorize, heal
 from factorllm.engines import EngineProcess, Options
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.run import run_front
@@ -101,6 +101,11 @@ def test_ids_are_right_wherever_they_stand(trimmed, text, tmp_path):
         == [begin, tokenizer.vocab["~"], end]
     )
     assert (kept[small.bos_token_id], kept[small.eos_token_id]) == (begin, end)
+
+
+def test_a_trimmed_model_is_no_student(trimmed, text, tmp_path):
+    with pytest.raises(FactorLLMError, match="is a dense model, trimmed from dense by factorllm"):
+        heal(trimmed / "small", str(trimmed / "dense"), tmp_path / "healed", text=str(text))
 
 
 def test_tokens_that_are_no_special_ones_but_put_around_a_text_stay(trimmed, text, tmp_path):

@@ -13,7 +13,7 @@ from factorllm.dense.safetensors import load_language_model, open_folder, read_t
 from factorllm.errors import FactorLLMError, refusing, refusing_path
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
-from factorllm.runs.output import PROVENANCE, refuse_kinds, workspace_folder
+from factorllm.runs.output import PROVENANCE, refuse_kinds, trimmed_from, workspace_folder
 from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
 
@@ -31,13 +31,23 @@ def read_provenance(folder: Path) -> dict:
     with refusing_path(folder):
         there, partial = path.exists(), workspace_folder(folder)
     if not there:
-        hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
-        raise FactorLLMError(f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}")
+        raise FactorLLMError(_what_it_is(folder, partial))
     refuse_kinds(folder)
     with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check_provenance(content)
     return content
+
+
+def _what_it_is(folder: Path, partial: Path) -> str:
+    """Of a folder that is no checkpoint."""
+    if (origin := trimmed_from(folder)) is not None:
+        return (
+            f"{folder} is a dense model, trimmed from {origin} by factorllm, and no student: its FFNs are whole. What "
+            "was left out is in its README.md; `factorllm factorize` makes a student of it"
+        )
+    hint = f"; {partial} is an unfinished run, repeat its command to finish it" if partial.exists() else ""
+    return f"{folder} is no checkpoint made by factorllm: it has no {PROVENANCE}{hint}"
 
 
 def load_student(
