@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from factorllm import FactorLLMError, evaluate
 from factorllm.cli import main
 from factorllm.exporting import export_gguf
-from factorllm.measure import scores
+from factorllm.measure import checkpoint_subject
 from factorllm.measure.chain.answers import LoadedAnswers, grammar_of
 from factorllm.measure.chain.plan import Question, read_chain
 from factorllm.measure.chain.run import StepScore, compare, f1_of, follow, score
@@ -205,7 +205,7 @@ def test_a_student_and_its_dense_model(models, student, tmp_path, monkeypatch, c
     found = json.loads(out.read_text())["chain"]
     assert found["steps"][0]["name"] == "kind"
     assert found["steps"][0]["asked"] == 2
-    monkeypatch.setattr(scores, "LoadedAnswers", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(checkpoint_subject, "LoadedAnswers", lambda *_: pytest.fail("asked again"))
     again = evaluate(student, against=str(models / "dense"), chain=chain, settings=EvalSettings(tasks=()))
     assert json.loads(json.dumps(again.chain, default=vars)) == found
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
 from factorllm.cli import main
-from factorllm.measure import scores
+from factorllm.measure import checkpoint_subject, score_cache
 from factorllm.measure.agreement import on_text
 from factorllm.measure.scores import Evaluation, evaluate
 from factorllm.measure.settings import EvalSettings
@@ -160,10 +160,10 @@ def test_nothing_is_scored_twice(student, dense_folder, data, tmp_path, monkeypa
         "student": {"piqa", "lambada_openai"},
         "dense": {"piqa", "lambada_openai"},
     }
-    monkeypatch.setattr(scores, "run_task", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(checkpoint_subject, "run_task", lambda *_: pytest.fail("scored again"))
     assert evaluate(student, **options) == first
     write_lines(data / "piqa.jsonl", [local for _, local in forms("piqa")[:2]])
-    monkeypatch.setattr(scores, "run_task", lambda *_: Score(0.5, 0.1, 2))
+    monkeypatch.setattr(checkpoint_subject, "run_task", lambda *_: Score(0.5, 0.1, 2))
     assert evaluate(student, **options).scores["dense"]["piqa"].questions == 2
 
 
@@ -332,7 +332,7 @@ def scored(monkeypatch) -> list[str]:
         found.append(task)
         return Score(0.5, None, 1)
 
-    monkeypatch.setattr(scores, "run_task", run)
+    monkeypatch.setattr(checkpoint_subject, "run_task", run)
     return found
 
 
@@ -375,7 +375,7 @@ def test_a_score_is_of_all_that_decides_it(student, data, tmp_path, monkeypatch)
     assert measured()
     monkeypatch.setitem(TASKS, "piqa", TASKS["piqa"].__class__("acc", 0.5, "{{query}}"))
     assert measured()
-    monkeypatch.setattr(scores, "version", lambda package: "0")
+    monkeypatch.setattr(score_cache, "version", lambda package: "0")
     assert measured()
 
 

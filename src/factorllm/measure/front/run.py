@@ -22,7 +22,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
 from factorllm.measure.front.show import front_json, write_picture
 from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
-from factorllm.measure.scores import CACHE, follow_text, scores_of_files
+from factorllm.measure.score_cache import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.subjects import Subject, open_subject
 from factorllm.measure.speed.timing import Measure, measure_speed
