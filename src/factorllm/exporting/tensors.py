@@ -11,7 +11,7 @@ from factorllm.dense.families import head_dim, key_value_heads, rope_of
 from factorllm.dense.gguf.rope import rope_factors
 from factorllm.dense.names import HEAD, embeddings, layer_prefix
 from factorllm.exporting.checkpoints import Layout
-from factorllm.hosts.base import Stored
+from factorllm.hosts.stored import Stored
 
 ATTENTION = {
     "self_attn.q_proj": "attn_q",

@@ -6,27 +6,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from factorllm.dense.families import (
-    activation,
-    family_of,
-    ffn_layers,
-    head_dim,
-    leading_dense,
-    normalises_heads,
-    rope_of,
-    rope_type,
-    rotary_share,
-    sliding_window,
-)
+from factorllm.dense.families import activation, family_of, ffn_layers, leading_dense, rope_of, rotary_share
 from factorllm.dense.ffn import FFN
 from factorllm.dense.fused import unfused
 from factorllm.dense.gguf.rope import reason_against_rope
 from factorllm.dense.names import place_in_layers
 from factorllm.hosts.gates import Gates
+from factorllm.hosts.reasons import misaligned
+from factorllm.hosts.stored import WHOLE_FFN, Stored
 from factorllm.recipe import Shape
 
 
@@ -57,21 +47,6 @@ class StudentFFN:
 
 GGUFKeys = dict[str, Any]
 """Keys of a GGUF file below its architecture: numbers, texts, and lists with an entry for each layer."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor of a GGUF file is in the checkpoint.
-
-    Attributes:
-        name: the tensor's name on disk, without the prefix of the layer; `{}` stands for each expert, to be stacked.
-        half: None for all of it, 0 or 1 for the first or second half of its rows.
-        transposed: whether rows and columns of each expert have changed places there.
-    """
-
-    name: str
-    half: int | None = None
-    transposed: bool = False
 
 
 class GGUFForm:
@@ -148,7 +123,7 @@ class Host(GGUFForm, ABC):
         """The tensors of a layer's FFN by their names in GGUF files."""
         if layer in ffn_layers(config):
             return self.gguf_ffn_of(config)
-        return _WHOLE_FFN if layer < leading_dense(config) else {}
+        return WHOLE_FFN if layer < leading_dense(config) else {}
 
     def gguf_ffn_of(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """Those of `gguf_ffn` that a student has: some hosts have a shared expert or none."""
@@ -258,7 +233,7 @@ class MoeHost(Host):
             or self._reason_against_others(config)
             or self._reason_against_shape(shape)
             or self._reason_against_leading(config, shape)
-            or _misaligned(config, shape)
+            or misaligned(config, shape)
         )
 
     def _reason_against_others(self, config: PreTrainedConfig) -> str | None:
@@ -289,102 +264,3 @@ class MoeHost(Host):
         if self.shares_whole_experts and shape.shared_width % shape.expert_width:
             return "its shared part must be a multiple of an expert"
         return "it always has a shared expert" if not shape.shared_width and self.shared == "always" else None
-
-
-_WHOLE_FFN = {f"ffn_{name}.weight": Stored(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")}
-
-_OWN = {"model_type", "architectures", "transformers_version", "dtype"}
-
-ALIGNED = 8
-"""What widths must be multiples of: rows of 16 bytes in bf16."""
-
-_COMMON_KEYS = [
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
-]  # fmt: skip
-
-
-def common_config(dense: PreTrainedConfig) -> dict:
-    """The part of the dense config that every host spells as Llama does."""
-    return {key: getattr(dense, key) for key in _COMMON_KEYS}
-
-
-def carried(dense: PreTrainedConfig, kind: type[PreTrainedConfig]) -> dict:
-    """The part of the dense config that a config of another kind, of the same makers, spells alike."""
-    known = kind().to_dict().keys() - _OWN
-    return {key: value for key, value in dense.to_dict().items() if key in known}
-
-
-def windowed(config: PreTrainedConfig) -> str | None:
-    """The reason against hosts whose attention sees everything before."""
-    return "it has no sliding window" if sliding_window(config) else None
-
-
-def scaled_rope(config: PreTrainedConfig) -> str | None:
-    """The reason against hosts that read no parameters of Phi's long RoPE."""
-    return "it has no long RoPE" if rope_type(config) == "longrope" else None
-
-
-def scaled_in_windows(config: PreTrainedConfig) -> str | None:
-    """The reason against architectures of llama.cpp that scale positions in layers without a window only."""
-    kind = rope_of(config, "sliding_attention").get("rope_type", "default")
-    return None if kind == "default" else f"layers with a window have no {kind} RoPE scaling"
-
-
-def uneven_heads(config: PreTrainedConfig) -> str | None:
-    """The reason against hosts that take the head size from the hidden size."""
-    if head_dim(config) * config.num_attention_heads != config.hidden_size:
-        return "it needs head_dim = hidden_size / heads"
-    return None
-
-
-def normalised_heads(config: PreTrainedConfig) -> str | None:
-    """The reason against hosts that leave queries and keys as they are."""
-    return "it does not normalise queries and keys" if normalises_heads(config) else None
-
-
-def stacked(experts: list[FFN]) -> tuple[Tensor, Tensor]:
-    """All experts as two tensors: gate over up (N, 2 width, d), and down (N, d, width)."""
-    return torch.stack([torch.cat([e.gate, e.up]) for e in experts]), torch.stack([e.down for e in experts])
-
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def one_expert(ffn: FFN, prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
-    """An expert on disk, as most hosts name its matrices, or by other names of gate, up and down."""
-    name = dict(zip(("gate", "up", "down"), names, strict=True))
-    return {f"{prefix}.{name[which]}.weight": matrix for which, matrix in ffn.matrices.items()}
-
-
-def per_expert(experts: list[FFN], prefix: str, names: tuple[str, str, str] = _PROJECTIONS) -> dict[str, Tensor]:
-    """One expert after the other, as most hosts have them on disk."""
-    found: dict[str, Tensor] = {}
-    for i, expert in enumerate(experts):
-        found |= one_expert(expert, f"{prefix}.{i}", names)
-    return found
-
-
-def gguf_experts(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:
-    return {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": up, "ffn_down_exps.weight": down}
-
-
-def gguf_shared(gate: Stored, up: Stored, down: Stored) -> dict[str, Stored]:
-    return {"ffn_gate_shexp.weight": gate, "ffn_up_shexp.weight": up, "ffn_down_shexp.weight": down}
-
-
-def projections(prefix: str) -> tuple[Stored, Stored, Stored]:
-    """Gate, up and down by the names of most hosts."""
-    return tuple(Stored(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
-
-
-def _misaligned(config: PreTrainedConfig, shape: Shape) -> str | None:
-    """Why the experts' matrices cannot be multiplied by transformers' default back end, or None when they can."""
-    for what, width in (("experts", shape.expert_width), ("a hidden size", config.hidden_size)):
-        if width % ALIGNED:
-            return (
-                f"the student would have {what} of {width} neurons, but transformers' grouped_mm needs multiples of "
-                f"{ALIGNED}; cut the FFN into fewer parts"
-            )
-    return None

@@ -18,7 +18,7 @@ from factorllm.dense.families import (
     sliding_window,
 )
 from factorllm.dense.pretrained import name_architecture
-from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, Stored, StudentFFN, scaled_in_windows, uneven_heads
+from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, StudentFFN
 from factorllm.hosts.cohere2_moe import Cohere2MoeHost
 from factorllm.hosts.gemma4 import Gemma4Host, unlike_llamacpp
 from factorllm.hosts.glm4_moe import Glm4MoeHost
@@ -30,6 +30,8 @@ from factorllm.hosts.nemotron_h import NemotronHHost
 from factorllm.hosts.nemotron_h import unlike_llamacpp as unlike_nemotron_h
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
 from factorllm.hosts.qwen3_vl_moe import Qwen3VLMoeHost
+from factorllm.hosts.reasons import scaled_in_windows, uneven_heads
+from factorllm.hosts.stored import Stored
 from factorllm.recipe import Shape
 
 

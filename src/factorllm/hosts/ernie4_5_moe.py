@@ -7,19 +7,10 @@ from torch import Tensor
 from transformers import Ernie4_5_MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import head_dim
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    carried,
-    gguf_experts,
-    gguf_shared,
-    one_expert,
-    per_expert,
-    projections,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.stored import Stored, gguf_experts, gguf_shared, one_expert, per_expert, projections
 from factorllm.recipe import Shape
 
 

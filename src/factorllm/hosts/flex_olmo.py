@@ -4,8 +4,10 @@ from torch import Tensor
 from transformers import FlexOlmoConfig, PreTrainedConfig
 
 from factorllm.dense.families import ropes, sliding_window
-from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN, common_config, per_expert
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_ALL
+from factorllm.hosts.stored import per_expert
 from factorllm.recipe import Shape
 
 

@@ -8,17 +8,11 @@ from torch import Tensor
 from transformers import Gemma4TextConfig, PreTrainedConfig
 
 from factorllm.dense.families import of_layers
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    carried,
-    gguf_experts,
-    scaled_in_windows,
-    stacked,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.reasons import scaled_in_windows
+from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _SILENT = 32

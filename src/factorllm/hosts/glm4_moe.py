@@ -9,20 +9,11 @@ from torch import Tensor
 from transformers import Glm4MoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, normalises_heads, rotary_share
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    common_config,
-    gguf_experts,
-    gguf_shared,
-    one_expert,
-    per_expert,
-    projections,
-    windowed,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SIGMOID
+from factorllm.hosts.reasons import windowed
+from factorllm.hosts.stored import Stored, gguf_experts, gguf_shared, one_expert, per_expert, projections
 from factorllm.recipe import Shape
 
 

@@ -6,20 +6,11 @@ from torch import Tensor
 from transformers import GraniteMoeConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, residual_factor
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    common_config,
-    gguf_experts,
-    normalised_heads,
-    scaled_rope,
-    stacked,
-    uneven_heads,
-    windowed,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.reasons import normalised_heads, scaled_rope, uneven_heads, windowed
+from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 

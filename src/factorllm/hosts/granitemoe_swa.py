@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import GraniteMoeSWAConfig, PreTrainedConfig
 
 from factorllm.dense.families import sliding_window
-from factorllm.hosts.base import GGUFKeys, Stored, StudentFFN, gguf_experts, normalised_heads, stacked, uneven_heads
+from factorllm.hosts.base import GGUFKeys, StudentFFN
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.hosts.granitemoeshared import shared_mlp
+from factorllm.hosts.reasons import normalised_heads, uneven_heads
+from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _NO_SINK = -1e4

@@ -5,7 +5,8 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 
-from factorllm.hosts.base import GGUFKeys, carried
+from factorllm.hosts.base import GGUFKeys
+from factorllm.hosts.configs import carried
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
 from factorllm.recipe import Shape
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
-from factorllm.hosts.base import GGUFKeys, Stored, StudentFFN, gguf_shared
+from factorllm.hosts.base import GGUFKeys, StudentFFN
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
+from factorllm.hosts.stored import Stored, gguf_shared
 from factorllm.recipe import Shape
 
 

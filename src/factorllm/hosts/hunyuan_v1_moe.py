@@ -5,19 +5,10 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import HunYuanMoEV1Config, PreTrainedConfig
 
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    carried,
-    gguf_experts,
-    gguf_shared,
-    one_expert,
-    per_expert,
-    projections,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.stored import Stored, gguf_experts, gguf_shared, one_expert, per_expert, projections
 from factorllm.recipe import Shape
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from transformers import Lfm2MoeConfig, PreTrainedConfig
 
-from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried, gguf_experts, per_expert
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
+from factorllm.hosts.stored import Stored, gguf_experts, per_expert
 from factorllm.recipe import Shape
 
 _MATRICES = ("w1", "w3", "w2")  # gate, up and down

@@ -6,18 +6,11 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
 from factorllm.dense.families import biased_projections, head_dim, sliding_window
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    common_config,
-    gguf_experts,
-    normalised_heads,
-    per_expert,
-    scaled_rope,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.reasons import normalised_heads, scaled_rope
+from factorllm.hosts.stored import Stored, gguf_experts, per_expert
 from factorllm.recipe import Shape
 
 _MATRICES = ("w1", "w3", "w2")  # gate, up and down

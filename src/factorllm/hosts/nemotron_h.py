@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import NemotronHConfig, PreTrainedConfig
 
-from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried, one_expert, per_expert
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID
+from factorllm.hosts.stored import Stored, one_expert, per_expert
 from factorllm.recipe import Shape
 
 _USUAL_STEP = 0.001

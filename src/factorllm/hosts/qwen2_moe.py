@@ -10,21 +10,11 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig
 
 from factorllm.dense.families import biased_projections, head_dim, sliding_window
 from factorllm.dense.ffn import FFN
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    common_config,
-    gguf_experts,
-    gguf_shared,
-    normalised_heads,
-    one_expert,
-    per_expert,
-    projections,
-    uneven_heads,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_ALL, Gates
+from factorllm.hosts.reasons import normalised_heads, uneven_heads
+from factorllm.hosts.stored import Stored, gguf_experts, gguf_shared, one_expert, per_expert, projections
 from factorllm.recipe import Shape
 
 SHARED_GATE = 2.0**-24

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3_5MoeTextConfig
 
-from factorllm.hosts.base import GGUFKeys, MoeHost, Stored, StudentFFN, carried
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.qwen2_moe import EMPTY_SHARED, Qwen2MoeHost, gated_experts
+from factorllm.hosts.stored import Stored
 from factorllm.recipe import Shape
 
 _SECTIONS = (11, 11, 10)

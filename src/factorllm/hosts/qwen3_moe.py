@@ -6,18 +6,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
 from factorllm.dense.families import biased_projections, head_dim, normalises_heads
-from factorllm.hosts.base import (
-    GGUFKeys,
-    MoeHost,
-    Stored,
-    StudentFFN,
-    common_config,
-    gguf_experts,
-    per_expert,
-    projections,
-    windowed,
-)
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.reasons import windowed
+from factorllm.hosts.stored import Stored, gguf_experts, per_expert, projections
 from factorllm.recipe import Shape
 
 

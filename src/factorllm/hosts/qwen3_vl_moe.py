@@ -6,8 +6,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3VLMoeTextConfig
 
 from factorllm.dense.families import biased_projections
-from factorllm.hosts.base import ALIGNED, GGUFKeys, MoeHost, Stored, StudentFFN, carried, gguf_experts, stacked
+from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
+from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
+from factorllm.hosts.reasons import ALIGNED
+from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _SECTIONS = (24, 20, 20)
