@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -127,6 +128,11 @@ class ModelSource(ABC):
         """The same with their shapes."""
         with refusing(*self._odd_config()):
             return {name: tuple(shape) for name, shape in parameter_shapes(self.config).items()}
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the whole model, a tied head counted once."""
+        return sum(map(math.prod, self.parameter_shapes().values()))
 
     def output_head(self) -> torch.Tensor:
         """The matrix that makes logits, the embedding table where both are tied: (vocabulary, d)."""

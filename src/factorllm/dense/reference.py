@@ -78,8 +78,7 @@ def check_against_references(
 def _shortened(source: ModelSource) -> PreTrainedConfig:
     """The dense config, with as many layers as fit in memory."""
     config = copy.deepcopy(source.config)
-    parameters = sum(shape.numel() for shape in map(torch.Size, source.parameter_shapes().values()))
-    if 4 * parameters > available_memory() // 2:
+    if 4 * source.parameter_count > available_memory() // 2:
         keep_first_layers(config, min(_FEW_LAYERS, config.num_hidden_layers))
     return config
 

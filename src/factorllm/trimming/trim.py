@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,7 @@ def trim(
         write_json(folder / "config.json", _config(source, chosen.new).to_diff_dict())
         written = open_model(str(folder))  # which looks whether all fits together
         work.publish(folder)
-    return Trimmed(out, sizes, (_parameters(source), _parameters(written)), growth)
+    return Trimmed(out, sizes, (source.parameter_count, written.parameter_count), growth)
 
 
 @dataclass(frozen=True)
@@ -180,10 +179,6 @@ def _always(source: ModelSource, tokenizer: PreTrainedTokenizerBase, backend: Ma
     # Some tokenizers have special tokens that the model has no row for.
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     return said | {index for index in special if index < rows}
-
-
-def _parameters(source: ModelSource) -> int:
-    return sum(map(math.prod, source.parameter_shapes().values()))
 
 
 def _config(source: ModelSource, new: Mapping[int, int]) -> PreTrainedConfig:
