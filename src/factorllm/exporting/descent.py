@@ -98,24 +98,33 @@ def _choose_scales(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
     """All scales of a row together by least squares, where that is better when they are rounded to fp16."""
     at_once = max(_AT_ONCE // (len(matrices) * blocks.scales.shape[-1] ** 2), 1)
     for rows in (slice(first, first + at_once) for first in range(0, matrices.shape[1], at_once)):
-        own = Blocks(blocks.codes[:, rows], blocks.scales[:, rows], blocks.levels)
-        given = matrices[:, rows]
-        before = squared_errors(own.weights() - given, grams)
-        own.scales = _least_squares(own.units(), given, grams).half().float()
-        better = squared_errors(own.weights() - given, grams) < before
-        blocks.scales[:, rows] = torch.where(better[..., None], own.scales, blocks.scales[:, rows])
+        units = Blocks(blocks.codes[:, rows], blocks.scales[:, rows], blocks.levels).units()
+        products, wanted = _normal_equations(units, matrices[:, rows], grams)
+        old = blocks.scales[:, rows].double()
+        new = torch.linalg.solve(products, wanted).half().double()
+        better = _relative_errors(new, products, wanted) < _relative_errors(old, products, wanted)
+        blocks.scales[:, rows] = torch.where(better[..., None], new, old).float()
 
 
-def _least_squares(units: Tensor, given: Tensor, grams: Tensor) -> Tensor:
-    """The scales of each row's blocks, (n, rows, blocks), fp64, with which `units` come nearest to `given`."""
+def _normal_equations(units: Tensor, given: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the scales with which each row's blocks of `units` come nearest to `given`: (n, rows, blocks, blocks) and
+    (n, rows, blocks), fp64."""
     blocks = (units.shape[-1] // BLOCK, BLOCK)
-    columns = columns_of_blocks(units.shape[-1])
-    spread = (((units[..., own] @ grams[:, own]) * units).unflatten(-1, blocks).sum(-1) for own in columns)
-    products = torch.stack(list(spread), dim=-2)
+    wanted = (units * (given @ grams)).unflatten(-1, blocks).sum(-1)
+    products = wanted.new_zeros(*wanted.shape, blocks[0])
+    for block, own in enumerate(columns_of_blocks(units.shape[-1])):
+        later = slice(own.start, None)  # the other half is the same
+        spread = (units[..., own] @ grams[:, own, later]) * units[..., later]
+        products[..., block, block:] = spread.unflatten(-1, (-1, BLOCK)).sum(-1)
+    products += products.triu(1).mT
     diagonal = products.diagonal(dim1=-2, dim2=-1)
     diagonal[diagonal <= 0] = 1  # a block of zeros, whatever its scale
-    wanted = (units * (given @ grams)).unflatten(-1, blocks).sum(-1)
-    return torch.linalg.solve(products.double(), wanted.double())
+    return products.double(), wanted.double()
+
+
+def _relative_errors(scales: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error of each row's output, but for what is the same for all scales: (n, rows)."""
+    return (((scales[..., None, :] @ products)[..., 0, :] - 2 * wanted) * scales).sum(-1)
 
 
 def _choose_codes(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
