@@ -24,7 +24,7 @@ from factorllm.dense.pretrained import parameter_shapes
 from factorllm.dense.wrappers import Wrapper
 from factorllm.exporting.files import publishing
 from factorllm.exporting.ggml import ONLY_GGML, quantize
-from factorllm.exporting.gguf_file import start_file
+from factorllm.exporting.header import start_file
 from factorllm.exporting.plan import Planned, plan_layout
 from factorllm.hosts import HOSTS, Host, StudentFFN, choose_host
 from factorllm.hosts.base import GGUFForm
