@@ -95,8 +95,10 @@ def _document(chooser: random.Random, emotions: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write")
-    out = parser.parse_args().out
-    out.write_text("".join(json.dumps(document) + "\n" for document in documents()), encoding="utf-8")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="how many")
+    options = parser.parse_args()
+    lines = (json.dumps(document) + "\n" for document in documents(options.documents))
+    options.out.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
