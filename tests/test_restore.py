@@ -72,8 +72,12 @@ def test_the_strength_does_not_hang_on_where_the_search_begins():
     parts = [batch(60, seed) for seed in range(3)]
     targets = [part.project(truth) for part in parts]
     noisy = [target + 6 * torch.randn(target.shape, generator=generator) for target in targets]
-    folds = [statistics([part], [target]) for part, target in zip(parts, noisy, strict=True)]
-    found = [solve_ridge(folds, torch.zeros(200, 20), expected)[1] for expected in (None, 3e-4, 1.0)]
+
+    def strength(expected):
+        folds = [statistics([part], [target]) for part, target in zip(parts, noisy, strict=True)]
+        return solve_ridge(folds, torch.zeros(200, 20), expected)[1]
+
+    found = [strength(expected) for expected in (None, 3e-4, 1.0)]
     assert len(set(found)) == 1
     assert min(LAMBDAS) < found[0] / WEAKER < max(LAMBDAS)
 

@@ -114,10 +114,10 @@ class RidgeStatistics:
 
     @classmethod
     def of(cls, parts: list[RidgeStatistics]) -> RidgeStatistics:
-        """The statistics of all parts' tokens."""
-        first = parts[0]
-        whole = cls(*first.cross.shape, first.cross.device)
-        for part in parts:
+        """The statistics of all parts' tokens. The list is emptied, for each part has a matrix of all neurons."""
+        whole = parts.pop()
+        while parts:
+            part = parts.pop()
             whole._lower += part._lower
             whole.cross += part.cross
         return whole
@@ -157,7 +157,8 @@ def solve_ridge(
     error in cross-validation: each fold is predicted by the solution of the others. No change is a candidate too.
 
     Args:
-        folds: statistics of disjoint parts of the calibration tokens.
+        folds: statistics of disjoint parts of the calibration tokens; the list is emptied, so that they are gone
+            before the largest matrices are made.
         down: (d, kept), fp32.
         expected: the strength that the layer before took, near which this one's is looked for.
 
@@ -210,7 +211,7 @@ def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float, dtype: 
     Args:
         dtype: that it is computed in. fp32 takes half the time, and does where the solution is only a start.
     """
-    gram = sums.gram.to(dtype)
+    gram = sums.gram.to(dtype, copy=True)
     down = down.to(dtype)
     missing = sums.cross.to(dtype) - gram @ down.T  # M^T W (T - M down^T)
     return (down + _ridge(gram, missing, strength).T).float()
@@ -229,10 +230,9 @@ def _descend(value: Callable[[int], float], count: int, start: int) -> tuple[int
 
 
 def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
-    ridge = strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damped = gram.clone()
-    damped.diagonal().add_(ridge)
+    """`(gram + lambda I)^-1 cross`; in the place of `gram`, which may have hundreds of MB."""
+    gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     with refusing(
         "the dense model's activations on this text", "they are all 0, or too large: use another copy of the model"
     ):
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(gram, out=gram))
