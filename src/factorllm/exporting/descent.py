@@ -101,7 +101,8 @@ def _choose_scales(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
         units = Blocks(blocks.codes[:, rows], blocks.scales[:, rows], blocks.levels).units()
         products, wanted = _normal_equations(units, matrices[:, rows], grams)
         old = blocks.scales[:, rows].double()
-        new = torch.linalg.solve(products, wanted).half().double()
+        idle = products.diagonal(dim1=-2, dim2=-1) <= 0  # blocks of zeros, whatever their scale
+        new = torch.linalg.solve(products + torch.diag_embed(idle.double()), wanted).half().double()
         better = _relative_errors(new, products, wanted) < _relative_errors(old, products, wanted)
         blocks.scales[:, rows] = torch.where(better[..., None], new, old).float()
 
@@ -117,13 +118,11 @@ def _normal_equations(units: Tensor, given: Tensor, grams: Tensor) -> tuple[Tens
         spread = (units[..., own] @ grams[:, own, later]) * units[..., later]
         products[..., block, block:] = spread.unflatten(-1, (-1, BLOCK)).sum(-1)
     products += products.triu(1).mT
-    diagonal = products.diagonal(dim1=-2, dim2=-1)
-    diagonal[diagonal <= 0] = 1  # a block of zeros, whatever its scale
     return products.double(), wanted.double()
 
 
 def _relative_errors(scales: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
-    """The squared error of each row's output, but for what is the same for all scales: (n, rows)."""
+    """The squared error of each row's output, less what it is with scales of 0: (n, rows), fp64."""
     return (((scales[..., None, :] @ products)[..., 0, :] - 2 * wanted) * scales).sum(-1)
 
 
