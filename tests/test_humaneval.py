@@ -332,7 +332,7 @@ def test_what_is_not_measured_through_llamacpp_is_refused(models, data, tmp_path
 
 @pytest.mark.engine
 def test_files_are_scored_side_by_side_as_one_after_the_other_and_loaded_once_each(models, tmp_path, monkeypatch):
-    from factorllm.measure import gguf_subject, scores
+    from factorllm.measure import gguf_subject, score_cache
 
     write_lines(tmp_path / "piqa.jsonl", [{"query": f"q{n}", "choices": ["a", "b"], "gold": n % 2} for n in range(6)])
     write_lines(tmp_path / "lambada_openai.jsonl", [{"context": "the model", "continuation": "of"}])
@@ -340,15 +340,17 @@ def test_files_are_scored_side_by_side_as_one_after_the_other_and_loaded_once_ea
     subjects = {name: GgufSubject.of(models / f"{name}.gguf") for name in ("student", "dense")}
     console, loaded, start = Console(quiet=True), [], gguf_subject.EngineProcess
     monkeypatch.setattr(gguf_subject, "EngineProcess", lambda *given: loaded.append(given) or start(*given))
-    monkeypatch.setattr(scores.torch, "get_num_threads", lambda: 2)
-    together = scores.scores_of_files(subjects, settings, tmp_path / "together", console)
+    monkeypatch.setattr(score_cache.torch, "get_num_threads", lambda: 2)
+    together = score_cache.scores_of_files(subjects, settings, tmp_path / "together", console)
     assert sorted((path.stem, options.decode_threads) for _, path, options in loaded) == [("dense", 1), ("student", 1)]
-    alone = {name: scores.scores_of(each, name, settings, tmp_path / "c", console) for name, each in subjects.items()}
+    alone = {
+        name: score_cache.scores_of(each, name, settings, tmp_path / "c", console) for name, each in subjects.items()
+    }
     assert together == alone
     assert list(together) == list(subjects)
     loaded.clear()
-    assert scores.scores_of_files(subjects, settings, tmp_path / "c", console) == alone
+    assert score_cache.scores_of_files(subjects, settings, tmp_path / "c", console) == alone
     assert not loaded
-    monkeypatch.setattr(scores, "available_memory", lambda: 0)
-    assert scores.scores_of_files(subjects, settings, tmp_path / "third", console) == alone
+    monkeypatch.setattr(score_cache, "available_memory", lambda: 0)
+    assert score_cache.scores_of_files(subjects, settings, tmp_path / "third", console) == alone
     assert {options.decode_threads for *_, options in loaded} == {None}
