@@ -248,6 +248,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 def check_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> None:
     assert torch.isfinite(found).all(), "the logits of what was made are not finite"
     assert found.shape == wanted.shape
+    found, wanted = found.double(), wanted.double()  # a bit may make a logit of which fp32 has no square
     error = ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
     assert error <= tolerance, f"silently another model: relative error {error:.3g}"
 
