@@ -157,8 +157,8 @@ def solve_ridge(
     error in cross-validation: each fold is predicted by the solution of the others. No change is a candidate too.
 
     Args:
-        folds: statistics of disjoint parts of the calibration tokens; the list is emptied, so that they are gone
-            before the largest matrices are made.
+        folds: statistics of disjoint parts of the calibration tokens; the list is emptied where a change is
+            made, so that they are gone before the largest matrices.
         down: (d, kept), fp32.
         expected: the strength that the layer before took, near which this one's is looked for.
 

@@ -103,7 +103,7 @@ def _choose_scales(blocks: Blocks, matrices: Tensor, grams: Tensor) -> None:
         old = blocks.scales[:, rows].double()
         idle = products.diagonal(dim1=-2, dim2=-1) <= 0  # blocks of zeros, whatever their scale
         new = torch.linalg.solve(products + torch.diag_embed(idle.double()), wanted).half().double()
-        better = _relative_errors(new, products, wanted) < _relative_errors(old, products, wanted)
+        better = _error_changes(new, products, wanted) < _error_changes(old, products, wanted)
         blocks.scales[:, rows] = torch.where(better[..., None], new, old).float()
 
 
@@ -121,8 +121,8 @@ def _normal_equations(units: Tensor, given: Tensor, grams: Tensor) -> tuple[Tens
     return products.double(), wanted.double()
 
 
-def _relative_errors(scales: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
-    """The squared error of each row's output, less what it is with scales of 0: (n, rows), fp64."""
+def _error_changes(scales: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
+    """By how much scales change the squared error of each row's output from what it is with scales of 0: (n, rows), fp64."""
     return (((scales[..., None, :] @ products)[..., 0, :] - 2 * wanted) * scales).sum(-1)
 
 
