@@ -122,7 +122,7 @@ def _normal_equations(units: Tensor, given: Tensor, grams: Tensor) -> tuple[Tens
 
 
 def _error_changes(scales: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
-    """By how much scales change the squared error of each row's output from what it is with scales of 0: (n, rows), fp64."""
+    """How scales change the squared error of each row's output from that with scales of 0: (n, rows), fp64."""
     return (((scales[..., None, :] @ products)[..., 0, :] - 2 * wanted) * scales).sum(-1)
 
 
