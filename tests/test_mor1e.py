@@ -98,6 +98,16 @@ def test_adapters_are_ordinary_ones_and_mix_as_the_intuition_says(made):
             assert torch.allclose(model(tokens).logits, expected, atol=1e-5)
 
 
+def test_of_one_kind_it_is_one_lora(made, text, tmp_path):
+    settings = SETTINGS.model_copy(update={"kinds": 1})
+    heal(made / "student", str(made / "dense"), tmp_path / "out", text=text, settings=settings)
+    assert [path.name for path in (tmp_path / "out/adapters").iterdir()] == ["0"]
+    validation, tokens = losses(tmp_path / "out", "eval_loss"), torch.randint(256, (2, 20))
+    assert validation[-1] < 0.95 * validation[0]
+    found, expected = (model(tokens).logits for model in (load_student(tmp_path / "out"), alone(tmp_path, 0)))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 @contextmanager
 def sure(probabilities):
     """Every text is of these kinds."""

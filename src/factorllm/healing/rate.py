@@ -93,7 +93,7 @@ def settle_rate(job: HealJob, targets: dict[str, Targets]) -> Rate:
 def _find(job: HealJob, targets: dict[str, Targets]) -> Rate:
     """A rate that is found where that is worth its work, else the usual one; says which, and why."""
     weight = typical_weight(open_folder(job.student, str(job.student))[2])
-    if job.settings.train == "mor1e":
+    if job.settings.has_adapters:
         weight *= _ADAPTED
     usual = usual_rate(job.shape, weight)
     validation = targets["validation"]

@@ -73,8 +73,9 @@ class HealSettings(BaseModel):
     """Evaluations without a better validation loss, that of the start among them, after which training stops."""
     lora_rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters of `train="lora"`."""
-    kinds: int = Field(default=8, ge=2, le=1024)
-    """Kinds of text that `train="mor1e"` finds in the text, each with an adapter."""
+    kinds: int = Field(default=8, ge=1, le=1024)
+    """Kinds of text that `train="mor1e"` finds in the text, each with an adapter; of one, it is a LoRA beside the
+    student."""
     kind_rank: int = Field(default=8, ge=1, le=65_536)
     """Rank of the adapters of `train="mor1e"`."""
     quantize: str | None = None
@@ -87,6 +88,11 @@ class HealSettings(BaseModel):
     it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn, and the student's own weights do not."""
+        return self.train in ("lora", "mor1e")
 
 
 def usual_rate(shape: Shape, weight: float) -> float:

@@ -30,12 +30,12 @@ def check_learning(settings: HealSettings, recipe: Recipe) -> None:
         raise FactorLLMError(
             f"a static prune has no {settings.train} to train, it is a plain dense model; use --train ffn or all"
         )
-    adapters = settings.train in ("lora", "mor1e")
-    where = "in a static prune" if recipe.is_prune else f"with --train {settings.train}" if adapters else None
+    adapters = f"with --train {settings.train}" if settings.has_adapters else None
+    where = "in a static prune" if recipe.is_prune else adapters
     if where and (settings.coordinate or settings.gates == "all-experts"):
         option = "--coordinate" if settings.coordinate else "--gates all-experts"
         raise FactorLLMError(f"no router learns {where}, so {option} has nothing to do; leave it out")
-    if adapters and find_spec("peft") is None:
+    if settings.has_adapters and find_spec("peft") is None:
         raise FactorLLMError(f"--train {settings.train} needs peft: pip install 'factorllm[train]'")
 
 
