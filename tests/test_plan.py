@@ -105,6 +105,8 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
         assert fewer[same].decode == pytest.approx(1 / (5 / 4 + 12 * seconds), rel=1e-6), name
         assert fewer[same].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 / 4 + 12 * seconds), rel=1e-6), name
         assert fewer[same].file_bytes < found[name].file_bytes
+        assert found[name].head_share == pytest.approx(5 / (5 + 12 * seconds), rel=1e-6), name
+        assert fewer[same].head_share == pytest.approx(5 / 4 / (5 / 4 + 12 * seconds), rel=1e-6), name
     assert fewer["dense"] == found["dense"]
     assert found["S4A0E8"].decode_ratio == pytest.approx((5 + 12 * 7.12) / (5 + 12 * 4.56), rel=1e-6)
 
@@ -148,15 +150,16 @@ def test_fewer_layers_are_the_first_ones():
     assert config.num_hidden_layers == BASE["num_hidden_layers"]
 
 
-def choice(name: str, decode_ratio: float, memory: int) -> Choice:
+def choice(name: str, decode_ratio: float, memory: int, head_share: float = 0.05) -> Choice:
     recipe = None if name in ("dense", "trimmed") else parse_recipe(name)
-    expected = forecasting.Expected(name, recipe, "q8_0", 0.5, 1.0, 1.0, decode_ratio, 1.0, memory, memory)
+    expected = forecasting.Expected(name, recipe, "q8_0", 0.5, 1.0, 1.0, decode_ratio, 1.0, head_share, memory, memory)
     return Choice(expected, recipe and known_quality(recipe, "SmolLM2-135M-Instruct"), 1.0, 1.0)
 
 
 OUTLOOK = Outlook(
     "SmolLM2-135M-Instruct",
     [choice("S2A2E8", 1.2, 100), choice("S0A4E8N3", 1.35, 140), choice("S4A0E8", 1.3, 70), choice("S1A1E8", 1.5, 100)],
+    tokens=49_152,
 )
 
 
@@ -177,8 +180,26 @@ def test_a_wish_means_a_shape(wish, chosen):
 
 @pytest.mark.parametrize(("speed", "chosen"), [(1.1, "trimmed"), (1.15, "S0A4E8N3")])
 def test_fewer_tokens_come_before_fewer_neurons(speed, chosen):
-    outlook = Outlook(OUTLOOK.model, [choice("dense", 1, 120), choice("trimmed", 1.12, 90), *OUTLOOK.choices], 300)
+    outlook = Outlook(
+        OUTLOOK.model, [choice("dense", 1, 120), choice("trimmed", 1.12, 90), *OUTLOOK.choices], 49_152, 300
+    )
     assert outlook.choose(Wish(speed=speed), "q8_0").expected.name == chosen
+
+
+@pytest.mark.parametrize(
+    ("head_share", "tokens", "vocabulary", "advised"),
+    [
+        (0.24, 151_936, None, True),
+        (0.05, 151_936, None, False),  # of a large model the head is little
+        (0.24, 32_000, None, False),  # these are few already
+        (0.24, 151_936, 32_768, False),  # it is what was asked for
+    ],
+)
+def test_fewer_tokens_are_advised_where_the_head_takes_much(head_share, tokens, vocabulary, advised):
+    outlook = Outlook("model", [choice("dense", 1, 120, head_share)], tokens, vocabulary)
+    said = outlook.advice or ""
+    assert bool(said) == advised
+    assert ("151,936 tokens takes up to 24% of the time of a token: see also --vocabulary 32768" in said) == advised
 
 
 @pytest.mark.parametrize(

@@ -36,5 +36,7 @@ def plan(
         typer.echo(json.dumps(outlook.as_json() | {"chosen": [one.expected.name for one in chosen]}, indent=2))
         return
     terminal.console.print(outlook_table(outlook))
+    if outlook.advice:
+        terminal.say(outlook.advice)
     for choice in chosen:
         terminal.say(f"{choice.expected.file_type}: {choice.expected.name}; {times(choice)}")

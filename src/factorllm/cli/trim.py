@@ -9,7 +9,7 @@ import typer
 from factorllm.cli import terminal
 from factorllm.cli.options import Model, Out, Resume, settings_from
 from factorllm.runs.settings import Settings
-from factorllm.trimming import COUNTED_TOKENS
+from factorllm.trimming import COUNTED_TOKENS, VOCABULARY
 
 
 @settings_from(Settings, "tokens", "held_out_tokens", "seed", tokens=COUNTED_TOKENS)
@@ -19,7 +19,7 @@ def trim(
     text: Annotated[
         str, typer.Option(help="Text whose tokens are counted: .txt, .jsonl, .json, .parquet or a dataset id.")
     ],
-    vocabulary: Annotated[int, typer.Option(help="Tokens that stay.")] = 32_768,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that stay.")] = VOCABULARY,
     resume: Resume = True,
     **chosen,
 ) -> None:

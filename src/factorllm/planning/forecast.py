@@ -55,6 +55,7 @@ class Expected:
         sparsity: share of the FFN's neurons that do not run for a token.
         decode, prefill: tokens/s at batch 1.
         decode_ratio, prefill_ratio: over the dense model in the same type.
+        head_share: of the time of a token that is decoded, the output head's.
         file_bytes: of the GGUF file, without its tokenizer.
         memory_bytes: that, and the cache of a conversation of 4096 tokens.
     """
@@ -67,6 +68,7 @@ class Expected:
     prefill: float
     decode_ratio: float
     prefill_ratio: float
+    head_share: float
     file_bytes: int
     memory_bytes: int
 
@@ -235,7 +237,8 @@ def _expected(
         steps: of the dense model.
     """
     layers, share = config.num_hidden_layers, config.vocab_size / dense.vocab_size
-    prefill, decode = (step.with_head(share).seconds(shape, layers) for step in steps.values())
+    own = [step.with_head(share) for step in steps.values()]
+    prefill, decode = (step.seconds(shape, layers) for step in own)
     dense_prefill, dense_decode = (step.seconds(dense_shape(dense), layers) for step in steps.values())
     size = StandIn.of(config, shape).file_size(file_type)
     cache = 2 * layers * key_value_heads(config) * head_dim(config) * _KV_BYTES * _CONTEXT
@@ -248,6 +251,7 @@ def _expected(
         prefill=1 / prefill,
         decode_ratio=dense_decode / decode,
         prefill_ratio=dense_prefill / prefill,
+        head_share=own[-1].head / decode,
         file_bytes=size,
         memory_bytes=size + cache,
     )

@@ -18,9 +18,12 @@ from factorllm.planning.quality import Measured, known_quality
 from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
 from factorllm.runs.progress import minutes
+from factorllm.trimming import VOCABULARY
 
 TOKENS, HEALED_TOKENS = 49_152, 100_000
 """What the times of a plan are for."""
+
+_MUCH = 0.1  # of the time of a token
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,26 @@ class Outlook:
 
     Attributes:
         choices: the dense model first, for each file type.
+        tokens: of the dense model's vocabulary.
         vocabulary: tokens that stay in all but the dense model; None for all.
     """
 
     model: str
     choices: list[Choice]
+    tokens: int
     vocabulary: int | None = None
+
+    @property
+    def advice(self) -> str | None:
+        """What more can be done, where the output head takes much of a token's time; None where it does not, or is
+        done already."""
+        share = max(choice.expected.head_share for choice in self.choices if choice.expected.kind == "dense")
+        if self.vocabulary is not None or self.tokens < 2 * VOCABULARY or share < _MUCH:
+            return None
+        return (
+            f"its output head of {self.tokens:,} tokens takes up to {share:.0%} of the time of a token: see also "
+            f"--vocabulary {VOCABULARY}, which leaves out tokens that your text does not use, and changes no weight"
+        )
 
     def choose(self, wish: Wish, file_type: str) -> Choice:
         """The shape that a wish means: the best one that is fast enough, or the fastest one that keeps enough.
@@ -113,7 +130,7 @@ def plan(
     pace = Pace.measure()
     expected = forecast(config, types, vocabulary, console)
     made = config if vocabulary is None else with_tokens(config, vocabulary)
-    return Outlook(model, [_choice(made, model, pace, one) for one in expected], vocabulary)
+    return Outlook(model, [_choice(made, model, pace, one) for one in expected], config.vocab_size, vocabulary)
 
 
 def _choice(config: PreTrainedConfig, model: str, pace: Pace, expected: Expected) -> Choice:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from factorllm.errors import FactorLLMError
+from factorllm.trimming import VOCABULARY
 from factorllm.trimming.byte_pairs import BytePairs
 
 
@@ -53,7 +54,7 @@ def check_size(size: int, tokens: int) -> None:
         tokens: of the model.
     """
     if size < 1:
-        raise FactorLLMError(f"a vocabulary of {size:,} tokens is none; choose a --vocabulary such as 32768")
+        raise FactorLLMError(f"a vocabulary of {size:,} tokens is none; choose a --vocabulary such as {VOCABULARY}")
     if size >= tokens:
         raise FactorLLMError(f"the model has {tokens:,} tokens, so none is left out; choose a smaller --vocabulary")
 
