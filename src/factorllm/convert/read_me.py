@@ -28,8 +28,6 @@ from factorllm.text.intuition import Intuition
 PROMPT = 128
 """Tokens of a prompt that the choice of a kind is fitted on."""
 
-_SURE = 0.02  # difference of the shares that two kinds hold, at which one is e times as likely
-
 
 def finish_kinds(job: Job, logit_scales: dict[str, float], recipe: ReadMe) -> Summary:
     """Fit the choice of a kind, measure, complete the checkpoint of each kind, and publish them together."""

@@ -44,10 +44,6 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def has_images(self) -> bool:
-        return bool(self.files)
-
     def is_image(self, run: slice) -> Tensor:
         """Which tokens of some sequences are of an image: (sequences, length), bool."""
         mask = torch.zeros_like(self.tokens[run], dtype=torch.bool)
