@@ -123,7 +123,10 @@ def _check_vocabulary(model: str, vocabulary: int, text: str | None) -> None:
 
 def _shape_of(model: str, wish: Wish, vocabulary: int | None, file_type: str, console: Console | None) -> str:
     """The name of the shape that a wish means."""
-    expected = foretell(model, (file_type,), vocabulary, console).choose(wish, file_type).expected
+    outlook = foretell(model, (file_type,), vocabulary, console)
+    if console and outlook.advice:
+        console.print(outlook.advice)
+    expected = outlook.choose(wish, file_type).expected
     if expected.recipe is None:
         raise FactorLLMError(
             f"with {vocabulary:,} tokens alone it is expected to decode {expected.decode_ratio:.2f} times as fast, so "
