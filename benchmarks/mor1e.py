@@ -32,7 +32,7 @@ from factorllm.student.read import load_student
 from factorllm.text.documents import read_documents
 from factorllm.text.intuition import Intuition
 
-DOCUMENTS, LONGEST, SHORTEST = 20, 384, 64
+DOCUMENTS, LONGEST, SHORTEST = 8, 256, 64
 """Of a kind; tokens of each."""
 
 Model = Callable[[Tensor], Tensor]
