@@ -613,8 +613,8 @@ def test_a_search_that_would_cost_too_much_is_left_out_and_that_is_said(
     console = Console(record=True, width=200, file=io.StringIO())
     settings = QUICK.model_copy(update={"learning_rate": None, "tokens": 1024, "train": train, "kinds": 2})
     heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings, console=console)
-    usual = times * usual_rate(parse_recipe("S2A2E8").shape(64), typical_weight(TensorFolder(student)))
-    assert told(tmp_path / "out")["learning_rate"] == {"value": pytest.approx(usual), "origin": "usual"}
+    usual = usual_rate(parse_recipe("S2A2E8").shape(64), times * typical_weight(TensorFolder(student)))
+    assert told(tmp_path / "out")["learning_rate"] == {"value": usual, "origin": "usual"}
     assert re.search(r"learning rate [0-9.e-]+, as usual: to find one would be [0-9]{3}% of", console.export_text())
 
 
