@@ -1,11 +1,17 @@
-"""What the scripts share: tables in the pages of docs/."""
+"""What the scripts share: tables in the pages of docs/, and unseen documents as tokens."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from factorllm.runs.workspace import write_text
+from factorllm.text.documents import read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def replace_part(page: Path, mark: str, content: str) -> None:
@@ -25,3 +31,19 @@ def commit() -> str:
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def document_starts(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int, shortest: int, longest: int
+) -> list[list[int]]:
+    """The first tokens of the first documents of a text that are long enough.
+
+    Args:
+        count: documents at most.
+        shortest, longest: tokens of each.
+    """
+    encoded = (tokenizer(document, add_special_tokens=False).input_ids for document in read_documents(text))
+    found = list(itertools.islice((tokens[:longest] for tokens in encoded if len(tokens) >= shortest), count))
+    if not found:
+        raise SystemExit(f"{text} has no document of {shortest} tokens; leave it out, or take longer ones")
+    return found

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import markdown_table
+from common import document_starts, markdown_table
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
@@ -27,9 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense import open_model
 from factorllm.dense.safetensors import load_language_model
-from factorllm.student.adapters import adapter_folders
+from factorllm.student.adapters import ADAPTERS, adapter_folders
 from factorllm.student.read import load_student
-from factorllm.text.documents import read_documents
 from factorllm.text.intuition import Intuition
 
 DOCUMENTS, LONGEST, SHORTEST = 8, 256, 64
@@ -50,8 +49,9 @@ def main() -> None:
     options = parser.parse_args()
     source = open_model(options.dense)
     tokenizer = source.tokenizer()
-    rows = [list(itertools.islice(documents(tokenizer, text), DOCUMENTS)) for text in options.texts]
-    tokens, owner = list(itertools.chain(*rows)), np.repeat(np.arange(len(rows)), [len(each) for each in rows])
+    rows = [document_starts(tokenizer, text, DOCUMENTS, SHORTEST, LONGEST) for text in options.texts]
+    tokens = [torch.tensor([row]) for row in itertools.chain(*rows)]
+    owner = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
 
     models = {"student": of(load_student(options.student))}
     for folder in options.made:
@@ -62,20 +62,12 @@ def main() -> None:
     for folder in options.made:
         columns |= chosen(folder, columns, tokens, tokenizer)
 
-    shown = [name for name in columns if not name.rpartition("/adapters/")[1]]
+    shown = [name for name in columns if f"/{ADAPTERS}/" not in name]
     means = np.array([[columns[name][owner == kind].mean() for name in shown] for kind in range(len(rows))])
     table = [[Path(text).stem, str(len(of_kind)), *map("{:.4f}".format, row)]
              for text, of_kind, row in zip(options.texts, rows, means, strict=True)]  # fmt: skip
     table.append(["mean", str(len(tokens)), *map("{:.4f}".format, means.mean(axis=0))])
     print(markdown_table(["text", "documents", *shown], table))
-
-
-def documents(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Tensor]:
-    """Tokens of each document that is long enough."""
-    for document in read_documents(text):
-        tokens = tokenizer(document, add_special_tokens=False).input_ids[:LONGEST]
-        if len(tokens) >= SHORTEST:
-            yield torch.tensor([tokens])
 
 
 def of(model: torch.nn.Module) -> Model:

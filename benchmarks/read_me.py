@@ -34,20 +34,16 @@ POLICIES = ("fifo", "lru", "belady")
 
 def quality(dense: str, made: str, general: str, texts: list[str]) -> None:
     import torch
+    from common import document_starts
 
     from factorllm.dense import open_model
     from factorllm.student.read import load_student
-    from factorllm.text.documents import read_documents
     from factorllm.text.intuition import Intuition
 
     source, intuition = open_model(dense), Intuition.load(Path(made))
     tokenizer, rows, owner = source.tokenizer(), [], []
     for kind, text in enumerate(texts):
-        encoded = (tokenizer(document, add_special_tokens=False).input_ids for document in read_documents(text))
-        long = (tokens[: PROMPT + SCORED] for tokens in encoded if len(tokens) >= PROMPT + SCORED)
-        found = list(itertools.islice(long, DOCUMENTS))
-        if not found:
-            raise SystemExit(f"{text} has no document of {PROMPT + SCORED} tokens; leave it out, or take longer ones")
+        found = document_starts(tokenizer, text, DOCUMENTS, PROMPT + SCORED, PROMPT + SCORED)
         rows += found
         owner += [kind] * len(found)
     tokens, owner = torch.tensor(rows), np.array(owner)

@@ -237,8 +237,8 @@ def _expected(
         steps: of the dense model.
     """
     layers, share = config.num_hidden_layers, config.vocab_size / dense.vocab_size
-    own = [step.with_head(share) for step in steps.values()]
-    prefill, decode = (step.seconds(shape, layers) for step in own)
+    prefilling, decoding = (step.with_head(share) for step in steps.values())
+    prefill, decode = (step.seconds(shape, layers) for step in (prefilling, decoding))
     dense_prefill, dense_decode = (step.seconds(dense_shape(dense), layers) for step in steps.values())
     size = StandIn.of(config, shape).file_size(file_type)
     cache = 2 * layers * key_value_heads(config) * head_dim(config) * _KV_BYTES * _CONTEXT
@@ -251,7 +251,7 @@ def _expected(
         prefill=1 / prefill,
         decode_ratio=dense_decode / decode,
         prefill_ratio=dense_prefill / prefill,
-        head_share=own[-1].head / decode,
+        head_share=decoding.head / decode,
         file_bytes=size,
         memory_bytes=size + cache,
     )

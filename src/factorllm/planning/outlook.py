@@ -59,8 +59,8 @@ class Outlook:
 
     @property
     def advice(self) -> str | None:
-        """What more can be done, where the output head takes much of a token's time; None where it does not, or is
-        done already."""
+        """To leave out tokens, where the output head takes much of a token's time; None where it does not, where
+        tokens are few, or where they are left out already."""
         share = max(choice.expected.head_share for choice in self.choices if choice.expected.kind == "dense")
         if self.vocabulary is not None or self.tokens < 2 * VOCABULARY or share < _MUCH:
             return None
