@@ -10,14 +10,14 @@ import pytest
 from conftest import BASE, CONFIGS
 from pydantic import ValidationError
 from test_export import save_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlavaConfig
 
 from factorllm import FactorLLMError, Wish, export, factorize
 from factorllm.cli import main
 from factorllm.dense.headers import read_dense_config
 from factorllm.measure.cost import dense_shape
 from factorllm.planning import forecast as forecasting
-from factorllm.planning.outlook import Choice, Outlook
+from factorllm.planning.outlook import Choice, Outlook, plan
 from factorllm.planning.quality import known_quality
 from factorllm.planning.stand_in import StandIn, with_layers
 from factorllm.recipe import parse_recipe
@@ -114,9 +114,23 @@ def test_a_law_that_is_a_sum_of_terms_is_found_again(monkeypatch):
 @pytest.mark.parametrize(
     ("vocabulary", "said"), [(260, "has 260 tokens, so none is left out"), (0, "0 tokens is none")]
 )
-def test_no_more_tokens_can_stay_than_there_are_and_some_must(vocabulary, said):
+def test_no_more_tokens_can_stay_than_there_are_and_some_must(vocabulary, said, tmp_path):
+    LlamaConfig(**BASE | {"vocab_size": 260}).save_pretrained(tmp_path)
     with pytest.raises(FactorLLMError, match=said):
-        forecasting.forecast(LlamaConfig(**BASE | {"vocab_size": 260}), ("q8_0",), vocabulary=vocabulary)
+        plan(str(tmp_path), ("q8_0",), vocabulary)
+
+
+@pytest.mark.parametrize("takes_images", [False, True])
+def test_tokens_of_a_model_that_takes_images_are_not_said_to_be_left_out(takes_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasting, "measure_speed", timed_by(linear))
+    config = LlamaConfig(**BASE | {"vocab_size": 65_536, "max_position_embeddings": 256})
+    if takes_images:
+        config = LlavaConfig(text_config=config, vision_config={"model_type": "clip_vision_model"})
+    config.save_pretrained(tmp_path)
+    assert ("see also --vocabulary" in (plan(str(tmp_path), ("q8_0",)).advice or "")) == (not takes_images)
+    if takes_images:
+        with pytest.raises(FactorLLMError, match=r"takes images too.*give its text model"):
+            plan(str(tmp_path), ("q8_0",), 300)
 
 
 def test_times_by_which_a_shape_would_take_none_are_refused(monkeypatch):

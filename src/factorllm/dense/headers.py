@@ -9,11 +9,18 @@ from factorllm.dense.config_checks import check_config, check_family
 from factorllm.dense.hub import download_config
 from factorllm.dense.names import HEAD
 from factorllm.dense.safetensors import read_config
-from factorllm.dense.wrappers import unwrapped
+from factorllm.dense.wrappers import Wrapper, unwrapped
 
 
 def read_dense_config(model: str) -> PreTrainedConfig:
-    """The config of a dense model. Where its weights are there, their names and shapes are checked against it.
+    """The config of a dense model, as `read_dense_header` reads it."""
+    return read_dense_header(model)[0]
+
+
+def read_dense_header(model: str) -> tuple[PreTrainedConfig, Wrapper | None]:
+    """The config of a dense model, and what is round it where it is the text model of a vision-language model.
+
+    Where its weights are there, their names and shapes are checked against the config.
 
     Args:
         model: a folder, which may hold nothing but `config.json`; a `.gguf` file; or a hub id, of which only
@@ -25,9 +32,10 @@ def read_dense_config(model: str) -> PreTrainedConfig:
     path = local_path(model)
     is_hub_id = not path.exists() and path.suffix != ".gguf" and model.count("/") == 1
     if not is_hub_id and (not path.is_dir() or any(path.glob("*.safetensors"))):
-        return open_model(model).config
+        source = open_model(model)
+        return source.config, source.wrapper
     whole = read_config(download_config(model) if is_hub_id else path, model)
-    config, _ = unwrapped(whole, () if whole.tie_word_embeddings else (HEAD,))
+    config, wrapper = unwrapped(whole, () if whole.tie_word_embeddings else (HEAD,))
     check_family(model, config)
     check_config(model, config)
-    return config
+    return config, wrapper

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 
 from factorllm.dense import open_model
-from factorllm.dense.headers import read_dense_config
+from factorllm.dense.headers import read_dense_config, read_dense_header
 from factorllm.engines import installed
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
@@ -22,7 +22,7 @@ from factorllm.recipe import Recipe, parse_recipe
 from factorllm.runs.progress import minutes
 from factorllm.runs.settings import Settings
 from factorllm.text.parts import open_text, sequences_of
-from factorllm.trimming.choose import check_size
+from factorllm.trimming.choose import check_trim
 
 Effort = Literal["quick", "standard", "best"]
 
@@ -118,7 +118,7 @@ def choose_plan(
 def _check_vocabulary(model: str, vocabulary: int, text: str | None) -> None:
     if text is None:
         raise FactorLLMError("which tokens stay is counted in a text, the more of it the better; give it with --text")
-    check_size(vocabulary, read_dense_config(model).vocab_size)
+    check_trim(model, *read_dense_header(model), vocabulary)
 
 
 def _shape_of(model: str, wish: Wish, vocabulary: int | None, file_type: str, console: Console | None) -> str:

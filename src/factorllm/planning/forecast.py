@@ -29,7 +29,6 @@ from factorllm.planning.stand_in import StandIn, with_layers, with_tokens
 from factorllm.recipe import Recipe, Shape, parse_recipe
 from factorllm.runs.disk import IN_TMPDIR, require_space
 from factorllm.runs.progress import meter
-from factorllm.trimming.choose import check_size
 
 RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8")
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
@@ -109,11 +108,9 @@ def forecast(
 
     Raises:
         FactorLLMError: when llama.cpp is not installed or has no such architecture, no shape is possible, or
-            some layers have no FFN; when other programs disturb the timing; when there are no more tokens than stay.
+            some layers have no FFN; when other programs disturb the timing.
     """
     console = console or Console(quiet=True)
-    if vocabulary is not None:
-        check_size(vocabulary, config.vocab_size)
     if len(ffn_layers(config)) < config.num_hidden_layers:
         raise FactorLLMError(
             f"its speed in llama.cpp cannot be foretold, for not each layer of {config.model_type} has an FFN; "

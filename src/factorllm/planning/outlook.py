@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from factorllm.dense.headers import read_dense_config
+from factorllm.dense.headers import read_dense_header
 from factorllm.errors import FactorLLMError
 from factorllm.planning import TYPES
 from factorllm.planning.forecast import Expected, forecast
@@ -19,6 +19,7 @@ from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
 from factorllm.runs.progress import minutes
 from factorllm.trimming import VOCABULARY
+from factorllm.trimming.choose import check_trim
 
 TOKENS, HEALED_TOKENS = 49_152, 100_000
 """What the times of a plan are for."""
@@ -50,19 +51,21 @@ class Outlook:
         choices: the dense model first, for each file type.
         tokens: of the dense model's vocabulary.
         vocabulary: tokens that stay in all but the dense model; None for all.
+        text_alone: of which alone some may be left out; other models take images too.
     """
 
     model: str
     choices: list[Choice]
     tokens: int
     vocabulary: int | None = None
+    text_alone: bool = True
 
     @property
     def advice(self) -> str | None:
         """To leave out tokens, where the output head takes much of a token's time; None where it does not, where
-        tokens are few, or where they are left out already."""
+        tokens are few, where they are left out already, or where `trim` would refuse the model."""
         share = max(choice.expected.head_share for choice in self.choices if choice.expected.kind == "dense")
-        if self.vocabulary is not None or self.tokens < 2 * VOCABULARY or share < _MUCH:
+        if not self.text_alone or self.vocabulary is not None or self.tokens < 2 * VOCABULARY or share < _MUCH:
             return None
         return (
             f"its output head of {self.tokens:,} tokens takes up to {share:.0%} of the time of a token: see also "
@@ -119,18 +122,22 @@ def plan(
         console: where progress is shown.
 
     Raises:
-        FactorLLMError: for a model that cannot be read, or none of whose shapes llama.cpp has.
+        FactorLLMError: for a model that cannot be read, none of whose shapes llama.cpp has, or whose vocabulary cannot
+            be trimmed so.
 
     Example:
         >>> outlook = plan("dense", types=("q8_0",))
         >>> outlook.choices[0].expected.name
         'dense'
     """
-    config = read_dense_config(model)
+    config, wrapper = read_dense_header(model)
+    if vocabulary is not None:
+        check_trim(model, config, wrapper, vocabulary)
     pace = Pace.measure()
     expected = forecast(config, types, vocabulary, console)
     made = config if vocabulary is None else with_tokens(config, vocabulary)
-    return Outlook(model, [_choice(made, model, pace, one) for one in expected], config.vocab_size, vocabulary)
+    choices = [_choice(made, model, pace, one) for one in expected]
+    return Outlook(model, choices, config.vocab_size, vocabulary, text_alone=wrapper is None)
 
 
 def _choice(config: PreTrainedConfig, model: str, pace: Pace, expected: Expected) -> Choice:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError
 from factorllm.trimming import VOCABULARY
 from factorllm.trimming.byte_pairs import BytePairs
@@ -27,9 +29,8 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
         Ids, ascending.
 
     Raises:
-        FactorLLMError: when there is nothing to leave out, or `size` is too small for what must stay.
+        FactorLLMError: when `size` is too small for what must stay.
     """
-    check_size(size, len(counts))
     kept = {*always, *(pairs.ids[token] for token in pairs.bytes)}
     if len(kept) > size:
         raise FactorLLMError(
@@ -46,16 +47,21 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
     return sorted(kept)
 
 
-def check_size(size: int, tokens: int) -> None:
-    """Refuse a vocabulary of no token, or of which nothing is left out.
+def check_trim(model: str, config: PreTrainedConfig, wrapper: Wrapper | None, size: int) -> None:
+    """Refuse a model that sees images, and a vocabulary of no token, or of which nothing is left out.
 
     Args:
+        wrapper: what is round the dense model, if anything is.
         size: tokens that are to stay.
-        tokens: of the model.
     """
+    if wrapper:
+        raise FactorLLMError(
+            f"{model} takes images too, by tokens of their own; only models of text alone are trimmed: give its text "
+            "model"
+        )
     if size < 1:
         raise FactorLLMError(f"a vocabulary of {size:,} tokens is none; choose a --vocabulary such as {VOCABULARY}")
-    if size >= tokens:
+    if size >= (tokens := config.vocab_size):
         raise FactorLLMError(f"the model has {tokens:,} tokens, so none is left out; choose a smaller --vocabulary")
 
 

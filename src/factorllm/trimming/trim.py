@@ -36,7 +36,7 @@ from factorllm.text.calibration import hold_out, public_name, refuse_too_few, sa
 from factorllm.text.parts import open_text, sequences_of
 from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.byte_pairs import BytePairs
-from factorllm.trimming.choose import choose_tokens
+from factorllm.trimming.choose import check_trim, choose_tokens
 from factorllm.trimming.renumber import ids_in_tokenizer, renumber_config, said_ids
 from factorllm.trimming.tokenizer import check_tokenizer, read_backend, write_tokenizer
 
@@ -100,11 +100,7 @@ def trim(
     finish_publishing(out)
     check_output(out, TRIMMED, [model, text])
     source = open_model(model)
-    if source.wrapper:
-        raise FactorLLMError(
-            f"{model} takes images too, by tokens of their own; only models of text alone are trimmed: give its text "
-            "model"
-        )
+    check_trim(model, source.config, source.wrapper, vocabulary)
     settings = (settings or Settings(tokens=COUNTED_TOKENS)).resolve(source.config)
     job = {"model": source.fingerprint, "vocabulary": vocabulary, **common_identity(text, settings)}
     if not overwrite and is_done(out, TRIMMED, job):
