@@ -67,3 +67,13 @@ def test_without_a_terminal_there_are_lines_only():
     with show_course(console, "all steps", Course({"heal": 60.0})), meter(console, "healing", 2) as bar:
         bar.advance()
     assert "━" not in shown.getvalue()
+
+
+def test_time_before_the_first_step_is_no_part_of_what_a_step_takes(clock):
+    shown = io.StringIO()
+    with meter(Console(file=shown, width=100), "healing", 10) as bar:
+        clock[0] += 600  # the start is measured
+        bar.begin()
+        clock[0] += 30
+        bar.advance()
+    assert shown.getvalue() == "healing: 10%, about 4:30 left\n"

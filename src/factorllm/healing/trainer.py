@@ -22,6 +22,7 @@ from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_l
 from factorllm.healing.memory import MicroBatch, is_out_of_memory
 from factorllm.healing.rounding import Rounding
 from factorllm.healing.settings import HealSettings
+from factorllm.runs.progress import Meter
 from factorllm.student.routers import Routers, is_router
 
 _BETAS = (0.9, 0.95)
@@ -321,15 +322,17 @@ class ProgressCallback(TrainerCallback):
     """Tells how far training is.
 
     Args:
-        advance: called with the number of new steps.
+        bar: of its steps.
         say: called with a line for each evaluation.
     """
 
-    def __init__(self, advance: Callable[[int], None], say: Callable[[str], None]):
-        self._advance, self._say = advance, say
+    def __init__(self, bar: Meter, say: Callable[[str], None]):
+        self._bar, self._say = bar, say
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._advance(1)
+        self._bar.advance()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._say(f"step {state.global_step}: KL to the teacher on validation text {metrics['eval_loss']:.4f}")
+        if state.global_step == 0:
+            self._bar.begin()  # the start is measured once, and takes as long as many steps

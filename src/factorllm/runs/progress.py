@@ -91,9 +91,13 @@ class Meter:
 
     def __init__(self, bars: Progress, what: str, total: int, done: int = 0):
         self._bars, self._console, self._what, self._total, self._done = bars, bars.console, what, total, done
-        self._before, self._start = done, time.monotonic()
+        self.begin()
         self._next_line = self._start + _LINE_EVERY_SECONDS
         self.task = bars.add_task(what, total=total, completed=done)
+
+    def begin(self) -> None:
+        """Leave what was done until now, and the time that it took, out of the estimate."""
+        self._before, self._start = self._done, time.monotonic()
 
     def describe(self, what: str) -> None:
         self._what = what
