@@ -19,7 +19,8 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +89,10 @@ def load(seed: int, pace: float) -> list[tuple[float, int]]:
 
 
 def simulated(
-    arrivals: list[tuple[float, int]], policy: str, limit: float, run: float, loading: float
+    arrivals: list[tuple[float, int]], policy: str, limit: float, run: float, loading: float, parallel: int = PARALLEL
 ) -> tuple[float, float, float]:
     """Share of hits, 95th percentile of the time until an answer, and the longest wait."""
-    schedule, order = Schedule(KINDS, IN_MEMORY, PARALLEL, limit, policy), itertools.count()
+    schedule, order = Schedule(KINDS, IN_MEMORY, parallel, limit, policy), itertools.count()
     events = [(at, next(order), "arrive", number) for number, (at, _) in enumerate(arrivals)]
     ended: dict[int, float] = {}
     while events:
@@ -111,21 +112,40 @@ def simulated(
     return schedule.hits / REQUESTS, float(np.percentile(list(ended.values()), 95)), max(schedule.waits)
 
 
-def simulate() -> None:
+def simulate(parallel: int) -> None:
     """Also with a limit of which nearly all requests wait half."""
     cases = {policy: (policy, LIMIT) for policy in POLICIES} | {"belady, 12 s": ("belady", 12.0)}
     print("answer s | load s | apart s | " + " | ".join(f"{case}: hits, p95 s, longest wait s" for case in cases))
     for run, loading, pace in ((1.0, 1.0, 0.3), (1.0, 2.0, 0.3), (2.0, 1.0, 0.6), (1.0, 1.0, 0.02), (0.5, 3.0, 0.5)):
         cells = []
         for case in cases.values():
-            draws = [simulated(load(seed, pace), *case, run, loading) for seed in range(50)]
+            draws = [simulated(load(seed, pace), *case, run, loading, parallel) for seed in range(50)]
             hits, p95, longest = np.mean(draws, axis=0)
             cells.append(f"{hits:.1%}, {p95:.1f}, {longest:.1f}")
         print(f"{run} | {loading} | {pace} | " + " | ".join(cells), flush=True)
 
 
-def queue(files: list[str], pace: float, answer: int, limit: float) -> None:
-    """The same load by each policy, through the server's own front; kinds are given, for the queue is what is timed."""
+@dataclass(frozen=True)
+class Asked:
+    """How the server is asked.
+
+    Attributes:
+        pace: mean seconds between requests.
+        answer: tokens of each.
+        limit: seconds that none should wait.
+        parallel: requests that run at once.
+        draws: loads, each by every policy in turn.
+    """
+
+    pace: float
+    answer: int
+    limit: float
+    parallel: int
+    draws: int
+
+
+def queue(files: list[str], asked: Asked) -> None:
+    """The same loads by each policy, through the server's own front. Kinds are given: the queue is what is timed."""
     from factorllm.serving.kinds import KindFront
     from factorllm.serving.proxy import Proxy
 
@@ -137,20 +157,31 @@ def queue(files: list[str], pace: float, answer: int, limit: float) -> None:
         def probabilities(self, text: str) -> np.ndarray:
             return np.eye(KINDS)[int(text[0])]
 
-    print("policy | hits | loads | p50 s | p95 s | longest wait s | all s")
-    for policy in POLICIES:
+    found: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in POLICIES}
+    print("load | policy | hits | loads | p50 s | p95 s | longest wait s | all s")
+    for seed, policy in itertools.product(range(asked.draws), POLICIES):
         settings = ServeSettings(
-            in_memory=IN_MEMORY, parallel=PARALLEL, policy=policy, wait_limit=limit, threads=1, context=256
+            in_memory=IN_MEMORY, parallel=asked.parallel, policy=policy, wait_limit=asked.limit, threads=1, context=256
         )
         front = KindFront("it", [Path(file) for file in files], Told(), settings)
         with Proxy("127.0.0.1", 0, front) as proxy:
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
-            ask_all(proxy.server_address[1], load(0, pace), answer, policy, front)
+            row = ask_all(proxy.server_address[1], load(seed, asked.pace), asked.answer, front)
             proxy.shutdown()
         front.close()
+        found[policy].append(row)
+        print(_line(seed, policy, row), flush=True)
+    for policy, rows in found.items():
+        print(_line("mean", policy, np.mean(rows, axis=0)))
 
 
-def ask_all(port: int, arrivals: list[tuple[float, int]], answer: int, policy: str, front) -> None:
+def _line(which: int | str, policy: str, row: Sequence[float]) -> str:
+    hits, loads, *seconds = row
+    return f"{which} | {policy} | {hits:.1%} | {loads:.1f} | " + " | ".join(f"{each:.2f}" for each in seconds)
+
+
+def ask_all(port: int, arrivals: list[tuple[float, int]], answer: int, front) -> tuple[float, ...]:
+    """Share of hits, loads, half and 95 % of the answers within, the longest wait, and all of it, in seconds."""
     import openai
 
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
@@ -168,13 +199,11 @@ def ask_all(port: int, arrivals: list[tuple[float, int]], answer: int, policy: s
     for thread in threads:
         thread.join()
     counted = dict(line.rsplit(" ", 1) for line in front.metrics().splitlines())
-    p50, p95 = np.percentile(took, [50, 95])
-    hits = float(counted["factorllm_hits_total"]) / len(arrivals)
-    loads, longest = counted["factorllm_loads_total"], float(counted["factorllm_wait_seconds_max"])
-    print(
-        f"{policy} | {hits:.1%} | {loads} | {p50:.2f} | {p95:.2f} | {longest:.2f} | {time.monotonic() - start:.1f}",
-        flush=True,
+    hits, loads, longest = (
+        float(counted[f"factorllm_{name}"]) for name in ("hits_total", "loads_total", "wait_seconds_max")
     )
+    p50, p95 = np.percentile(took, [50, 95])
+    return hits / len(arrivals), loads, p50, p95, longest, time.monotonic() - start
 
 
 def main() -> None:
@@ -189,14 +218,18 @@ def main() -> None:
     timed.add_argument("--pace", type=float, default=0.1, help="mean seconds between requests")
     timed.add_argument("--answer", type=int, default=16, help="tokens of an answer")
     timed.add_argument("--wait-limit", type=float, default=LIMIT, help="seconds, as of `factorllm serve`")
-    commands.add_parser("simulate")
+    timed.add_argument("--loads", type=int, default=1, help="of 64 requests each, one after another")
+    foretold = commands.add_parser("simulate")
+    for command in (timed, foretold):
+        command.add_argument("--parallel", type=int, default=PARALLEL, help="requests that run at once")
     arguments = parser.parse_args()
     if arguments.command == "quality":
         quality(arguments.dense, arguments.made, arguments.general, arguments.texts)
     elif arguments.command == "queue":
-        queue(arguments.files, arguments.pace, arguments.answer, arguments.wait_limit)
+        asked = (arguments.pace, arguments.answer, arguments.wait_limit, arguments.parallel, arguments.loads)
+        queue(arguments.files, Asked(*asked))
     else:
-        simulate()
+        simulate(arguments.parallel)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,19 @@ def test_the_next_model_is_loaded_while_the_one_before_answers():
     assert schedule.act(2.0) == [Unload(1), Load(2)]
 
 
+def test_a_model_that_was_just_loaded_is_not_the_one_used_longest_ago():
+    schedule = ready({0: 1}, policy="lru")
+    assert started(schedule, 1.0) == [(0, 0)]
+    schedule.arrive("next", 2, 2.0)
+    assert schedule.act(2.0) == [Unload(1), Load(2)]
+    schedule.loaded(2)  # and the slot is still taken
+    for request in ("later", "last"):
+        schedule.arrive(request, 3, 2.5)
+    assert schedule.act(2.5) == []
+    schedule.finished((0, 0))
+    assert schedule.act(3.0) == [Unload(0), Start("next"), Load(3)]
+
+
 def test_fifo_takes_them_as_they_came():
     schedule = ready({}, policy="fifo")
     for number, kind in enumerate((0, 1, 0)):

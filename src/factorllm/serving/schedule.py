@@ -101,6 +101,7 @@ class Schedule:
         """A model is in memory."""
         self._there.add(kind)
         self._loading = None
+        self._used[kind] = len(self.waits)  # else it would be the first to leave, before it was of use
 
     def lost(self, kind: int) -> None:
         """A model that was in memory is no longer: its process has ended."""
