@@ -51,7 +51,7 @@ class Outlook:
         choices: the dense model first, for each file type.
         tokens: of the dense model's vocabulary.
         vocabulary: tokens that stay in all but the dense model; None for all.
-        text_alone: of which alone some may be left out; other models take images too.
+        text_alone: whether the model takes nothing but text, else `trim` refuses it.
     """
 
     model: str
