@@ -20,7 +20,7 @@ from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 
-from mixed_text import AUSTEN, novels
+from mixed_text import AUSTEN, novels, pages
 
 from factorllm.runs.workspace import write_text
 from factorllm.text.documents import read_documents
@@ -73,17 +73,11 @@ def changelogs() -> Iterator[str]:
             yield gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
 
 
-def pages(document: str) -> Iterator[str]:
-    for start in range(0, len(document), PAGE):
-        if len(page := document[start : start + PAGE].strip()) > SHORTEST:
-            yield page
-
-
 def documents_of(kind: str, sources: list[str], chooser: random.Random) -> list[str]:
     """Shuffled documents of some novels, pages, files or packages."""
     if kind in ONE_EACH:
-        return [page for source in sources for page in islice(pages(source), 1)]
-    found = [page for source in sources for page in pages(source)]
+        return [page for source in sources for page in islice(pages([source], PAGE, SHORTEST), 1)]
+    found = list(pages(sources, PAGE, SHORTEST))
     chooser.shuffle(found)
     return found
 

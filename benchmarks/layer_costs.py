@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from factorllm.convert.partition.energy import energy_shares
 from factorllm.dense import open_model
 from factorllm.dense.families import family_of
-from factorllm.dense.names import layer_prefix
+from factorllm.dense.ffn import FFN
+from factorllm.dense.layer import ffn_of
+from factorllm.dense.modules import decoder_layers
 
 LENGTH = 256  # tokens of a document
 
@@ -36,28 +39,24 @@ def main() -> None:
     rows = document_starts(source.tokenizer(), options.text, 2 * options.documents, LENGTH, LENGTH)
     chosen_on, measured_on = torch.tensor(rows).split(options.documents)
     model = source.load_model(torch.float32, torch.device("cpu"))
-    layers = range(source.config.num_hidden_layers)
-    downs = [model.get_submodule(layer_prefix(i) + _down(source.config)) for i in layers]
-    orders = [use.argsort() for use in uses(model, downs, chosen_on)]
+    layers = decoder_layers(model)
+    ffns = [ffn_of(layer, source.config) for layer in layers]
+    modules = [layer.get_submodule(family_of(source.config).ffn.slot) for layer in layers]
+    orders = [share.argsort() for share in shares(model, modules, ffns, chosen_on)]
     wanted = logs(model, measured_on)
 
-    def cost(weight: nn.Parameter, columns: Tensor) -> str:
+    def cost(weight: Tensor, columns: Tensor) -> str:
         with without(weight, columns):
             lost = kl_div(logs(model, measured_on), wanted, log_target=True, reduction="sum")
         return f"{lost / measured_on.numel():.4f}"
 
     table = []
-    for i in layers:
-        given = model.get_submodule(f"{layer_prefix(i)}self_attn.o_proj").weight
-        few = [orders[i][: round(share * len(orders[i]))] for share in options.shares]
-        table.append([str(i), cost(given, torch.arange(given.shape[1])), *(cost(downs[i].weight, off) for off in few)])
+    for i, (layer, ffn, order) in enumerate(zip(layers, ffns, orders, strict=True)):
+        given = layer.get_submodule("self_attn.o_proj").weight.detach()
+        few = [order[: round(share * len(order))] for share in options.shares]
+        table.append([str(i), cost(given, torch.arange(given.shape[1])), *(cost(ffn.down, off) for off in few)])
         print(table[-1], flush=True)
     print(markdown_table(["layer", "attention", *(f"{share:.0%} of the FFN" for share in options.shares)], table))
-
-
-def _down(config) -> str:
-    layout = family_of(config).ffn
-    return f"{layout.slot}.{layout.down}"
 
 
 @torch.inference_mode()
@@ -66,28 +65,30 @@ def logs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
 
 
-def uses(model: PreTrainedModel, downs: list[nn.Linear], tokens: Tensor) -> list[Tensor]:
+def shares(model: PreTrainedModel, modules: list[nn.Module], ffns: list[FFN], tokens: Tensor) -> list[Tensor]:
     """For each FFN, of each neuron the mean share of a token's contribution energy, (neurons,)."""
-    found = {}
+    found: list[Tensor] = []
 
-    def note(down: nn.Linear, given: tuple[Tensor]) -> None:
-        energy = (given[0] * down.weight.norm(dim=0)) ** 2
-        found[down] = (energy / energy.sum(-1, keepdim=True)).mean((0, 1))
+    def note(ffn: FFN, given: tuple[Tensor]) -> None:
+        found.append(energy_shares(ffn, ffn.hidden(given[0].flatten(0, 1))).mean(0))
 
-    hooks = [down.register_forward_pre_hook(note) for down in downs]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, ffn=ffn: note(ffn, given))
+        for module, ffn in zip(modules, ffns, strict=True)
+    ]
     logs(model, tokens)
     for hook in hooks:
         hook.remove()
-    return [found[down] for down in downs]
+    return found
 
 
 @contextmanager
-def without(weight: nn.Parameter, columns: Tensor) -> Iterator[None]:
+def without(weight: Tensor, columns: Tensor) -> Iterator[None]:
     """Without what some inputs of a matrix give."""
-    kept = weight.data[:, columns]
-    weight.data[:, columns] = 0
+    kept = weight[:, columns]
+    weight[:, columns] = 0
     yield
-    weight.data[:, columns] = kept
+    weight[:, columns] = kept
 
 
 if __name__ == "__main__":

@@ -17,23 +17,24 @@ import random
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from factorllm.demo import demo_text
 from factorllm.text.calibration import read_documents
 
-PAGE = 4000
-"""Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain."""
+PAGE, SHORTEST = 4000, 200
+"""Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain; what is shorter is
+left out."""
 
 
 AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 
 
-def pages(texts: Iterator[str]) -> Iterator[str]:
+def pages(texts: Iterable[str], size: int = PAGE, shortest: int = SHORTEST) -> Iterator[str]:
     for text in texts:
-        for start in range(0, len(text), PAGE):
-            if len(page := text[start : start + PAGE].strip()) > 200:
+        for start in range(0, len(text), size):
+            if len(page := text[start : start + size].strip()) > shortest:
                 yield page
 
 

@@ -20,7 +20,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -125,27 +124,14 @@ def simulate(parallel: int) -> None:
         print(f"{run} | {loading} | {pace} | " + " | ".join(cells), flush=True)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How the server is asked.
+def queue(files: list[str], settings: ServeSettings, pace: float, answer: int, loads: int) -> None:
+    """The same loads by each policy, through the server's own front. Kinds are given: the queue is what is timed.
 
-    Attributes:
+    Args:
         pace: mean seconds between requests.
         answer: tokens of each.
-        limit: seconds that none should wait.
-        parallel: requests that run at once.
-        draws: loads, each by every policy in turn.
+        loads: each by every policy in turn.
     """
-
-    pace: float
-    answer: int
-    limit: float
-    parallel: int
-    draws: int
-
-
-def queue(files: list[str], asked: Asked) -> None:
-    """The same loads by each policy, through the server's own front. Kinds are given: the queue is what is timed."""
     from factorllm.serving.kinds import KindFront
     from factorllm.serving.proxy import Proxy
 
@@ -159,14 +145,11 @@ def queue(files: list[str], asked: Asked) -> None:
 
     found: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in POLICIES}
     print("load | policy | hits | loads | p50 s | p95 s | longest wait s | all s")
-    for seed, policy in itertools.product(range(asked.draws), POLICIES):
-        settings = ServeSettings(
-            in_memory=IN_MEMORY, parallel=asked.parallel, policy=policy, wait_limit=asked.limit, threads=1, context=256
-        )
-        front = KindFront("it", [Path(file) for file in files], Told(), settings)
+    for seed, policy in itertools.product(range(loads), POLICIES):
+        front = KindFront("it", list(map(Path, files)), Told(), settings.model_copy(update={"policy": policy}))
         with Proxy("127.0.0.1", 0, front) as proxy:
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
-            row = ask_all(proxy.server_address[1], load(seed, asked.pace), asked.answer, front)
+            row = ask_all(proxy.server_address[1], load(seed, pace), answer, front)
             proxy.shutdown()
         front.close()
         found[policy].append(row)
@@ -226,8 +209,14 @@ def main() -> None:
     if arguments.command == "quality":
         quality(arguments.dense, arguments.made, arguments.general, arguments.texts)
     elif arguments.command == "queue":
-        asked = (arguments.pace, arguments.answer, arguments.wait_limit, arguments.parallel, arguments.loads)
-        queue(arguments.files, Asked(*asked))
+        settings = ServeSettings(
+            in_memory=IN_MEMORY,
+            parallel=arguments.parallel,
+            wait_limit=arguments.wait_limit,
+            threads=1,
+            context=256,
+        )
+        queue(arguments.files, settings, arguments.pace, arguments.answer, arguments.loads)
     else:
         simulate(arguments.parallel)
 

@@ -73,7 +73,7 @@ class Schedule:
         self._loading: int | None = None
         self._leaving: int | None = None  # as soon as nothing runs on it
         self._missed: set[Hashable] = set()
-        self._used = [-1] * kinds  # when a kind was used last, by the number of the start
+        self._used = [-1] * kinds  # when a kind was used or loaded last, by the number of starts
         self.hits, self.misses, self.loads = 0, 0, 0
         self.started = [0] * kinds
         self.waits: list[float] = []
