@@ -201,6 +201,14 @@ def served(model: str, *options: str) -> Iterator[tuple[openai.OpenAI, Callable[
         server.wait()
 
 
+def comes_true(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """For what a server does just after the client has its answer, such as to count it out."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
 def _wait_until_ready(client: openai.OpenAI, server: Forked, printed: Callable[[], str]) -> None:
     for _ in range(3000):
         if server.poll() is not None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 import pytest
+from conftest import comes_true
 
 from factorllm.errors import FactorLLMError
 from factorllm.serving.proxy import Front, Proxy, UnavailableError
@@ -102,7 +103,7 @@ def test_a_request_is_passed_on_as_the_front_rewrites_it(client, front):
     answer = client.completions.create(model="one", prompt="hello")
     assert json.loads(answer.choices[0].text) == {"model": "one", "prompt": "hello", "seed": 7}
     assert [model.id for model in client.models.list()] == ["one"]
-    assert front.held == 0
+    assert comes_true(lambda: front.held == 0)
 
 
 def test_a_stream_comes_piece_by_piece(client, front):
