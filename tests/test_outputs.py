@@ -348,6 +348,17 @@ def test_a_text_is_known_by_its_content(run, made, text_file, tmp_path):
         run(tmp_path / "student", text=text)
 
 
+def test_a_text_is_known_by_how_it_is_read(run, made, text_file, tmp_path):
+    """The same bytes are other documents as lines of JSON than as paragraphs."""
+    text = shutil.copy(text_file, tmp_path / "text.JSONL")
+    shutil.copytree(made, tmp_path / "student")
+    with pytest.raises(FactorLLMError, match=r"exists already, made with other text \("):
+        run(tmp_path / "student", text=text)
+    packed = tmp_path / "text.txt"
+    packed.write_bytes(text_file.read_bytes())
+    assert run(tmp_path / "student", text=packed).done_already
+
+
 # What is done is not done again.
 
 

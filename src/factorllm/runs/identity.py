@@ -13,7 +13,7 @@ from factorllm.text.calibration import file_digest
 def common_identity(text: str | None, settings: BaseModel) -> dict:
     """What decides the bytes of a result beside models and recipes.
 
-    A local text is known by its content, wherever it lies, and a device by its kind.
+    A local text is known by its content and how it is read, wherever it lies, and a device by its kind.
     """
     digest = file_digest(text and os.path.expanduser(text))
     values = settings.model_dump(mode="json")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.errors import FactorLLMError
 from factorllm.runs.digest import digest_of
 from factorllm.runs.settings import Settings
-from factorllm.text.documents import local_path, read_documents
+from factorllm.text.documents import kind_of, local_path, read_documents
 from factorllm.text.parts import Parts, open_text, sequences_of
 
 __all__ = ["CalibrationText", "file_digest", "public_name", "read_calibration_text", "read_documents", "text_origin"]
@@ -129,6 +129,7 @@ def public_name(path_or_id: str) -> str:
 
 
 def file_digest(text: str | None) -> str | None:
-    """xxh3-128 of a local text file, in hexadecimal; None for text that is no local file."""
+    """xxh3-128 of a local text file and of how its name says it is read, in hexadecimal; None for text that is no local
+    file."""
     path = local_path(text) if text else None
-    return digest_of([path]) if path and path.is_file() else None
+    return digest_of([path], kind_of(path.name).encode()) if path and path.is_file() else None

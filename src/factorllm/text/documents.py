@@ -104,6 +104,11 @@ def local_path(text: str) -> Path | None:
     return Path(path) if text and os.path.exists(path) else None
 
 
+def kind_of(text: str) -> str:
+    """The ending of a text file's name that says how it is read, `.jsonl`; without that of its compression."""
+    return os.path.splitext(text.lower().removesuffix(".gz"))[1]
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """The number of each line that is not blank, and what it says.
 
@@ -118,8 +123,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 def _records(text: str) -> Iterator[object]:
     readers = {".txt": _paragraphs, ".jsonl": _line_records, ".json": _json_records, ".parquet": _parquet_rows}
-    path, name = local_path(text), text.lower().removesuffix(".gz")
-    kind = os.path.splitext(name)[1]
+    path, kind = local_path(text), kind_of(text)
     if path is None:
         if kind in readers:
             raise FactorLLMError(f"no such text file: {text}; check the path")
