@@ -146,6 +146,12 @@ def test_a_model_or_a_text_that_changed_is_worked_on_again(tmp_path):
     assert not is_done()
     (tmp_path / "text.txt").write_text("words")
     assert is_done()
+    template = tmp_path / "dense" / "chat_template.jinja"
+    before = template.read_text() if template.exists() else None
+    template.write_text("{{ messages }}")
+    assert not is_done()
+    template.unlink() if before is None else template.write_text(before)
+    assert is_done()
     save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "dense", seed=1)
     assert not is_done()
 

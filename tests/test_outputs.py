@@ -359,6 +359,36 @@ def test_a_text_is_known_by_how_it_is_read(run, made, text_file, tmp_path):
     assert run(tmp_path / "student", text=packed).done_already
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+def test_a_model_is_known_by_what_stands_beside_its_weights(name, run, made, own, dense_folder, text_file, tmp_path):
+    """Tokens are cut by it, and it is written beside the student; a card decides nothing."""
+    model = shutil.copytree(dense_folder, tmp_path / "dense")
+    healing = {"text": str(text_file), "settings": HEALING}
+    heal(made, str(model), tmp_path / "healed", **healing)
+    sample(str(model), tmp_path / "sampled.jsonl", settings=SAMPLING)
+    for folder in (model, own):
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert run(own, model=model).done_already
+    assert heal(own, str(model), tmp_path / "healed", **healing).seconds is None
+    before = tree(tmp_path / "healed"), tree(own)
+    with (model / name).open("a") as file:
+        file.write("\n ")
+    for again in (
+        lambda: run(own, model=model),
+        lambda: heal(own, str(model), tmp_path / "healed", **healing),
+        lambda: sample(str(model), tmp_path / "sampled.jsonl", settings=SAMPLING),
+    ):
+        with pytest.raises(FactorLLMError, match="made with other files beside the "):
+            again()
+    shutil.copy(dense_folder / name, model)
+    with (own / name).open("a") as file:
+        file.write("\n ")
+    with pytest.raises(FactorLLMError, match="made with other student "):
+        heal(own, str(model), tmp_path / "healed", **healing)
+    shutil.copy(made / name, own)
+    assert (tree(tmp_path / "healed"), tree(own)) == before
+
+
 # What is done is not done again.
 
 

@@ -279,6 +279,10 @@ def test_what_is_done_is_not_done_again_and_what_is_the_users_stays(trimmed, tex
     assert trim(*given, str(text), settings=COUNTED) is None
     with pytest.raises(FactorLLMError, match="made with other vocabulary"):
         trim(str(trimmed / "dense"), tmp_path / "small", STAY + 1, str(text), settings=COUNTED)
+    dense = shutil.copytree(trimmed / "dense", tmp_path / "dense")
+    (dense / "generation_config.json").write_text((dense / "generation_config.json").read_text() + " ")
+    with pytest.raises(FactorLLMError, match="made with other files beside the weights"):
+        trim(str(dense), tmp_path / "small", STAY, str(text), settings=COUNTED)
     assert trim(*given, str(text), settings=COUNTED, overwrite=True).vocabulary[1] == STAY
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()} == before
     (tmp_path / "small/notes.txt").write_text("mine")

@@ -189,6 +189,7 @@ def open_job(
     identity = {
         "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,
+        "files beside the weights": source.surroundings,
         **common_identity(text, settings),
     }
     if pictures:

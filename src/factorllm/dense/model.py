@@ -50,6 +50,11 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """The weight files, in a fixed order."""
 
+    @property
+    def companions(self) -> list[Path]:
+        """The files beside the weights that decide what is made of them; none where the weights' file says all."""
+        return []
+
     @abstractmethod
     def names(self) -> Iterable[str]:
         """Names of all tensors in the files."""
@@ -95,6 +100,12 @@ class ModelSource(ABC):
         """xxh3-128 of the config and of all weight files, in hexadecimal."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
         return digest_of(self.files, json.dumps(config, sort_keys=True, default=str).encode())
+
+    @cached_property
+    def surroundings(self) -> str:
+        """xxh3-128 of the files beside the weights, in hexadecimal: of the tokenizer, how it generates, and what is
+        round a text model."""
+        return digest_of(self.companions, " ".join(path.name for path in self.companions).encode())
 
     def skeleton(self) -> PreTrainedModel:
         """The dense model with every parameter on the meta device: its structure, without memory."""

@@ -17,7 +17,7 @@ from factorllm.dense.names import HEAD, embeddings, without_backbone
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.runs.output import refuse_kinds
+from factorllm.runs.output import companions, refuse_kinds
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MOST_LABELS = 1 << 20  # transformers makes a name for each
@@ -173,6 +173,11 @@ class SafetensorsSource(ModelSource):
     @property
     def files(self) -> list[Path]:
         return self.tensors.files
+
+    @property
+    def companions(self) -> list[Path]:
+        # A text model's config is in the fingerprint; what is round it is said in the whole one's.
+        return [path for path in companions(self.folder) if self.wrapper or path.name != "config.json"]
 
     def names(self) -> Iterable[str]:
         return self.tensors.names()

@@ -30,7 +30,7 @@ from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
 from factorllm.runs.memory import require_memory
-from factorllm.runs.output import CHECKPOINT, PROVENANCE, check_output, located, own_files
+from factorllm.runs.output import CHECKPOINT, check_output, companions, located, own_files
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
@@ -139,8 +139,9 @@ def open_heal_job(
     _check_batch(settings, ranks.count)
     console = ranks.console(console)
     identity = {
-        "student": digest_of([student / PROVENANCE, *sorted(student.glob("*.safetensors"))]),
+        "student": digest_of([*companions(student), *sorted(student.glob("*.safetensors"))]),
         "teacher": source.fingerprint,
+        "files beside the teacher's weights": source.surroundings,
         **common_identity(text, settings.model_copy(update={"device": str(ranks.device)})),
     }
     with open_checkpoint_job(out, identity, overwrite, ranks) as work:

@@ -193,7 +193,8 @@ class Progress:
     def __init__(self, work: Work, steps: list[Step]):
         self._path = work.at.steps / "done.json"
         self._done: dict[str, str] = read_json(self._path) or {}
-        self._keys, so_far = {}, json.dumps({"model": open_model(work.plan.model).fingerprint, "versions": versions()})
+        source = open_model(work.plan.model)
+        self._keys, so_far = {}, json.dumps([source.fingerprint, source.surroundings, versions()])
         for step in steps:
             so_far = digest_of((), json.dumps([so_far, step.name, step.key], sort_keys=True).encode())
             self._keys[step.name] = so_far

@@ -37,11 +37,13 @@ _FILES = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "intuition.json",
 )  # fmt: skip
+_TELLING = ("README.md", "factorllm.run.json")
+_TEMPLATES = "additional_chat_templates"
 _FOLDERS = {
     "adapters": ("adapter_config.json", "adapter_model.safetensors"),
     "report": ("index.html", "*.png"),
     "runs": ("events.out.tfevents*",),
-    "additional_chat_templates": ("*.jinja",),
+    _TEMPLATES: ("*.jinja",),
 }
 KINDS = "kinds"
 """The folder of a checkpoint for each kind of text, in which they have numbers."""
@@ -271,6 +273,13 @@ def own_files(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint beside its weights: what factorllm put there, and nothing of the user's."""
     files = (path for path in sorted(checkpoint.iterdir()) if path.is_file() and _matches(path, _FILES))
     return [path for path in files if ".safetensors" not in path.name]
+
+
+def companions(checkpoint: Path) -> list[Path]:
+    """The files beside a checkpoint's weights that decide what is made of it: tokenizer, chat templates, configs. A
+    card does not, nor does what a run took."""
+    templates = sorted((checkpoint / _TEMPLATES).glob("*.jinja"))
+    return [path for path in own_files(checkpoint) if path.name not in _TELLING] + templates
 
 
 def is_own(path: Path) -> bool:

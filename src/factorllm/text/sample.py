@@ -72,6 +72,7 @@ def sample(
     opening = chat_opening(tokenizer) if chat else None
     identity = {
         "model": source.fingerprint,
+        "files beside the weights": source.surroundings,
         "temperature": temperature,
         "chat": chat,
         **common_identity(None, settings),

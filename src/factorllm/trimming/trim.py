@@ -102,7 +102,12 @@ def trim(
     source = open_model(model)
     check_trim(model, source.config, source.wrapper, vocabulary)
     settings = (settings or Settings(tokens=COUNTED_TOKENS)).resolve(source.config)
-    job = {"model": source.fingerprint, "vocabulary": vocabulary, **common_identity(text, settings)}
+    job = {
+        "model": source.fingerprint,
+        "files beside the weights": source.surroundings,
+        "vocabulary": vocabulary,
+        **common_identity(text, settings),
+    }
     if not overwrite and is_done(out, TRIMMED, job):
         return None
     with explain_full_disk(out), Workspace(out, TRIMMED, job, overwrite) as work:
