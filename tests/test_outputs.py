@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import forked
 import pytest
-from conftest import CONFIGS, save_dense
+from conftest import CHAT_TEMPLATE, CONFIGS, save_dense
 from test_factorize import contents
 from test_refusals import cli  # noqa: F401  a fixture
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from factorllm import FactorLLMError, factorize
 from factorllm.dense.model import ModelSource
@@ -461,9 +461,13 @@ def test_healing_copies_what_belongs_to_a_checkpoint(own, dense_folder, text_fil
     """Not what the user put there: scores, or a GGUF file, are of the student before."""
     (own / "scores.json").write_text("{}")
     (own / "model.gguf").write_bytes(b"GGUF")
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
     heal(own, str(dense_folder), tmp_path / "healed", text=str(text_file), settings=HEALING)
     assert names(tmp_path / "healed") >= {"tokenizer.json", "config.json", "chat_template.jinja"}
     assert not names(tmp_path / "healed") & {"scores.json", "model.gguf"}
+    templates = AutoTokenizer.from_pretrained(tmp_path / "healed").chat_template
+    assert templates == {"default": CHAT_TEMPLATE, "tool_use": "{{ messages }}"}
     heal(own, str(dense_folder), tmp_path / "healed", text=str(text_file), settings=HEALING, overwrite=True)
 
 

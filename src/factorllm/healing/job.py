@@ -30,7 +30,7 @@ from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import require_space
 from factorllm.runs.identity import common_identity
 from factorllm.runs.memory import require_memory
-from factorllm.runs.output import CHECKPOINT, check_output, companions, located, own_files
+from factorllm.runs.output import CHECKPOINT, TEMPLATES, check_output, companions, located, own_files
 from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
@@ -169,6 +169,8 @@ def _copy_companions(job: HealJob) -> None:
             load_generation_config(job.student).save_pretrained(job.companions)
     for path in own_files(job.student):
         shutil.copy(path, job.companions)
+    if (named := job.student / TEMPLATES).is_dir():
+        shutil.copytree(named, job.companions / TEMPLATES, dirs_exist_ok=True)
 
 
 def _check_disk(job: HealJob) -> None:

@@ -174,16 +174,15 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     if wrapper:
         wrap(folder, wrapper, whole)
         shutil.copy(job.student / "config.json", folder)
-    for path in job.companions.iterdir():
-        shutil.copy(path, folder)
+    shutil.copytree(job.companions, folder, dirs_exist_ok=True)
 
 
 def _copy_student(job: HealJob, folder: Path) -> None:
     """Write the student as it was, byte for byte."""
     folder.mkdir(exist_ok=True)
-    weights = (path for path in job.student.glob("*.safetensors*") if is_own(path))
-    for path in [*weights, *job.companions.iterdir()]:
+    for path in filter(is_own, job.student.glob("*.safetensors*")):
         shutil.copy(path, folder)
+    shutil.copytree(job.companions, folder, dirs_exist_ok=True)
 
 
 def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Healed:

@@ -38,12 +38,14 @@ _FILES = (
     "intuition.json",
 )  # fmt: skip
 _TELLING = ("README.md", "factorllm.run.json")
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates that have names."""
+
 _FOLDERS = {
     "adapters": ("adapter_config.json", "adapter_model.safetensors"),
     "report": ("index.html", "*.png"),
     "runs": ("events.out.tfevents*",),
-    _TEMPLATES: ("*.jinja",),
+    TEMPLATES: ("*.jinja",),
 }
 KINDS = "kinds"
 """The folder of a checkpoint for each kind of text, in which they have numbers."""
@@ -278,7 +280,7 @@ def own_files(checkpoint: Path) -> list[Path]:
 def companions(checkpoint: Path) -> list[Path]:
     """The files beside a checkpoint's weights that decide what is made of it: tokenizer, chat templates, configs. A
     card does not, nor does what a run took."""
-    templates = sorted((checkpoint / _TEMPLATES).glob("*.jinja"))
+    templates = sorted((checkpoint / TEMPLATES).glob("*.jinja"))
     return [path for path in own_files(checkpoint) if path.name not in _TELLING] + templates
 
 
