@@ -71,6 +71,15 @@ def test_a_tokenizer_without_a_beginning_of_conversations_is_refused(template, m
         chat_opening(tokenizer)
 
 
+@pytest.mark.parametrize("length", [15, 32])
+def test_no_empty_file_is_written_for_text(length, dense_folder, tmp_path, monkeypatch):
+    """Documents of fewer than 16 tokens are left out, and there may be no others."""
+    monkeypatch.setattr(module, "sample_from_model", lambda *given: torch.full(given[2:4], 257))  # end tokens
+    with pytest.raises(FactorLLMError, match=rf"in sequences of {length} tokens the model says no document of at"):
+        sample(str(dense_folder), tmp_path / "text.jsonl", settings=Settings(tokens=64, length=length))
+    assert not list(tmp_path.iterdir())
+
+
 def test_refused_conversations_leave_nothing_behind(dense_folder, tmp_path):
     dumb = shutil.copytree(dense_folder, tmp_path / "dumb")
     tokenizer = byte_tokenizer()

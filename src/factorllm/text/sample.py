@@ -68,6 +68,8 @@ def sample(
     check_output(out, SAMPLED, [model])
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
+    if settings.length < _SHORTEST and not chat:
+        raise _none_long_enough(settings)
     tokenizer = source.tokenizer()
     opening = chat_opening(tokenizer) if chat else None
     identity = {
@@ -84,9 +86,19 @@ def sample(
         _sample_missing(source, tokenizer, opening, temperature, settings, work, console)
         batches = sorted(work.folder.glob("batch-*.jsonl"))
         documents = "".join(path.read_text(encoding="utf-8") for path in batches)
+        if not documents:
+            work.discard()  # another --length would be refused because of it
+            raise _none_long_enough(settings)
         write_text(work.folder / out.name, _signed(documents, identity))
         work.publish(work.folder / out.name)
     return out
+
+
+def _none_long_enough(settings: Settings) -> FactorLLMError:
+    return FactorLLMError(
+        f"in sequences of {settings.length} tokens the model says no document of at least {_SHORTEST}, and shorter "
+        "ones are not kept; use a larger --length, or --chat with a chat model"
+    )
 
 
 def _read_sampled(path: Path) -> dict[str, Any] | None:
