@@ -26,6 +26,7 @@ from factorllm.dense import open_model
 from factorllm.making.choose import choose_plan
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
+from factorllm.making.run import _run
 from factorllm.making.steps import Progress, Work
 from factorllm.planning import forecast as forecasting
 
@@ -154,6 +155,54 @@ def test_a_model_or_a_text_that_changed_is_worked_on_again(tmp_path):
     assert is_done()
     save_dense(LlamaConfig(**BASE | {"vocab_size": 300}), tmp_path / "dense", seed=1)
     assert not is_done()
+
+
+def test_what_decides_a_step_is_known_wherever_it_stands(tmp_path):
+    """A data set has no file, a recipe's file another content, and how a text is sampled is said in two places."""
+    save_model(LlamaConfig(**BASE), tmp_path / "dense")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{shared: 2, active: 2, parts: 8}")
+    given = {"model": str(tmp_path / "dense"), "recipe": str(recipe), "text": "some/texts"}
+    sampled = given | {"text": None, "sample": SampleStep(tokens=512)}
+
+    def keys(**said) -> list[str]:
+        work = Work(MakePlan(**said), tmp_path, Console(quiet=True))
+        return list(Progress(work, work.steps())._keys.values())
+
+    assert keys(**given) == keys(**given)
+    assert not set(keys(**given)) & set(keys(**given | {"text": "other/texts"}))
+    for other in ({"seed": 1}, {"length": 256}):
+        assert not set(keys(**sampled)) & set(keys(**sampled, factorize=Settings(**other)))
+    assert keys(**sampled)[0] == keys(**sampled, factorize=Settings(tune=1))[0]
+    before = keys(**given)
+    recipe.write_text("{shared: 2, active: 1, parts: 8}")
+    assert not set(before) & set(keys(**given))
+
+
+def test_where_healing_is_taken_out_of_a_plan_and_put_in_again(tmp_path, monkeypatch):
+    """The student is in the place of the healed one then, and the other way round."""
+    save_model(LlamaConfig(**BASE), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("words")
+    plan = MakePlan(model=str(tmp_path / "dense"), text=str(tmp_path / "text.txt"), **PLAN)
+
+    def writing(said, place):
+        def run(work):
+            folder = place(work)
+            folder.mkdir(exist_ok=True)
+            (folder / "what").write_text(said)
+
+        return run
+
+    monkeypatch.setattr(Work, "_factorize", writing("converted", lambda work: work._converted))
+    monkeypatch.setattr(Work, "_heal", writing("healed", lambda work: work.at.checkpoint))
+    exported = []
+    monkeypatch.setattr(Work, "_export", lambda work: exported.append((work.at.checkpoint / "what").read_text()))
+    for name in ("_evaluate", "_report", "_card"):
+        monkeypatch.setattr(Work, name, lambda work: None)
+    (tmp_path / "steps").mkdir()
+    for heal in (plan.heal, None, plan.heal):
+        _run(Work(plan.model_copy(update={"heal": heal}), tmp_path, Console(quiet=True)), Console(quiet=True))
+    assert exported == ["healed", "converted", "healed"]
 
 
 def test_the_same_plan_elsewhere_gives_the_same_model(made, tmp_path):

@@ -135,6 +135,7 @@ def _run(work: Work, console: Console) -> None:
             place = f"step {steps.index(step) + 1} of {len(steps)}: {step.name}"
             console.print(f"{place}; all is done in about {minutes(course.left())}", highlight=False)
             course.start(step.name)
+            progress.begin(step)
             step.run()
             progress.mark(step)
             console.print(f"{place} took {minutes(course.end())}", highlight=False)

@@ -21,6 +21,7 @@ from factorllm.making.plan_file import MakePlan
 from factorllm.measure.front.run import NUMBERS, run_front
 from factorllm.measure.scores import evaluate
 from factorllm.measure.speed.run import run_bench
+from factorllm.recipe import parse_recipe
 from factorllm.report.findings import gather
 from factorllm.report.measured import Measured, read_measured
 from factorllm.report.page import check_report_folder, write_report
@@ -118,11 +119,18 @@ class Work:
     def steps(self) -> list[Step]:
         """All steps, in their order."""
         plan, at, said = self.plan, self.at, self.plan.model_dump(mode="json")
-        text = plan.text and file_digest(plan.text)
-        converts = {"recipe": plan.recipe, "settings": said["factorize"], "text": text}
+        text = plan.text and (file_digest(plan.text) or plan.text)
+        # Where it is written decides too: what is healed takes the place of what was not.
+        converts = {
+            "recipe": parse_recipe(plan.recipe).model_dump(),
+            "settings": said["factorize"],
+            "text": text,
+            "folder": self._converted.name,
+        }
+        samples = {"how": said["sample"], **{name: said["factorize"][name] for name in ("length", "seed", "device")}}
         trims = {"vocabulary": plan.vocabulary, "settings": said["factorize"], "text": text}
         found = [
-            Step("sample", at.sampled, said["sample"], self._sample) if plan.text is None else None,
+            Step("sample", at.sampled, samples, self._sample) if plan.text is None else None,
             Step("trim", at.trimmed, trims, self._trim) if plan.vocabulary else None,
             Step("factorize", self._converted, converts, self._factorize),
             Step("heal", at.checkpoint, said["heal"], self._heal) if plan.heal else None,
@@ -201,6 +209,12 @@ class Progress:
 
     def is_done(self, step: Step) -> bool:
         return step.leaves.exists() and self._done.get(step.name) == self._keys[step.name]
+
+    def begin(self, step: Step) -> None:
+        """Forget what was done of a step, and of those that the plan has no more, before what they left is replaced."""
+        gone = {step.name, *(self._done.keys() - self._keys.keys())}
+        self._done = {name: key for name, key in self._done.items() if name not in gone}
+        write_json(self._path, self._done)
 
     def mark(self, step: Step) -> None:
         self._done[step.name] = self._keys[step.name]
