@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import string
 import sys
@@ -295,6 +296,22 @@ def test_a_byte_order_mark_and_blank_lines_do_not_matter(dense_folder, tmp_path)
     check_tasks(["piqa"], tmp_path)
     model = AutoModelForCausalLM.from_pretrained(dense_folder)
     assert run_task(model, byte_tokenizer(), "piqa", tmp_path, None).questions == 2
+
+
+def test_questions_are_those_of_the_file_as_it_is_now(dense_folder, tmp_path):
+    """`datasets` knows a file by its path, which it takes for a pattern, and its time."""
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+
+    def score(folder, gold, questions):
+        folder.mkdir(exist_ok=True)
+        write_lines(folder / "piqa.jsonl", questions * [GOOD | {"gold": gold}])
+        os.utime(folder / "piqa.jsonl", (1_000_000_000, 1_000_000_000))
+        return run_task(model, byte_tokenizer(), "piqa", folder, None)
+
+    first, second = (score(tmp_path / "data", gold, 1).value for gold in (0, 1))
+    assert sorted((first, second)) == [0, 1]
+    score(tmp_path / "v1", 0, 3)
+    assert score(tmp_path / "v[1]", 0, 2) == Score(first, 0.0, 2)
 
 
 def test_an_answer_longer_than_the_context_is_refused(dense_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.measure import humaneval
 from factorllm.measure.programs import check_runner
+from factorllm.runs.digest import digest_of
 from factorllm.text.documents import json_lines, whole_characters
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def ask(harness: LM, task: str, data: Path | None, limit: int | None, run_genera
     from lm_eval import evaluate
 
     _check_programs(task, run_generated_code)
-    loaded = _task_manager(data is None).load([local_task(task, data) if data else task])
+    loaded = _task_manager(data is None).load([_of_its_file(task, data) if data else task])
     # Not `simple_evaluate`, which starts git and pip to describe the machine: a process that is started while another
     # thread changes the environment's variables may be given freed memory for them.
     found = evaluate(harness, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=run_generated_code)
@@ -148,6 +150,12 @@ def _task_manager(known: bool):
                 return super().load(tasks)
 
     return Refusing(include_defaults=known)
+
+
+def _of_its_file(task: str, data: Path) -> dict:
+    """`local_task`, named by what its file holds: `datasets` keeps what it has read of a path by the file's time, which
+    other questions at the same path may have too."""
+    return local_task(task, data) | {"dataset_name": digest_of([data / f"{task}.jsonl"])}
 
 
 def _score(found: dict, task: str) -> Score:
@@ -248,10 +256,11 @@ _GENERATION = {
 def local_task(task: str, data: Path) -> dict:
     """The config of lm-eval's task `task`, with its questions from a local file."""
     known = TASKS[task]
+    path = glob.escape(str((data / f"{task}.jsonl").resolve()))  # `datasets` takes it for a pattern
     config = {
         "task": task,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str((data / f"{task}.jsonl").resolve())}},
+        "dataset_kwargs": {"data_files": {"test": path}},
         "test_split": "test",
         "doc_to_text": known.prompt,
         "metric_list": [{"metric": known.metric, "aggregation": "mean", "higher_is_better": True}],
