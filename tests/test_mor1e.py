@@ -326,6 +326,12 @@ def test_serve_mixes_the_adapters_of_each_prompts_kinds(text_file, tmp_path):
             scales = [{"id": kind, "scale": scale} for kind, scale in enumerate(wrong)]
             answer = client.completions.create(prompt=prompt, **asked, extra_body={"lora": scales})
             assert apart(answer, prompt, wrong) < 0.03
+        # The last prompt was read with the other adapter, and another with this one after it.
+        for wanted in ([1.0, 0.0], [0.0, 1.0]):
+            scales = [{"id": kind, "scale": scale} for kind, scale in enumerate(wanted)]
+            for prompt in (WORDS, NUMBERS):
+                answer = client.completions.create(prompt=prompt, **asked, extra_body={"lora": scales})
+                assert apart(answer, prompt, wanted) < 0.03
 
 
 def test_a_requests_scales_come_from_all_that_it_says():

@@ -237,6 +237,8 @@ def _params(path: Path, adapters: Sequence[Path], drafting: Drafting | None, set
         import xllamacpp
 
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in adapters]
+        # llama.cpp keeps the caches of earlier prompts there, and does not look which adapters they were read with.
+        params.cache_ram_mib = 0
     return params
 
 
