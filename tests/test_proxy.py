@@ -18,12 +18,14 @@ from factorllm.serving.proxy import Front, Proxy, UnavailableError
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Answers with what it was sent; a stream in pieces, the second when `go` is set."""
+    """Answers with what it was sent; a stream in pieces, the second when `go` is set, and so to what is slow."""
 
     go = threading.Event()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("prompt") == "slow":
+            self.go.wait(10)
         self.send_response(429 if body.get("prompt") == "too much" else 200)
         self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
         self.end_headers()
@@ -123,6 +125,35 @@ def test_refusals_reach_the_client_and_the_connection_lives_on(client):
     with pytest.raises(openai.RateLimitError):  # the engine's own
         client.completions.create(model="one", prompt="too much")
     assert client.completions.create(model="one", prompt="hello").choices
+
+
+def request(content: bytes, version: str = "1.1", *headers: str) -> bytes:
+    lines = [f"POST /v1/completions HTTP/{version}", "Host: it", *(headers or [f"Content-Length: {len(content)}"])]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def open_with(address: str, *requests: bytes) -> socket.socket:
+    host, _, port = address.removeprefix("http://").partition(":")
+    client = socket.create_connection((host, int(port)), timeout=10)
+    client.sendall(b"".join(requests))
+    return client
+
+
+def test_a_client_that_goes_away_gives_its_place_back(address, front):
+    gone = open_with(address, request(b'{"prompt": "slow"}'))
+    assert comes_true(lambda: front.held == 1)
+    gone.close()
+    assert comes_true(lambda: front.held == 0, 5)  # what is slow takes 10 s
+
+
+def test_a_client_that_sends_its_next_request_already_has_not_gone(address, front):
+    with open_with(address, request(b'{"prompt": "slow"}'), request(b'{"prompt": "next"}')) as client:
+        assert comes_true(lambda: front.held == 1)
+        Engine.go.set()
+        said = client.recv(4096)
+        while b"next" not in said:
+            said += client.recv(4096)
+    assert said.index(b"slow") < said.index(b"next")
 
 
 def test_an_engine_that_is_gone_is_told(client, front):

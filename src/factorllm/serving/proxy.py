@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from socket import MSG_PEEK, socket
 from urllib.parse import urlsplit
 
 from factorllm.errors import FactorLLMError
@@ -134,8 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
                 try:
                     content = json.dumps(sent).encode()
                     connection.request("POST", path, content, {"Content-Type": "application/json"})
-                    reply = connection.getresponse()
-                    self._copy(reply)
+                    self._wait_for(connection.sock)
+                    self._copy(connection.getresponse())
                 finally:  # a client that went away: the engine stops at a closed connection
                     connection.close()
         except UnavailableError as error:
@@ -147,6 +149,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if not self._begun:
                 self._refuse(502, "the engine's server does not answer")
+
+    def _wait_for(self, engine: socket) -> None:
+        """Wait until an answer begins.
+
+        Raises:
+            ConnectionError: when the client has gone, for whom others would wait.
+        """
+        with DefaultSelector() as both:
+            both.register(engine, EVENT_READ)
+            both.register(self.connection, EVENT_READ)
+            while engine not in [key.fileobj for key, _ in both.select()]:
+                if not self.connection.recv(1, MSG_PEEK):
+                    raise ConnectionAbortedError
+                both.unregister(self.connection)  # it has sent its next request already
 
     _begun = False
 
