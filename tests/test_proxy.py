@@ -156,6 +156,21 @@ def test_a_client_that_sends_its_next_request_already_has_not_gone(address, fron
     assert said.index(b"slow") < said.index(b"next")
 
 
+@pytest.mark.parametrize("body", [{"prompt": "old"}, {"prompt": "old", "stream": True}])
+def test_a_client_of_http_1_0_gets_no_chunks(body, address):
+    Engine.go.set()
+    said = b""
+    with open_with(address, request(json.dumps(body).encode(), "1.0")) as client:
+        while piece := client.recv(4096):
+            said += piece
+    head, _, answer = said.partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    texts = [
+        json.loads(line.removeprefix(b"data: "))["choices"][0]["text"] for line in answer.split(b"\n\n") if b"{" in line
+    ]
+    assert texts == (["first", "second"] if "stream" in body else [json.dumps(body | {"seed": 7})])
+
+
 def test_an_engine_that_is_gone_is_told(client, front):
     front.address = "http://127.0.0.1:9"
     with pytest.raises(openai.InternalServerError, match="does not answer"):

@@ -169,14 +169,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _copy(self, reply: HTTPResponse) -> None:
         """Pass an answer on, each piece when it is there."""
         self._begun = True
+        chunked = self.request_version != "HTTP/1.0"  # there, all is the answer until the connection ends
         self.send_response(reply.status)
         self.send_header("Content-Type", reply.getheader("Content-Type", "application/json"))
-        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")))
         self.end_headers()
         while piece := reply.read1(_PIECE):
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
             self.wfile.flush()
-        self.wfile.write(b"0\r\n\r\n")
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
         self._begun = False  # the next request of this connection
 
     def _body(self) -> dict | None:
