@@ -197,6 +197,31 @@ def test_paths_and_bodies(address, method, path, content, status):
         assert json.loads(said)["error"]["message"]
 
 
+def in_chunks(*pieces: bytes) -> bytes:
+    sized = b"".join(b"%X;told=no\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    return request(sized + b"0\r\nA-Trailer: it\r\n\r\n", "1.1", "Transfer-Encoding: chunked")
+
+
+def test_a_body_may_come_in_chunks(address):
+    with open_with(
+        address, in_chunks(b'{"prompt":', b' "in pieces, twelve"}'), in_chunks(b'{"prompt": "next"}')
+    ) as client:
+        said = b""
+        while b"next" not in said:
+            said += client.recv(4096) or pytest.fail(said.decode())
+    assert said.index(b"in pieces, twelve") < said.index(b"next")
+
+
+@pytest.mark.parametrize("size", [b"", b"-1", b"0x2", b"+2", b"4000001", b"f" * 9, b"many"])
+def test_chunks_of_no_size_and_of_too_large_a_one_are_refused(size, address):
+    with open_with(address, request(size + b"\r\n{}\r\n0\r\n\r\n", "1.1", "Transfer-Encoding: chunked")) as client:
+        said = b""
+        while piece := client.recv(4096):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1") == 1  # nothing of it was taken for another request
+
+
 def test_a_body_that_is_too_large_is_not_read(address):
     status, _ = ask(address, "POST", "/v1/completions", b"{}", **{"Content-Length": str(1 << 40)})
     assert status == 400

@@ -4,6 +4,7 @@ it comes."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ PLACED = ("/v1/completions", "/v1/chat/completions")
 
 _LARGEST = 64 << 20  # bytes of a body
 _PIECE = 1 << 16
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?\r?\n")  # of a piece of a body
 
 
 def text_of(body: dict) -> str:
@@ -182,14 +184,39 @@ class _Handler(BaseHTTPRequestHandler):
         self._begun = False  # the next request of this connection
 
     def _body(self) -> dict | None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _LARGEST:
+        chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        content = self._chunks() if chunked else self._counted()
+        if content is None:
             self.close_connection = True  # what follows would be taken for the next request
             return None
         with suppress(ValueError, RecursionError):
-            body = json.loads(self.rfile.read(int(length)))
+            body = json.loads(content)
             return body if isinstance(body, dict) else None
         return None
+
+    def _counted(self) -> bytes | None:
+        """A body whose length is told; None where it is not, or too large."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _LARGEST:
+            return None
+        return self.rfile.read(int(length))
+
+    def _chunks(self) -> bytes | None:
+        """A body in pieces, as clients send it that do not know its length before; None as in `_counted`."""
+        content = bytearray()
+        while (size := self._size()) and len(content) + size <= _LARGEST:
+            content += self.rfile.read(size)
+            self.rfile.readline(_PIECE)
+        if size:
+            return None
+        while self.rfile.readline(_PIECE).strip():
+            pass  # what follows the last piece says nothing of the body
+        return bytes(content)
+
+    def _size(self) -> int:
+        """Of the next piece, with the end of its line; too large where it is no number."""
+        found = _SIZE.fullmatch(self.rfile.readline(_PIECE))
+        return int(found[1], 16) if found else _LARGEST + 1
 
     def _refuse(self, status: int, message: str) -> None:
         kind = "invalid_request_error" if status < 500 else "server_error"
