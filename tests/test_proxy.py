@@ -197,6 +197,13 @@ def test_paths_and_bodies(address, method, path, content, status):
         assert json.loads(said)["error"]["message"]
 
 
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_an_address_that_is_none_is_refused(method, address):
+    asked = method + b" http://[/v1/models HTTP/1.1\r\nHost: it\r\nContent-Length: 2\r\n\r\n{}"
+    with open_with(address, asked) as client:
+        assert client.recv(4096).startswith(b"HTTP/1.1 404 ")
+
+
 def in_chunks(*pieces: bytes) -> bytes:
     sized = b"".join(b"%X;told=no\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
     return request(sized + b"0\r\nA-Trailer: it\r\n\r\n", "1.1", "Transfer-Encoding: chunked")
@@ -222,8 +229,9 @@ def test_chunks_of_no_size_and_of_too_large_a_one_are_refused(size, address):
     assert said.count(b"HTTP/1.1") == 1  # nothing of it was taken for another request
 
 
-def test_a_body_that_is_too_large_is_not_read(address):
-    status, _ = ask(address, "POST", "/v1/completions", b"{}", **{"Content-Length": str(1 << 40)})
+@pytest.mark.parametrize("length", [str(1 << 40), "9" * 5000])
+def test_a_body_that_is_too_large_is_not_read(length, address):
+    status, _ = ask(address, "POST", "/v1/completions", b"{}", **{"Content-Length": length})
     assert status == 400
 
 

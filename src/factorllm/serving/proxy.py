@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Proxy
 
     def do_GET(self) -> None:
-        front, path = self.server.front, urlsplit(self.path).path
+        front, path = self.server.front, self._asked()
         if path == "/health":
             self._answer(200, {"status": "ok"})
         elif path == "/v1/models":
@@ -122,14 +122,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"there is no {path}")
 
     def do_POST(self) -> None:
-        path = urlsplit(self.path).path
-        body = self._body()
+        path, body = self._asked(), self._body()
         if path not in PLACED:
             self._refuse(404, f"there is no {path}; use {' or '.join(PLACED)}")
         elif body is None:
             self._refuse(400, "the body is no JSON mapping of at most 64 MiB")
         else:
             self._pass_on(path, body)
+
+    def _asked(self) -> str:
+        """The path, without what follows it; of an address that is none, all of it."""
+        with suppress(ValueError):
+            return urlsplit(self.path).path
+        return self.path
 
     def _pass_on(self, path: str, body: dict) -> None:
         try:
@@ -197,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _counted(self) -> bytes | None:
         """A body whose length is told; None where it is not, or too large."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _LARGEST:
+        if not length.isdecimal() or len(length) > len(str(_LARGEST)) or int(length) > _LARGEST:
             return None
         return self.rfile.read(int(length))
 
