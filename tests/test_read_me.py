@@ -1,7 +1,9 @@
 """Read-ME: a prune for each kind of text, and what chooses among them before any layer runs."""
 
+import errno
 import json
 import random
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -21,6 +23,7 @@ from factorllm.dense.safetensors import open_folder
 from factorllm.recipe import Shape, parse_read_me, parse_recipe
 from factorllm.runs.output import CHECKPOINT, check_output
 from factorllm.serving import kinds as serving
+from factorllm.serving.backend import Backend
 from factorllm.serving.kinds import KindFront
 from factorllm.serving.proxy import UnavailableError, text_of
 from factorllm.student.read import load_student, read_provenance
@@ -280,6 +283,24 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_others_go_on(front):
     with front.place("/v1/completions", bodies[1]) as (address, _):
         assert address == "http://1"
     assert not any(front._schedule.queued)
+
+
+def test_a_server_that_cannot_be_started_is_told_too(front, monkeypatch):
+    def none_left(*arguments, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    body, own = prompts(front)[0], serving.Backend
+    monkeypatch.setattr(serving, "Backend", Backend)
+    with monkeypatch.context() as full:
+        full.setattr(subprocess, "Popen", none_left)
+        with (
+            pytest.raises(UnavailableError, match="no process can be started to load 0: Too many open files"),
+            front.place("/v1/completions", body),
+        ):
+            pass
+    monkeypatch.setattr(serving, "Backend", own)
+    with front.place("/v1/completions", body) as (address, _):
+        assert address == "http://0"
 
 
 def test_one_waits_until_there_is_a_slot(front):

@@ -25,9 +25,11 @@ class Backend:
 
     def __init__(self, gguf_file: Path, options: Options):
         command = [sys.executable, "-m", "factorllm.serving.backend", str(gguf_file), json.dumps(asdict(options))]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | STARTED_WITH
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        try:
+            self._process = subprocess.Popen(command, **pipes, text=True, env=os.environ | STARTED_WITH)
+        except OSError as error:  # no more processes or open files
+            raise FactorLLMError(f"no process can be started to load {gguf_file}: {error.strerror}") from None
         line = self._process.stdout.readline()
         if not line.startswith("http"):
             self.close()
