@@ -323,6 +323,8 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"output_attentions": True}, "output_attentions"),
         ({"return_dict": False}, "return_dict"),
+        ({"is_causal": False}, "says is_causal = False, so its tokens see those after them"),
+        ({"is_causal": None}, "is_causal = None"),
     ],
 )
 def test_a_config_that_is_not_applied_is_refused_by_name(tmp_path, changes, named):

@@ -124,6 +124,11 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
     for key, value, why in _OUTPUTS:
         if getattr(config, key, None) is value:
             raise FactorLLMError(f"the config of {label} says {key} = {value}, {why}; remove it")
+    if not getattr(config, "is_causal", True):  # a key that transformers heeds in every family, and no engine
+        raise FactorLLMError(
+            f"the config of {label} says is_causal = {config.is_causal}, so its tokens see those after them, which a "
+            "student and engines would not let them; use a model that writes text, or remove the key if it is one"
+        )
     for key, what in _NOT_BY_LAYER.items():
         if getattr(config, key, None):
             raise FactorLLMError(
