@@ -131,6 +131,7 @@ def varied(family, **changes):
     return type(TINY[family]).from_dict(TINY[family].to_dict() | changes)
 
 
+NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # hide no difference
 NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
 WRITTEN = {
     **TINY,
@@ -149,6 +150,10 @@ WRITTEN = {
     "exaone4": varied("exaone4", head_dim=8, **NO_WINDOWS),
     # With what changes more than these models' own values do.
     "gemma2": varied("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    # As the smallest ones have it: no Mamba.
+    "granitemoehybrid-attention": varied(
+        "granitemoehybrid", layer_types=["attention"] * 3, position_embedding_type="rope", **NEUTRAL
+    ),
     "ministral3-far": varied(
         "ministral3", rope_parameters=TINY["ministral3"].rope_parameters | {"original_max_position_embeddings": 8}
     ),
@@ -157,6 +162,7 @@ PRUNE = ("dense", "S4A0E8")
 OF_OTHER_FAMILIES = {
     "granite": [("granitemoe", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
     "granitemoehybrid": [("granitemoehybrid", "S2A2E8"), PRUNE],
+    "granitemoehybrid-attention": [("granitemoehybrid", "S2A2E8")],
     "phi3": [("glm4_moe", "S2A2E8"), PRUNE],
     "phi3-whole": [("mixtral", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
     "seed_oss": [("glm4_moe", "S2A2E8")],
@@ -232,6 +238,15 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
         (varied("cohere", tie_word_embeddings=False), "the output head of llama.cpp's command-r is its embedding"),
         (varied("cohere", use_qk_norm=True), "queries and keys are not normalised"),
         (varied("gemma2", attn_logit_softcapping=None), "attention and logits are always capped"),
+        (
+            varied("granitemoehybrid", time_step_limit=[0.0, 0.1]),
+            "have no bounds, such as time_step_limit = .0.0, 0.1.",
+        ),
+        (
+            varied("granitemoehybrid", mamba_proj_bias=True),
+            "the convolutions of Mamba have biases, and its projections",
+        ),
+        (varied("granitemoehybrid", mamba_conv_bias=False), "the convolutions of Mamba have biases, and its projec"),
         (varied("nemotron_h", use_bias=True), "the projections of Mamba have no biases"),
         (varied("nemotron_h", mamba_hidden_act="gelu"), "the convolutions of Mamba are followed by silu"),
         (varied("nemotron_h", time_step_min=0.05), "have no lower bound, such as time_step_min = 0.05"),
@@ -243,6 +258,19 @@ def test_a_dense_model_that_llamacpp_would_compute_otherwise_is_refused(config, 
     assert "llama.cpp" not in HOSTS["dense"].engines(config)
     with pytest.raises(FactorLLMError, match=f"cannot be exported: .*{says}.*serve it with transformers or vLLM"):
         export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"time_step_limit": [0.0, 0.1]}, "Mamba's time steps have no bounds"),
+        ({"layer_types": ["attention"] * 3}, "granitemoe rotates queries and keys by their positions, and this model"),
+    ],
+)
+def test_a_granite_student_that_llamacpp_would_compute_otherwise_is_refused(changes, says, tmp_path, text_file, small):
+    out = factorized(varied("granitemoehybrid", **changes), tmp_path, text_file, small)
+    with pytest.raises(FactorLLMError, match=f"cannot be exported: .*{says}"):
+        export_gguf(str(out), tmp_path / "out.gguf", "f32")
 
 
 def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:

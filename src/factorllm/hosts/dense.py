@@ -23,7 +23,8 @@ from factorllm.hosts.cohere2_moe import Cohere2MoeHost
 from factorllm.hosts.gemma4 import Gemma4Host, unlike_llamacpp
 from factorllm.hosts.glm4_moe import Glm4MoeHost
 from factorllm.hosts.granitemoe import GraniteMoeHost
-from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost
+from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost, has_mamba
+from factorllm.hosts.granitemoehybrid import unlike_llamacpp as unlike_granite
 from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
 from factorllm.hosts.lfm2_moe import Lfm2MoeHost
 from factorllm.hosts.nemotron_h import NemotronHHost
@@ -66,6 +67,8 @@ class DenseHost(Host):
         return _WRITTEN[config.model_type].misfit(config, self.gguf(config)) or super().reason_against_gguf(config)
 
     def gguf(self, config: PreTrainedConfig) -> str:
+        if config.model_type == "granitemoehybrid" and not has_mamba(config):
+            return "granite"
         return family_of(config).gguf or ""
 
     def gguf_form(self, config: PreTrainedConfig) -> GGUFForm:
@@ -226,7 +229,7 @@ _WRITTEN = {
     "qwen3_5_text": _Written(Qwen35MoeHost()),
     "qwen3_vl_text": _Written(Qwen3VLMoeHost()),
     "granite": _Written(GraniteMoeHost(), output_bias=True),
-    "granitemoehybrid": _Written(GraniteMoeHybridHost(), output_bias=True),
+    "granitemoehybrid": _Written(GraniteMoeHybridHost(), output_bias=True, misfits=(unlike_granite,)),
     "phi3": _Written(_FusedQueries(), keeps_fused=True, misfits=(uneven_heads,)),
     "smollm3": _Written(misfits=(_other_no_rope_layers,)),
     "lfm2": _Written(Lfm2MoeHost()),

@@ -1,5 +1,6 @@
 """GraniteMoeHybrid: routed experts and one shared expert beside Mamba and attention, for Granite 4 without experts."""
 
+import math
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from factorllm.recipe import Shape
 
 _MAMBA = ("mamba", "linear_attention")
 """As the makers say it, and as transformers saves it."""
+
+_UNBOUNDED = (0.0, math.inf)
 
 
 class GraniteMoeHybridHost(GraniteMoeSharedHost):
@@ -42,18 +45,18 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
             **carried(dense, GraniteMoeHybridConfig) | changed, architectures=["GraniteMoeHybridForCausalLM"]
         )
 
+    def gguf(self, config: PreTrainedConfig) -> str:
+        return super().gguf(config) if has_mamba(config) else "granitemoe"
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        if not has_mamba(config) and config.position_embedding_type != "rope":
+            return "llama.cpp's granitemoe rotates queries and keys by their positions, and this model does not"
+        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
-        heads = config.num_key_value_heads
-        return super().gguf_other_keys(config) | {
-            # A layer without heads is one of Mamba.
-            "attention.head_count_kv": [0 if kind in _MAMBA else heads for kind in config.layer_types],
-            "rope.scaling.finetuned": config.position_embedding_type == "rope",  # so it is said whether it rotates
-            "ssm.conv_kernel": config.mamba_d_conv,
-            "ssm.state_size": config.mamba_d_state,
-            "ssm.group_count": config.mamba_n_groups,
-            "ssm.time_step_rank": config.mamba_n_heads,
-            "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
-        }
+        keys = super().gguf_other_keys(config)
+        keys["rope.scaling.finetuned"] = config.position_embedding_type == "rope"  # so it is said whether it rotates
+        return keys | (_mamba_keys(config) if has_mamba(config) else {})
 
     def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
         match name:
@@ -65,3 +68,32 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
                 return tensor.view(config.mamba_n_groups, -1)
             case _:
                 return tensor
+
+
+def has_mamba(config: PreTrainedConfig) -> bool:
+    """Whether some layers are Mamba. The smallest models have attention in all, and llama.cpp has them as Granite 3."""
+    return any(kind in _MAMBA for kind in config.layer_types)
+
+
+def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
+    """What llama.cpp has not of a Granite 4, with experts or without."""
+    if not has_mamba(config):
+        return None
+    if config.mamba_proj_bias or not config.mamba_conv_bias:
+        return "the convolutions of Mamba have biases, and its projections have none"
+    if config.time_step_limit is not None and tuple(config.time_step_limit) != _UNBOUNDED:
+        return f"Mamba's time steps have no bounds, such as time_step_limit = {list(config.time_step_limit)}"
+    return None
+
+
+def _mamba_keys(config: PreTrainedConfig) -> GGUFKeys:
+    heads = config.num_key_value_heads
+    return {
+        # A layer without heads is one of Mamba.
+        "attention.head_count_kv": [0 if kind in _MAMBA else heads for kind in config.layer_types],
+        "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.state_size": config.mamba_d_state,
+        "ssm.group_count": config.mamba_n_groups,
+        "ssm.time_step_rank": config.mamba_n_heads,
+        "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
+    }
