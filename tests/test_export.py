@@ -158,6 +158,14 @@ WRITTEN = {
         "ministral3", rope_parameters=TINY["ministral3"].rope_parameters | {"original_max_position_embeddings": 8}
     ),
 }
+SCALED_YARN = {
+    "full_attention": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16,
+        "attention_factor": 1.7,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+OF_64_LAYERS = {"num_hidden_layers": 64, "layer_types": ["full_attention"] * 64}
 PRUNE = ("dense", "S4A0E8")
 OF_OTHER_FAMILIES = {
     "granite": [("granitemoe", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
@@ -250,6 +258,12 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
         (varied("nemotron_h", use_bias=True), "the projections of Mamba have no biases"),
         (varied("nemotron_h", mamba_hidden_act="gelu"), "the convolutions of Mamba are followed by silu"),
         (varied("nemotron_h", time_step_min=0.05), "have no lower bound, such as time_step_min = 0.05"),
+        (varied("gemma3_text", use_bidirectional_attention=True), "no token sees those after it"),
+        (
+            varied("gemma3_text", rope_parameters=SCALED_YARN),
+            "the attention factor of YaRN scales layers with a window",
+        ),
+        (varied("exaone4", head_dim=8, **NO_WINDOWS | OF_64_LAYERS), "models of 64 layers have windows"),
         (varied("gemma3_text", query_pre_attn_scalar=8), "queries are scaled by 16, not by query_pre_attn_scalar = 8"),
     ],
 )

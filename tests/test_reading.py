@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, edit_json, relative_error, save_dense, some_tokens
+from families import TINY
 from safetensors.torch import load_file, save_file
 from test_export import byte_level_tokenizer, save_model, sentencepiece_tokenizer
 from tokenizers import AddedToken
@@ -139,6 +140,20 @@ def plain(tmp_path_factory) -> Path:
 def test_a_key_that_is_not_applied_is_refused_by_name(plain, tmp_path, key, value):
     rewrite(plain, tmp_path / "odd.gguf", **{key: value})
     with pytest.raises(FactorLLMError, match=key.replace("__", ".")):
+        open_model(str(tmp_path / "odd.gguf"))
+
+
+def test_what_scales_attention_in_all_layers_of_gemma_3_is_refused(tmp_path):
+    """transformers would scale it in layers without a window only."""
+    save_model(TINY["gemma3_text"], tmp_path / "dense")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    config["rope_parameters"]["full_attention"] |= YARN["rope_parameters"]
+    config["layer_types"] = ["sliding_attention"] * 3  # as llama.cpp has it in so few layers
+    edit_json(tmp_path / "dense/config.json", **config)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "file.gguf", "f32")
+    assert open_model(str(tmp_path / "file.gguf")).config.rope_parameters["full_attention"]["rope_type"] == "yarn"
+    rewrite(tmp_path / "file.gguf", tmp_path / "odd.gguf", gemma3__rope__scaling__attn_factor=1.5)
+    with pytest.raises(FactorLLMError, match=r"rope\.scaling\.attn_factor = 1\.5"):
         open_model(str(tmp_path / "odd.gguf"))
 
 

@@ -17,6 +17,7 @@ from factorllm.dense.families import (
     set_ffn_width,
     sliding_window,
 )
+from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.pretrained import name_architecture
 from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, StudentFFN
 from factorllm.hosts.cohere2_moe import Cohere2MoeHost
@@ -214,6 +215,22 @@ def _capped_attention(config: PreTrainedConfig) -> str | None:
     return "attention is not capped" if getattr(config, "attn_logit_softcapping", None) else None
 
 
+def _reads_both_ways(config: PreTrainedConfig) -> str | None:
+    return "no token sees those after it" if config.use_bidirectional_attention else None
+
+
+def _scaled_by_yarn(config: PreTrainedConfig) -> str | None:
+    """Of architectures in which YaRN's scaling is of layers without a window only, but for what a file says of it."""
+    said = "rope.scaling.attn_factor" in rope_keys(rope_of(config))
+    return "the attention factor of YaRN scales layers with a window too" if said else None
+
+
+def _of_the_largest(config: PreTrainedConfig) -> str | None:
+    """Of EXAONE 4, whose largest model llama.cpp knows by its layers."""
+    largest = 64
+    return f"models of {largest} layers have windows" if config.num_hidden_layers == largest else None
+
+
 def _uncapped(config: PreTrainedConfig) -> str | None:
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
     return None if all(caps) else "attention and logits are always capped"
@@ -248,9 +265,15 @@ _WRITTEN = {
     "gemma3_text": _Written(
         _Gemma(),
         activation=_GELU,
-        misfits=(_queries_scaled_otherwise(62), scaled_in_windows, _capped_attention),
+        misfits=(
+            _queries_scaled_otherwise(62),
+            scaled_in_windows,
+            _capped_attention,
+            _reads_both_ways,
+            _scaled_by_yarn,
+        ),
     ),
-    "exaone4": _Written(_NormsAfter(), misfits=(uneven_heads, _windows)),
+    "exaone4": _Written(_NormsAfter(), misfits=(uneven_heads, _windows, _of_the_largest)),
     "stablelm": _Written(misfits=(_normalised_queries,)),
     "arcee": _Written(activation=_RELU2),
     "nemotron": _Written(_Nemotron(), activation=_RELU2, output_bias=True, misfits=(uneven_heads,)),

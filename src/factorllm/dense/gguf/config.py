@@ -73,6 +73,8 @@ def _gemma3(keys: Keys, fields: dict) -> dict:
     layers = fields["num_hidden_layers"]
     windows = [(index + 1) % _GEMMA3_PATTERN != 0 for index in range(layers)]
     keys.refuse_unless("attention.sliding_window_pattern", _GEMMA3_PATTERN, windows)
+    if "attention_factor" in fields["rope_parameters"]:  # llama.cpp scales layers with a window by it too
+        raise keys.refusal("rope.scaling.attn_factor", keys.number("rope.scaling.attn_factor", 1.0))
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
     largest = layers == _GEMMA3_27B
     return {
