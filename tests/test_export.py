@@ -293,6 +293,12 @@ def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict
     return {key: field.contents() for key, field in gguf.GGUFReader(out).fields.items()}
 
 
+def test_the_epsilon_of_another_family_is_not_written(tmp_path):
+    save_model(varied("lfm2", norm_eps=1e-5, rms_norm_eps=0.1), tmp_path / "dense")
+    written = exported(tmp_path / "dense", tmp_path / "out.gguf")["lfm2.attention.layer_norm_rms_epsilon"]
+    assert written == pytest.approx(1e-5)
+
+
 def factorized(config, folder: Path, text_file, small, recipe="S2A2E8", host="auto") -> Path:
     save_model(config, folder / "dense")
     settings = small.model_copy(update={"host": host})

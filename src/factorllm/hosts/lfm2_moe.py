@@ -76,6 +76,7 @@ class Lfm2MoeHost(MoeHost):
 
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
+            "attention.layer_norm_rms_epsilon": config.norm_eps,  # whatever keys of other families say
             "shortconv.l_cache": config.conv_L_cache,
             # A layer without heads is a convolution.
             "attention.head_count_kv": [
