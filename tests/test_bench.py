@@ -10,6 +10,7 @@ from test_export import factorized
 
 from factorllm import factorize
 from factorllm.measure.cost import Cost
+from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.run import run_bench
 from factorllm.measure.speed.subjects import Subject
@@ -19,7 +20,7 @@ TINY = Plan(rounds=2, prompts=(8, 16), context=8, steps=2, batches=(1, 2), threa
 
 
 def subject(name: str, flops: int = 100) -> Subject:
-    return Subject(name, None, Cost(0.5, 1, 1, flops), 1)
+    return Subject(name, None, Cost(0.5, 1, 1, flops), 1, 64)
 
 
 @pytest.mark.engine
@@ -68,3 +69,20 @@ def test_the_ideal_is_the_ratio_of_active_weights():
 def test_a_plan_refuses_what_it_does_not_know():
     with pytest.raises(ValidationError, match="round"):
         Plan(round=3)
+
+
+def test_what_is_timed_fits_into_the_context():
+    """Of 2,048 tokens, as TinyLlama's, llama.cpp reads no prompt of 2,048, for there is no room for an answer."""
+    assert Plan().fitting(4096) == Plan()
+    assert Plan().fitting(2048).names() == ["prefill 512", "prefill 1024", "decode x1", "decode x8"]
+    short = Plan().fitting(256)
+    assert (short.prompts, short.context, short.steps) == ((128,), 64, 32)
+    assert FrontPlan().fitting(512).speed_plan() == FrontPlan(prompt=256, context=128).speed_plan()
+
+
+@pytest.mark.engine
+def test_a_model_of_a_short_context_is_timed_with_shorter_prompts(tmp_path, text_file, small):
+    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    long = TINY.model_copy(update={"prompts": (16, 64), "batches": (1,)})
+    table = run_bench(str(student), [str(tmp_path / "dense")], "llamacpp", "f32", long)
+    assert list(table.columns[0].cells)[:4:2] == ["prefill 16, tokens/s", "prefill 32, tokens/s"]

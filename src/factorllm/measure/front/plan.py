@@ -47,5 +47,11 @@ class FrontPlan(BaseModel):
 
     def within(self, context: int) -> FrontPlan:
         """The same of a model that reads no more than `context` tokens."""
-        timed = self.speed_plan().within(context)
+        return self._timing(self.speed_plan().within(context))
+
+    def fitting(self, context: int) -> FrontPlan:
+        """The same as it is where models that read `context` tokens can do it, else what is within."""
+        return self._timing(self.speed_plan().fitting(context))
+
+    def _timing(self, timed: Plan) -> FrontPlan:
         return self.model_copy(update={"prompt": timed.prompts[0], "context": timed.context, "steps": timed.steps})

@@ -86,6 +86,7 @@ def run_front(
     out, models = located(out), _models(students, against)
     made_with = _held_out_by(models)
     _check(out, plan, settings)
+    plan = plan.fitting(min(model.checkpoint.config.max_position_embeddings for model in models))
     with explain_full_disk(out, _WHEN_FULL):
         out.mkdir(parents=True, exist_ok=True)
         weights = {"text": text, "tokens": plan.importance_tokens, "made_with": made_with}

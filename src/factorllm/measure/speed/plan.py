@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from factorllm.runs.settings import Sequences, Threads, Tokens
 
+SPARE = 16
+"""Tokens of context that a model is given beside the longest sequence that is timed."""
+
 
 class Plan(BaseModel):
     """What is timed. Unknown keys are refused.
@@ -43,9 +46,15 @@ class Plan(BaseModel):
 
     def within(self, context: int) -> Plan:
         """The same of a model that reads no more than `context` tokens."""
-        prompts = tuple(min(prompt, context // 2) for prompt in self.prompts)
+        prompts = tuple(dict.fromkeys(min(prompt, context // 2) for prompt in self.prompts))
         before, steps = min(self.context, context // 4), min(self.steps, max(context // 8, 2))
         return self.model_copy(update={"prompts": prompts, "context": before, "steps": steps})
+
+    def fitting(self, context: int) -> Plan:
+        """The same as it is where models that read `context` tokens can do it, which engines refuse otherwise; else
+        what is within."""
+        longest = max(*self.prompts, self.context + self.steps)
+        return self if longest + SPARE <= context else self.within(context)
 
     def names(self) -> list[str]:
         """What is timed: `prefill N` for prompts of N tokens, `decode xB` for B sequences at once."""

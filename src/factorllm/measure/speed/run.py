@@ -34,6 +34,7 @@ def run_bench(
     Args:
         against: the dense model first, then static prunes.
         file_type: what models are exported as for llama.cpp.
+        plan: what is timed; where a model's context is too short for it, shorter prompts are.
 
     Raises:
         FactorLLMError: when a model or the engine cannot be used.
@@ -50,6 +51,7 @@ def run_bench(
         check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
     with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
         subjects = open_subjects(student, against, engine, file_type, Path(work), console)
+        plan = _fitting(plan, min(subject.context for subject in subjects), console)
         measures = measure_speed(subjects, engine, plan, console)
     title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
     if out:
@@ -58,6 +60,15 @@ def run_bench(
             write_json(out / _NUMBERS, as_json(measures, plan, engine))
             write_plot(measures, plan, title, out / _PLOT)
     return speed_table(measures, plan, title)
+
+
+def _fitting(plan: Plan, context: int, console: Console) -> Plan:
+    """The plan, or a shorter one, which is said, where models read no more tokens than `context`."""
+    fitting = plan.fitting(context)
+    if fitting != plan:
+        prompts = " and ".join(map(str, fitting.prompts))
+        console.print(f"one of them reads no more than {context} tokens, so prompts have {prompts}", highlight=False)
+    return fitting
 
 
 def _is_ours(numbers: Path) -> bool:

@@ -26,12 +26,14 @@ class Subject:
         path: what the engine loads.
         cost: its parameters and FLOPs by formula.
         size: bytes on disk.
+        context: tokens that it reads at most.
     """
 
     name: str
     path: Path
     cost: Cost
     size: int
+    context: int
 
     def ideal_over(self, dense: Subject) -> float:
         """Speed over the dense model's if only the weights that run for a token mattered."""
@@ -83,4 +85,4 @@ def open_subject(
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    return Subject(name, path, cost, size)
+    return Subject(name, path, cost, size, checkpoint.config.max_position_embeddings)

@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from rich.console import Console
 
 from factorllm.engines import EngineProcess, Options
-from factorllm.measure.speed.plan import Plan
+from factorllm.measure.speed.plan import SPARE, Plan
 from factorllm.measure.speed.subjects import Subject
 from factorllm.runs.progress import Meter, meter
 
@@ -107,7 +107,7 @@ def _said(threads: dict[str, int]) -> str:
 
 def _options(plan: Plan, batch: int, threads: dict[str, int]) -> Options:
     lengths = [plan.context + plan.steps, *(plan.prompts if batch == 1 else ())]
-    return Options(max(lengths) + 16, batch, threads["decode"], threads["prefill"], plan.dtype, plan.experts)
+    return Options(max(lengths) + SPARE, batch, threads["decode"], threads["prefill"], plan.dtype, plan.experts)
 
 
 def _fastest_threads(subject: Subject, engine: str, plan: Plan) -> dict[str, int]:
