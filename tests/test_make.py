@@ -375,6 +375,8 @@ def test_a_conversation_in_the_terminal_with_both_models(made, dense):
         (["MODEL"], "say where to write with -o"),
         (["MODEL", "-o", "OUT", "--effort", "heroic"], "no effort 'heroic'; efforts: quick, standard, best"),
         (["plan.yaml", "--speed", "2"], "edit it there"),
+        (["plan.yaml", "--type", "q8_0"], "so --type would be left out"),
+        (["plan.yaml", "--effort", "best"], "so --effort would be left out"),
         (["MODEL", "-o", "OUT", "--time", "soon"], "--time: Value error, 'soon' is not understood"),
         (["MODEL", "-o", "OUT", "--speed", "0.5"], "--speed: Input should be greater than 1"),
         (["missing.yaml"], "missing.yaml cannot be used"),

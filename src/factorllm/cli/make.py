@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def make(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, folder of safetensors, .gguf file, or a plan.yaml.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for all that is made.", **IS_PATH)] = None,
     speed: Speed = None,
@@ -35,8 +36,11 @@ def make(
 
     wish, console = Wish(speed=speed, keep=keep, time=time, memory=memory), terminal.console
     if Path(model).suffix in {".yaml", ".yml"}:
-        if wish != Wish() or text or vocabulary is not None:
-            raise FactorLLMError(f"{model} says it all: edit it there, and give no wish beside it but -o")
+        if given := [f"--{name.replace('file_', '')}" for name in context.params if _is_given(context, name)]:
+            raise FactorLLMError(
+                f"{model} says it all, so {given[0]} would be left out: edit it there, and give nothing beside it but "
+                "-o"
+            )
         made = make_planned(model, out, console)
     elif out is None:
         raise FactorLLMError("say where to write with -o")
@@ -46,6 +50,12 @@ def make(
         how = {"vocabulary": vocabulary, "effort": effort, "file_type": file_type}
         made = run(model, out, wish=wish, text=text, **how, console=console)
     show_made(made)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option beside a plan and -o stands on the command line, were it what it is without."""
+    source = context.get_parameter_source(name)
+    return name not in ("model", "out") and source is not None and source.name == "COMMANDLINE"
 
 
 def show_made(made: Made) -> None:
