@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from transformers import AutoConfig, LlamaConfig
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
 from factorllm.cli import main
 from factorllm.dense import open_model
+from factorllm.exporting.ready import as_gguf
 from factorllm.making.choose import choose_plan
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
@@ -309,6 +311,13 @@ def test_an_openai_client_talks_to_what_was_made(made):
     with served(str(made.out), "--context", "64") as (client, _):
         reply = client.chat.completions.create(model="made", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
     assert reply.choices[0].message.role == "assistant"
+
+
+def test_what_was_made_last_is_used_whatever_the_folder_is_called(made, tmp_path):
+    """`make` by another plan leaves the file of the one before."""
+    moved = Path(shutil.copytree(made.out, tmp_path / "moved"))
+    (moved / "moved-f16.gguf").write_bytes(b"of an older plan")
+    assert as_gguf(str(moved), "f16", tmp_path, print) == moved / "made-q8_0.gguf"
 
 
 # Ollama's grammar (parser/parser.go): a line a command, its arguments plain, in quotes, or in three quotes over lines.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from factorllm.exporting.gguf_file import Exported, export_gguf
@@ -26,11 +27,24 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     if path.suffix == ".gguf":
         return path
     refuse_adapters(path, "they would be left out here: use factorllm serve")
+    if made_last := _named_by_make(path):
+        return made_last
     if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
         return found[0]
     made = export_for_now(model, file_type, work, say)
     say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
     return made.path
+
+
+def _named_by_make(folder: Path) -> Path | None:
+    """The GGUF file of a folder of `factorllm make`, as its Modelfile names it: beside it there may be one of an older
+    plan, and the folder may have another name by now."""
+    with suppress(OSError, UnicodeDecodeError):
+        first = (folder / "Modelfile").read_text(encoding="utf-8").partition("\n")[0]
+        named = folder / Path(first.removeprefix("FROM ")).name
+        if named.suffix == ".gguf" and named.is_file() and (folder / "plan.yaml").is_file():
+            return named
+    return None
 
 
 def export_for_now(model: str, file_type: str, work: Path, say: Callable[[str], None]) -> Exported:
