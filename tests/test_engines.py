@@ -10,6 +10,7 @@ from test_export import save_model
 
 from factorllm import FactorLLMError
 from factorllm.engines import EngineProcess, Options, engine_name
+from factorllm.engines.serve import choose_engine
 from factorllm.exporting import export_gguf
 
 
@@ -90,3 +91,16 @@ def test_names_of_engines():
     assert engine_name("llama.cpp") == engine_name("LlamaCpp") == "llamacpp"
     with pytest.raises(FactorLLMError, match="engines: llamacpp, transformers, vllm"):
         engine_name("tensorrt")
+
+
+def test_vllm_is_taken_for_what_it_serves(tmp_path, monkeypatch):
+    """With a GPU; .gguf files and folders of `factorllm make` are llama.cpp's everywhere."""
+    monkeypatch.setattr("factorllm.engines.serve.installed", lambda engine: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "made").mkdir()
+    paths = [tmp_path, tmp_path / "model.gguf", tmp_path / "made"]
+    assert [choose_engine(path) for path in paths] == ["vllm", "llamacpp", "llamacpp"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_engine(tmp_path) == "llamacpp"

