@@ -24,6 +24,7 @@ from factorllm.exporting import FILE_TYPES, export_gguf
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.hosts import HOSTS
+from factorllm.recipe import parse_recipe
 
 VOCABULARY = 300
 PROMPTS, MORE_PROMPTS = 12, 40
@@ -255,6 +256,24 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
             "the convolutions of Mamba have biases, and its projections",
         ),
         (varied("granitemoehybrid", mamba_conv_bias=False), "the convolutions of Mamba have biases, and its projec"),
+        (varied("granitemoehybrid", layer_types=["mamba"] * 3), "some layers have attention and others have not"),
+        (varied("lfm2", layer_types=["full_attention"] * 3), "some layers have attention and others have not"),
+        (varied("lfm2", conv_bias=True), "convolutions have no biases"),
+        (varied("lfm2", head_dim=16), "head_dim = hidden_size / heads"),
+        (varied("qwen2", head_dim=16), "head_dim = hidden_size / heads"),
+        (varied("qwen3_5_text", layer_types=["linear_attention"] * 3), "some layers have attention and others have"),
+        (varied("qwen3_5_text", linear_key_head_dim=8), "keys and values of delta nets are equally wide"),
+        (varied("nemotron_h", use_conv_bias=False), "the convolutions of Mamba have biases"),
+        *(
+            (varied(family, layer_types=["full_attention"] * 3), "at least one layer has a window")
+            for family in ("cohere2", "olmo3", "gemma2", "gemma3_text")
+        ),
+        (
+            AutoConfig.for_model(
+                "gemma4_text", **BASE | SPECIAL["gemma4_text"] | {"layer_types": ["full_attention"] * 3}
+            ),
+            "at least one layer has a window",
+        ),
         (varied("nemotron_h", use_bias=True), "the projections of Mamba have no biases"),
         (varied("nemotron_h", mamba_hidden_act="gelu"), "the convolutions of Mamba are followed by silu"),
         (varied("nemotron_h", time_step_min=0.05), "have no lower bound, such as time_step_min = 0.05"),
@@ -279,12 +298,23 @@ def test_a_dense_model_that_llamacpp_would_compute_otherwise_is_refused(config, 
     [
         ({"time_step_limit": [0.0, 0.1]}, "Mamba's time steps have no bounds"),
         ({"layer_types": ["attention"] * 3}, "granitemoe rotates queries and keys by their positions, and this model"),
+        ({"layer_types": ["mamba"] * 3}, "some layers have attention and others have not"),
     ],
 )
 def test_a_granite_student_that_llamacpp_would_compute_otherwise_is_refused(changes, says, tmp_path, text_file, small):
     out = factorized(varied("granitemoehybrid", **changes), tmp_path, text_file, small)
     with pytest.raises(FactorLLMError, match=f"cannot be exported: .*{says}"):
         export_gguf(str(out), tmp_path / "out.gguf", "f32")
+
+
+def test_a_student_without_a_window_is_refused_where_llamacpp_needs_one():
+    """It ends at a file of these architectures in which no layer has one."""
+    for family, host in (("mistral", "granitemoe_swa"), ("ministral", "granitemoe_swa"), ("cohere2", "cohere2_moe")):
+        types = {} if family == "mistral" else {"layer_types": ["full_attention"] * 3}
+        config = HOSTS[host].config(varied(family, **types), parse_recipe("S1A2E8").shape(64))
+        assert "at least one layer has a window" in HOSTS[host].reason_against_gguf(config)
+        assert "llama.cpp" not in HOSTS[host].engines(varied(family, **types))
+    assert "llama.cpp" in HOSTS["cohere2_moe"].engines(TINY["cohere"])
 
 
 def exported(folder: Path, out: Path, file_type: str = "f32", **options) -> dict:

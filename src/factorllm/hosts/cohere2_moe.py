@@ -11,6 +11,7 @@ from factorllm.dense.families import head_dim
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import AVERAGED_SIGMOID
+from factorllm.hosts.reasons import unwindowed
 from factorllm.hosts.stored import Stored, gguf_experts, gguf_shared, one_expert, per_expert, projections
 from factorllm.recipe import Shape
 
@@ -63,6 +64,10 @@ class Cohere2MoeHost(MoeHost):
             **per_expert(student.experts(self.gates), "mlp.experts"),
             **(one_expert(doubled, "mlp.shared_experts") if shared.width else {}),
         }
+
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        of_all = config.model_type == "cohere"  # whose student has windows in all layers
+        return (None if of_all else unwindowed(config.layer_types)) or super().reason_against_gguf(config)
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {

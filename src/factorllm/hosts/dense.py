@@ -28,11 +28,13 @@ from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost, has_mamba
 from factorllm.hosts.granitemoehybrid import unlike_llamacpp as unlike_granite
 from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
 from factorllm.hosts.lfm2_moe import Lfm2MoeHost
+from factorllm.hosts.lfm2_moe import unlike_llamacpp as unlike_lfm2
 from factorllm.hosts.nemotron_h import NemotronHHost
 from factorllm.hosts.nemotron_h import unlike_llamacpp as unlike_nemotron_h
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
+from factorllm.hosts.qwen3_5_moe import unlike_llamacpp as unlike_qwen35
 from factorllm.hosts.qwen3_vl_moe import Qwen3VLMoeHost
-from factorllm.hosts.reasons import scaled_in_windows, uneven_heads
+from factorllm.hosts.reasons import scaled_in_windows, uneven_heads, unwindowed
 from factorllm.hosts.stored import Stored
 from factorllm.recipe import Shape
 
@@ -194,6 +196,10 @@ def _windows(config: PreTrainedConfig) -> str | None:
     return "layers with a window are not supported yet" if sliding_window(config) else None
 
 
+def _unwindowed(config: PreTrainedConfig) -> str | None:
+    return unwindowed(config.layer_types)
+
+
 def _other_theta_in_windows(config: PreTrainedConfig) -> str | None:
     thetas = {rope_of(config, kind)["rope_theta"] for kind in ("full_attention", "sliding_attention")}
     return None if len(thetas) == 1 else "all layers rotate by one theta"
@@ -241,27 +247,29 @@ _GELU, _RELU2 = "gelu_pytorch_tanh", "relu2"
 _WRITTEN = {
     "llama": _Written(output_bias=True),
     "mistral": _Written(output_bias=True),
-    "qwen2": _Written(),
+    "qwen2": _Written(misfits=(uneven_heads,)),
     "qwen3": _Written(),
-    "qwen3_5_text": _Written(Qwen35MoeHost()),
+    "qwen3_5_text": _Written(Qwen35MoeHost(), misfits=(unlike_qwen35,)),
     "qwen3_vl_text": _Written(Qwen3VLMoeHost()),
     "granite": _Written(GraniteMoeHost(), output_bias=True),
     "granitemoehybrid": _Written(GraniteMoeHybridHost(), output_bias=True, misfits=(unlike_granite,)),
     "phi3": _Written(_FusedQueries(), keeps_fused=True, misfits=(uneven_heads,)),
     "smollm3": _Written(misfits=(_other_no_rope_layers,)),
-    "lfm2": _Written(Lfm2MoeHost()),
+    "lfm2": _Written(Lfm2MoeHost(), misfits=(unlike_lfm2,)),
     "gemma4_text": _Written(Gemma4Host(), activation=_GELU, misfits=(unlike_llamacpp,)),
     "ministral3": _Written(_Ministral3(), output_bias=True),
     "seed_oss": _Written(Glm4MoeHost()),
     "olmo2": _Written(_NormsAfter(), misfits=(uneven_heads,)),
-    "olmo3": _Written(_OLMo3(), misfits=(uneven_heads, scaled_in_windows, _other_theta_in_windows)),
+    "olmo3": _Written(_OLMo3(), misfits=(uneven_heads, _unwindowed, scaled_in_windows, _other_theta_in_windows)),
     "cohere": _Written(_CommandR(), own_head=False, misfits=(uneven_heads, _normalised_queries)),
-    "cohere2": _Written(Cohere2MoeHost(), own_head=False, misfits=(uneven_heads,)),
+    "cohere2": _Written(Cohere2MoeHost(), own_head=False, misfits=(uneven_heads, _unwindowed)),
     "hunyuan_v1_dense": _Written(HunYuanMoeHost()),
     "ernie4_5": _Written(output_bias=True),
     "glm": _Written(keeps_fused=True, misfits=(uneven_heads,)),
     "glm4": _Written(_GLM4(), keeps_fused=True),
-    "gemma2": _Written(_Gemma(), activation=_GELU, own_head=False, misfits=(_queries_scaled_otherwise(46), _uncapped)),
+    "gemma2": _Written(
+        _Gemma(), activation=_GELU, own_head=False, misfits=(_queries_scaled_otherwise(46), _uncapped, _unwindowed)
+    ),
     "gemma3_text": _Written(
         _Gemma(),
         activation=_GELU,
@@ -271,6 +279,7 @@ _WRITTEN = {
             _capped_attention,
             _reads_both_ways,
             _scaled_by_yarn,
+            _unwindowed,
         ),
     ),
     "exaone4": _Written(_NormsAfter(), misfits=(uneven_heads, _windows, _of_the_largest)),

@@ -11,7 +11,7 @@ from factorllm.dense.families import of_layers
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
-from factorllm.hosts.reasons import scaled_in_windows
+from factorllm.hosts.reasons import scaled_in_windows, unwindowed
 from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
@@ -115,4 +115,4 @@ def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
     """What llama.cpp has not of a Gemma 4, with experts or without."""
     if config.use_bidirectional_attention == "all":
         return "no token sees those after it"
-    return scaled_in_windows(config)
+    return unwindowed(config.layer_types) or scaled_in_windows(config)

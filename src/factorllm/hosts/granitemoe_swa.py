@@ -11,7 +11,7 @@ from factorllm.dense.families import sliding_window
 from factorllm.hosts.base import GGUFKeys, StudentFFN
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.hosts.granitemoeshared import shared_mlp
-from factorllm.hosts.reasons import normalised_heads, uneven_heads
+from factorllm.hosts.reasons import normalised_heads, uneven_heads, unwindowed
 from factorllm.hosts.stored import Stored, gguf_experts, stacked
 from factorllm.recipe import Shape
 
@@ -55,7 +55,7 @@ class GraniteMoeSWAHost(GraniteMoeHost):
         within = any(kind == "sliding_attention" and rotated for kind, rotated in layers)
         if within and config.rope_parameters["rope_theta"] != _THETA:
             return f"llama.cpp rotates layers with a window by {_THETA:,.0f}, not as this model does"
-        return super().reason_against_gguf(config)
+        return unwindowed(positions["layer_types"]) or super().reason_against_gguf(config)
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return super().gguf_keys(config) | {"expert_shared_feed_forward_length": config.shared_intermediate_size}

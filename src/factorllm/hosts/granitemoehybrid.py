@@ -9,6 +9,7 @@ from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 from factorllm.hosts.base import GGUFKeys
 from factorllm.hosts.configs import carried
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
+from factorllm.hosts.reasons import unmixed
 from factorllm.recipe import Shape
 
 _MAMBA = ("mamba", "linear_attention")
@@ -83,7 +84,7 @@ def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
         return "the convolutions of Mamba have biases, and its projections have none"
     if config.time_step_limit is not None and tuple(config.time_step_limit) != _UNBOUNDED:
         return f"Mamba's time steps have no bounds, such as time_step_limit = {list(config.time_step_limit)}"
-    return None
+    return unmixed(config.layer_types)
 
 
 def _mamba_keys(config: PreTrainedConfig) -> GGUFKeys:

@@ -10,6 +10,7 @@ from transformers import Lfm2MoeConfig, PreTrainedConfig
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
+from factorllm.hosts.reasons import uneven_heads, unmixed
 from factorllm.hosts.stored import Stored, gguf_experts, per_expert
 from factorllm.recipe import Shape
 
@@ -74,6 +75,9 @@ class Lfm2MoeHost(MoeHost):
             "leading_dense_block_count": 0,
         }
 
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "attention.layer_norm_rms_epsilon": config.norm_eps,  # whatever keys of other families say
@@ -83,3 +87,10 @@ class Lfm2MoeHost(MoeHost):
                 0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types
             ],
         }
+
+
+def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
+    """What llama.cpp has not of an LFM2, with experts or without."""
+    if config.conv_bias:
+        return "convolutions have no biases"
+    return uneven_heads(config) or unmixed(config.layer_types)

@@ -11,6 +11,7 @@ from transformers import NemotronHConfig, PreTrainedConfig
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID
+from factorllm.hosts.reasons import unmixed
 from factorllm.hosts.stored import Stored, one_expert, per_expert
 from factorllm.recipe import Shape
 
@@ -134,7 +135,11 @@ def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
     """What llama.cpp has not of a Nemotron-H, with experts or without."""
     if config.use_bias:
         return "the projections of Mamba have no biases"
+    if not config.use_conv_bias:
+        return "the convolutions of Mamba have biases"
     # As its makers have it, and vLLM. transformers bounds them at the usual value, where it hardly matters.
     if config.time_step_min > _USUAL_STEP:
         return f"Mamba's time steps have no lower bound, such as time_step_min = {config.time_step_min}"
-    return None if config.mamba_hidden_act == "silu" else "the convolutions of Mamba are followed by silu"
+    if config.mamba_hidden_act != "silu":
+        return "the convolutions of Mamba are followed by silu"
+    return unmixed(config.layers_block_type)

@@ -10,6 +10,7 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.qwen2_moe import EMPTY_SHARED, Qwen2MoeHost, gated_experts
+from factorllm.hosts.reasons import unmixed
 from factorllm.hosts.stored import Stored
 from factorllm.recipe import Shape
 
@@ -59,6 +60,9 @@ class Qwen35MoeHost(MoeHost):
             "expert_used_count": config.num_experts_per_tok,
         }
 
+    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
             "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
@@ -80,6 +84,13 @@ class Qwen35MoeHost(MoeHost):
         elif name.endswith("norm") and name != "linear_attn.norm":
             return tensor.float() + 1  # of a norm that is centred at 0
         return _grouped(name, tensor, config) if name.startswith("linear_attn.") else tensor
+
+
+def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
+    """What llama.cpp has not of a Qwen3.5, with experts or without."""
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        return "keys and values of delta nets are equally wide"
+    return unmixed(config.layer_types)
 
 
 def _grouped(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from transformers import PreTrainedConfig
 
 from factorllm.dense.families import head_dim, normalises_heads, rope_of, rope_type, sliding_window
@@ -25,6 +27,18 @@ def scaled_in_windows(config: PreTrainedConfig) -> str | None:
     """The reason against architectures of llama.cpp that scale positions in layers without a window only."""
     kind = rope_of(config, "sliding_attention").get("rope_type", "default")
     return None if kind == "default" else f"layers with a window have no {kind} RoPE scaling"
+
+
+def unwindowed(layer_types: Collection[str]) -> str | None:
+    """The reason against architectures of llama.cpp that cannot be run where no layer has a window."""
+    return None if "sliding_attention" in layer_types else "at least one layer has a window"
+
+
+def unmixed(layer_types: Collection[str]) -> str | None:
+    """The reason against architectures of llama.cpp that cannot be run where all layers keep one kind of state."""
+    attending = {"full_attention", "attention"}
+    kinds = {kind in attending for kind in layer_types if kind not in ("mlp", "moe")}
+    return None if len(kinds) == 2 else "some layers have attention and others have not"
 
 
 def uneven_heads(config: PreTrainedConfig) -> str | None:
