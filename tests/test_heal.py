@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -108,6 +109,21 @@ def test_the_kd_loss_falls_and_the_architecture_stays(student, healed):
     assert {n: (t.shape, t.dtype) for n, t in tensors(student).items()} == {
         n: (t.shape, t.dtype) for n, t in tensors(healed).items()
     }
+
+
+def test_each_token_is_trained_on_in_each_epoch(student, dense_folder, text_file, tmp_path, monkeypatch):
+    """Seven sequences are asked for, which are one batch of four and no whole second one."""
+    step, seen = FactorTrainer.training_step, Counter()
+
+    def counting(trainer, model, inputs, *more):
+        seen.update(map(tuple, inputs["input_ids"].tolist()))
+        return step(trainer, model, inputs, *more)
+
+    monkeypatch.setattr(FactorTrainer, "training_step", counting)
+    settings = HealSettings(tokens=7 * 64, validation_tokens=128, batch=4, epochs=3, evaluations=1, learning_rate=1e-5)
+    found = heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings)
+    assert list(seen.values()) == [3] * 4
+    assert found.tokens == 4 * 64
 
 
 def test_the_pa_loss_falls(dense_folder, text_file, tmp_path):
@@ -258,7 +274,7 @@ def test_one_document_is_cut_for_healing_too_and_that_is_said(dense_folder, tmp_
 
 def test_where_new_text_ends_healing_takes_the_calibration_text(student, dense_folder, text_file, tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
-    wanted = text_file.stat().st_size - 3072  # so that about half of the calibration text is needed
+    wanted = text_file.stat().st_size // 128 * 128 - 3072  # batches; about half of the calibration text is needed
     most = QUICK.model_copy(update={"tokens": wanted})
     train = opened(student, dense_folder, text_file, tmp_path / "out", most, console)["train"]
     calibrated = calibration_text(dense_folder, text_file).calibration

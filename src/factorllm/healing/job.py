@@ -252,6 +252,7 @@ def _pack(
             f"{training} sequences of {length} tokens to train on are not one batch of {settings.batch}; use more "
             "--tokens or a smaller --batch"
         )
+    training -= training % settings.batch  # in whole batches, of which each epoch has all
     validation = parts.hold_out(validating, "validated on, and that the student was not calibrated on")
     fresh = parts.take(training)
     say_notes(parts, console)
