@@ -17,7 +17,9 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="A checkpoint that factorllm made, one for each kind of text, or a .gguf file.")
     ],
-    engine: Annotated[str, typer.Option(help="llamacpp or vllm. Default: vllm for folders where there is a GPU.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="llamacpp or vllm. Default: vllm for folders where there is a GPU.")
+    ] = "auto",
     file_type: FileType = "q8_0",
     lossless: Annotated[
         str | None,
