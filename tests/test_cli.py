@@ -1,5 +1,6 @@
 """The command line at its edges: options out of range, odd paths, what is printed, and how a command ends."""
 
+import io
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from factorllm import factorize
 from factorllm.cli import app
+from factorllm.cli.terminal import WIDE
 from factorllm.dense.families import FAMILIES
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.hosts.table import NARROWEST, family_table, host_table
@@ -151,6 +153,14 @@ def test_all_of_the_table_of_hosts_can_be_read():
     assert "…" not in narrow
     for word in re.findall(r"\w\S*", wide):
         assert word in narrow
+
+
+def test_the_documents_have_the_table_of_hosts():
+    written = (REPOSITORY / "docs" / "choose-a-shape.md").read_text()
+    shown = io.StringIO()
+    Console(file=shown, width=WIDE).print(host_table(WIDE))
+    for line in shown.getvalue().splitlines():
+        assert line.rstrip() in written.splitlines()
 
 
 def test_prune_keeps_a_share_of_each_ffn(dense_folder, text_file, tmp_path):
