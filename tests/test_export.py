@@ -429,7 +429,15 @@ def test_top_k_can_be_chosen_at_export(tmp_path, text_file, small):
 
 def test_a_fixed_top_k_is_not_changed(tmp_path, text_file, small):
     out = factorized(CONFIGS["mha"], tmp_path, text_file, small)
-    with pytest.raises(FactorLLMError, match="--host glm4_moe"):
+    with pytest.raises(FactorLLMError, match="--host qwen2_moe or glm4_moe for one that"):
+        export_gguf(str(out), tmp_path / "out.gguf", top_k=3)
+    with pytest.raises(FactorLLMError, match="dense has no experts, so there is no top-k to choose"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", top_k=3)
+
+
+def test_a_top_k_that_no_host_of_the_family_leaves_free_is_said_so(tmp_path, text_file, small):
+    out = factorized(TINY["lfm2"], tmp_path, text_file, small, recipe="S0A2E8")
+    with pytest.raises(FactorLLMError, match="no host of its family leaves it free: factorize with the"):
         export_gguf(str(out), tmp_path / "out.gguf", top_k=3)
 
 

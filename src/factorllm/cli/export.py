@@ -29,7 +29,7 @@ def export(
         typer.Option(help="GGUF file of the dense model to copy the tokenizer from. Default: build it.", **IS_PATH),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Experts that run for a token (hosts glm4_moe and qwen2_moe).")
+        int | None, typer.Option(help="Experts that run for a token, where the host leaves that free.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:

@@ -18,7 +18,7 @@ from factorllm.dense.model import check_finite
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.hosts import HOSTS, Host
+from factorllm.hosts import HOSTS, Host, MoeHost
 from factorllm.hosts.base import GGUFForm
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.settings import Settings
@@ -80,6 +80,15 @@ class Checkpoint:
         """What is so of its GGUF file beside the FFNs."""
         return self.host.gguf_form(self.config)
 
+    def _free_top_k(self) -> str:
+        """What to do for a top-k that can be chosen later."""
+        families = set(self.host.families)
+        moe = [host for host in HOSTS.values() if isinstance(host, MoeHost)]
+        free = [host.name for host in moe if host.gates.top_k_is_free and families.intersection(host.families)]
+        if not free:
+            return "no host of its family leaves it free: factorize with the top-k that is wanted"
+        return f"factorize with --host {' or '.join(free)} for one that can be chosen later, where they hold its family"
+
     def with_top_k(self, top_k: int) -> Checkpoint:
         """The same weights, with another number of experts that run for a token.
 
@@ -89,13 +98,14 @@ class Checkpoint:
         """
         if self.overlaps:
             raise FactorLLMError(
-                "top-k is fixed at 1: its experts overlap, and neurons of two would count twice; factorize with a "
-                "recipe such as S2A2E8 and --host glm4_moe for a top-k that can be chosen later"
+                "top-k is fixed at 1: its experts overlap, and neurons of two would count twice; with a recipe such as "
+                f"S2A2E8, {self._free_top_k()}"
             )
-        if self.host.gates is None or not self.host.gates.top_k_is_free:
+        if self.host.gates is None:
+            raise FactorLLMError(f"{self.name} has no experts, so there is no top-k to choose; leave it out")
+        if not self.host.gates.top_k_is_free:
             raise FactorLLMError(
-                f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; factorize with --host "
-                "glm4_moe or qwen2_moe for a top-k that can be chosen later"
+                f"top-k of {self.config.model_type} is fixed: its gate weights depend on it; {self._free_top_k()}"
             )
         experts = self.host.shape(self.config).experts
         if not 1 <= top_k <= experts:

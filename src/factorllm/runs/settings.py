@@ -68,7 +68,9 @@ class Settings(BaseModel):
         if dtype == "auto":
             dtype = str(config.dtype or "float32").removeprefix("torch.")
         if dtype not in get_args(Dtype):
-            raise FactorLLMError(f"the model is stored in {dtype}, which students are not; use --dtype float32")
+            raise FactorLLMError(
+                f"the model is stored in {dtype}, which students are not; use --dtype float32, or save it so first"
+            )
         device = usable_device(self.device)
         limits = [self.length, config.max_position_embeddings, getattr(config, "sliding_window", None)]
         length = min(limit for limit in limits if limit)
