@@ -158,14 +158,17 @@ WRITTEN = {
     "ministral3-far": varied(
         "ministral3", rope_parameters=TINY["ministral3"].rope_parameters | {"original_max_position_embeddings": 8}
     ),
+    "ministral3-betas": varied(
+        "ministral3",
+        rope_parameters=TINY["ministral3"].rope_parameters
+        | {"rope_theta": 1e3, "original_max_position_embeddings": 16, "beta_fast": 1.0, "beta_slow": 0.1},
+    ),
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 SCALED_YARN = {
-    "full_attention": {
-        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16,
-        "attention_factor": 1.7,
-    },
+    "full_attention": YARN | {"attention_factor": 1.7},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}  # fmt: skip
+}
 OF_64_LAYERS = {"num_hidden_layers": 64, "layer_types": ["full_attention"] * 64}
 PRUNE = ("dense", "S4A0E8")
 OF_OTHER_FAMILIES = {
@@ -189,6 +192,7 @@ OF_OTHER_FAMILIES = {
     "hunyuan_v1_dense": [("hunyuan_v1_moe", "S1A2E8")],
     "ernie4_5": [("ernie4_5_moe", "S0A2E8"), ("ernie4_5_moe", "S2A2E8")],
     "ministral3-far": [],
+    "ministral3-betas": [],
     "gemma4_text": [("gemma4_text", "S0A2E8"), PRUNE],
     "olmo2": [],
     "olmo3": [],
@@ -277,6 +281,10 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
         (varied("nemotron_h", use_bias=True), "the projections of Mamba have no biases"),
         (varied("nemotron_h", mamba_hidden_act="gelu"), "the convolutions of Mamba are followed by silu"),
         (varied("nemotron_h", time_step_min=0.05), "have no lower bound, such as time_step_min = 0.05"),
+        (
+            varied("llama", rope_parameters=YARN | {"beta_fast": 1.0, "beta_slow": 0.1}),
+            "silently takes 32 and 1 for YaRN's beta_fast and beta_slow, not 1.0 and 0.1",
+        ),
         (varied("gemma3_text", use_bidirectional_attention=True), "no token sees those after it"),
         (
             varied("gemma3_text", rope_parameters=SCALED_YARN),

@@ -48,7 +48,7 @@ WRITTEN = {
     "qwen3-yarn": Qwen3Config(**BASE | {"head_dim": 16}, **YARN),
     "qwen3-head-dim": Qwen3Config(**BASE | {"head_dim": 32}),
     "yarn-all-said": LlamaConfig(
-        **BASE, **rope("yarn", factor=2.0, original_max_position_embeddings=32, beta_fast=8, attention_factor=1.5)
+        **BASE, **rope("yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.5)
     ),
 }
 """Dense models that our writer makes GGUF files of."""
@@ -140,6 +140,15 @@ def plain(tmp_path_factory) -> Path:
 def test_a_key_that_is_not_applied_is_refused_by_name(plain, tmp_path, key, value):
     rewrite(plain, tmp_path / "odd.gguf", **{key: value})
     with pytest.raises(FactorLLMError, match=key.replace("__", ".")):
+        open_model(str(tmp_path / "odd.gguf"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("yarn_beta_fast", 8.0), ("yarn_beta_slow", 0.5)])
+def test_what_llamacpp_does_not_heed_of_yarn_is_refused(tmp_path, key, value):
+    save_model(WRITTEN["llama-yarn"], tmp_path / "dense")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "file.gguf", "f32")
+    rewrite(tmp_path / "file.gguf", tmp_path / "odd.gguf", **{f"llama__rope__scaling__{key}": value})
+    with pytest.raises(FactorLLMError, match=rf"rope\.scaling\.{key} = {value}"):
         open_model(str(tmp_path / "odd.gguf"))
 
 

@@ -15,6 +15,7 @@ from factorllm.errors import FactorLLMError
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # of YaRN, in llama.cpp and in transformers
 _LOW, _HIGH = 1.0, 4.0  # turns of llama3 scaling in all of Meta's models
 _READ_FACTORS = ("llama", "granitemoe", "granite", "mistral3", "exaone4")  # architectures with `rope_freqs`
+_READ_BETAS = ("mistral3",)  # architectures that heed what a file says of YaRN's betas
 _NOT_ROTATED = 1e30  # a frequency that is divided by it is none
 _CLOSE = 1e-4  # relative: factors are stored as fp32
 
@@ -54,13 +55,16 @@ _DEFAULT = {"rope_type": "default"}
 def _read_yarn(keys: Keys, context: int, factor: float) -> dict:
     keys.refuse_unless("rope.scaling.yarn_ext_factor", 1.0)
     keys.refuse_unless("rope.scaling.yarn_log_multiplier", 0.0)
+    # llama.cpp would take the usual ones whatever the file says, in the architectures that are read here.
+    keys.refuse_unless("rope.scaling.yarn_beta_fast", _BETA_FAST)
+    keys.refuse_unless("rope.scaling.yarn_beta_slow", _BETA_SLOW)
     scaled = keys.number("rope.scaling.attn_factor", 1.0) * keys.number("rope.scaling.yarn_attn_factor", 1.0)
     yarn = {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", context),
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", _BETA_FAST),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", _BETA_SLOW),
+        "beta_fast": _BETA_FAST,
+        "beta_slow": _BETA_SLOW,
     }
     return yarn | ({"attention_factor": scaled * yarn_attention(factor)} if scaled != 1 else {})
 
@@ -140,14 +144,20 @@ def rope_keys(rope: dict) -> dict[str, Any]:
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
         attention = _attention_factor(rope)
+        fast, slow = _betas(rope)
         for key, value, usual in (
-            ("yarn_beta_fast", rope.get("beta_fast") or _BETA_FAST, _BETA_FAST),
-            ("yarn_beta_slow", rope.get("beta_slow") or _BETA_SLOW, _BETA_SLOW),
+            ("yarn_beta_fast", fast, _BETA_FAST),
+            ("yarn_beta_slow", slow, _BETA_SLOW),
             ("attn_factor", attention / yarn_attention(rope["factor"]), 1.0),
         ):
             if not math.isclose(value, usual, rel_tol=1e-6):
                 keys[f"rope.scaling.{key}"] = float(value)
     return keys
+
+
+def _betas(rope: dict) -> tuple[float, float]:
+    """YaRN's, as transformers takes them: the turns above which a frequency is left, and below which it is scaled."""
+    return rope.get("beta_fast") or _BETA_FAST, rope.get("beta_slow") or _BETA_SLOW
 
 
 def _attention_factor(rope: dict) -> float:
@@ -171,4 +181,9 @@ def reason_against_rope(rope: dict, architecture: str) -> str | None:
         return f"GGUF files cannot say {kind} RoPE scaling"
     if kind == "yarn" and rope.get("truncate") is False:
         return "GGUF files cannot say YaRN without truncation"
+    if kind == "yarn" and architecture not in _READ_BETAS and _betas(rope) != (_BETA_FAST, _BETA_SLOW):
+        return (
+            f"llama.cpp's {architecture} silently takes {_BETA_FAST:g} and {_BETA_SLOW:g} for YaRN's beta_fast and "
+            f"beta_slow, not {' and '.join(map(str, _betas(rope)))}"
+        )
     return None
