@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import comes_true
 from forked import Forked, command, ended, free_port, run_main
 from rich.console import Console
 from test_outputs import SETTINGS, made, names, own  # noqa: F401  fixtures
@@ -23,6 +24,7 @@ from factorllm import factorize
 from factorllm.cli import app
 from factorllm.cli.terminal import WIDE
 from factorllm.dense.families import FAMILIES
+from factorllm.engines.process import VLLM_PYTHON
 from factorllm.hosts import HOSTS, MoeHost
 from factorllm.hosts.table import NARROWEST, family_table, host_table
 from factorllm.student.read import read_provenance
@@ -185,17 +187,35 @@ def serve_nothing(words: list[str]) -> None:
     run_main(words)
 
 
-def test_ctrl_c_ends_a_server(made):  # noqa: F811
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_server_leaves_nothing(number, made):  # noqa: F811
     pytest.importorskip("xllamacpp")
     process = Forked(serve_nothing, ["serve", str(made), "--port", str(free_port())])
     while "stop with Ctrl-C" not in process.said()[0]:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    work = Path(re.search(r"into (\S+/factorllm-serve-\w+)", process.said()[0])[1])
+    assert work.is_dir()
+    os.kill(process.pid, number)
     done = ended(process)
     _, said = done.stdout.split("stop with Ctrl-C\n")
     assert (done.returncode, said, done.stderr) == (0, "stopped\n", "")
+    assert not work.exists()
+
+
+def test_vllms_server_ends_with_the_command(made, tmp_path):  # noqa: F811
+    python, told = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f"#!/bin/sh\necho $$ > {told}.new\nmv {told}.new {told}\nexec sleep 60\n")
+    python.chmod(0o755)
+    process = Forked(run_main, ["serve", str(made), "--engine", "vllm"], environment={VLLM_PYTHON: str(python)})
+    assert comes_true(told.exists)
+    server = int(told.read_text())
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process).returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

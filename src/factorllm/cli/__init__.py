@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated
@@ -80,6 +81,7 @@ def main() -> None:
     if not terminal.console.is_terminal:
         terminal.console.width = terminal.WIDE
     os.environ |= STARTED_WITH  # lm-eval starts a Python too
+    _end_as_by_ctrl_c()
     try:
         code = app(standalone_mode=False)
     except (FactorLLMError, ValidationError, _UsageError) as error:
@@ -98,6 +100,15 @@ def main() -> None:
     raise SystemExit(code)
 
 
+def _end_as_by_ctrl_c() -> None:
+    """Let what stops a service or closes a terminal end a command as Ctrl-C does: no server stays, and no temporary
+    files, which may be gigabytes. What goes on where it stopped has none, and may be killed."""
+    if _command() not in _RESUMED:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup lets a command go on
+                signal.signal(number, signal.default_int_handler)
+
+
 def _leave_group() -> None:
     """Leave the group of `accelerate launch`: its threads, if they still ran at the end, would abort the process."""
     distributed = sys.modules.get("torch.distributed")
@@ -106,10 +117,13 @@ def _leave_group() -> None:
 
 
 def _after_interruption() -> str:
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in _RESUMED:
+    if _command() in _RESUMED:
         return "the same command goes on where it stopped"
-    return "tasks that were scored are kept" if command == "eval" else "nothing was written"
+    return "tasks that were scored are kept" if _command() == "eval" else "nothing was written"
+
+
+def _command() -> str:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _message(error: Exception) -> str:

