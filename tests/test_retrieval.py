@@ -1,9 +1,11 @@
 """Passages of the user's files, given to a model where it finds that they help."""
 
+import errno
 import sys
 import threading
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from urllib.request import urlopen
 
 import openai
@@ -68,6 +70,15 @@ def test_texts_without_spaces_are_cut_too(tmp_path):
 def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(FactorLLMError, match=r"holds no text; give a folder with files of \.txt"):
         read_passages(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
+    def closed(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", closed)  # root may read all
+    with pytest.raises(FactorLLMError, match=r"\.\w+ cannot be used \(.*Permission denied.*; let it be read, or move"):
+        read_passages(folder)
 
 
 def test_without_the_library_it_is_refused(folder, monkeypatch):

@@ -17,7 +17,7 @@ from textwrap import wrap
 from types import ModuleType
 
 from factorllm.engines.llamacpp_client import Client, post
-from factorllm.errors import FactorLLMError, refusing_path
+from factorllm.errors import FactorLLMError, refusing, refusing_path
 from factorllm.serving.proxy import Front, texts_of
 
 GAIN = 1.5
@@ -60,18 +60,19 @@ def read_passages(folder: Path) -> list[Passage]:
     """The files of a folder and of those in it, in parts of whole paragraphs.
 
     Raises:
-        FactorLLMError: when there is no text; for what no path can be.
+        FactorLLMError: when there is no text; for a file that cannot be read, and for what no path can be.
     """
     with refusing_path(folder):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    found = [
-        Passage(str(path.relative_to(folder)), text)
-        for path in files
-        for text in _parts(path.read_text(encoding="utf-8", errors="replace"))
-    ]
+    found = [Passage(str(path.relative_to(folder)), text) for path in files for text in _parts(_read(path))]
     if not found:
         raise FactorLLMError(f"{folder} holds no text; give a folder with files of {', '.join(SUFFIXES)}")
     return found
+
+
+def _read(path: Path) -> str:
+    with refusing(path, "let it be read, or move it away"):
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _parts(text: str) -> Iterator[str]:
