@@ -241,6 +241,12 @@ def test_a_port_that_is_taken_is_refused(address, front):
         Proxy("127.0.0.1", port, front)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "::1", "no..name"])
+def test_a_host_that_is_not_here_is_refused(host, front):
+    with pytest.raises(FactorLLMError, match=f"listen on {host}:8080: .*; use another --host"):
+        Proxy(host, 8080, front)
+
+
 def test_a_client_that_resets_the_connection_leaves_no_traceback(address, capsys):
     host, _, port = address.removeprefix("http://").partition(":")
     client = socket.create_connection((host, int(port)))

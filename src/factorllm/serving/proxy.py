@@ -3,6 +3,7 @@ it comes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -82,7 +83,10 @@ class Proxy(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise FactorLLMError(f"nothing can listen on {host}:{port}: {error.strerror}; use another --port") from None
+            wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+            raise FactorLLMError(
+                f"nothing can listen on {host}:{port}: {error.strerror}; use another {wrong}"
+            ) from None
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no fault."""
