@@ -92,6 +92,16 @@ def test_a_text_too_short_for_the_kinds_is_refused(tmp_path):
         read_text_of_kinds(str(path), byte_level_tokenizer(), SETTINGS, 3)
 
 
+def test_a_kind_of_one_document_is_cut_and_that_is_told(tmp_path):
+    """Its model is measured on a part of what it learned from."""
+    chooser, path = random.Random(0), tmp_path / "text.jsonl"
+    books = [" ".join(chooser.choices(words.split(), k=400)) for words in KINDS]
+    path.write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
+    read = read_text_of_kinds(str(path), byte_level_tokenizer(), SETTINGS, 3)
+    assert read.cut
+    assert read.origin == "text.jsonl (held-out and calibration text are cut from one document)"
+
+
 def test_neurons_of_a_kind_are_those_of_its_own_energy_and_a_little_of_all():
     torch.manual_seed(0)
     ffn = FFN(None, torch.eye(4), torch.eye(4))

@@ -61,9 +61,9 @@ def read_text_of_kinds(
     held_out, calibration = ([part[which] for part in parts] for which in (0, 1))
     held_out, held_out_kinds = _shuffled(held_out, settings.seed)
     calibration, calibration_kinds = _shuffled(calibration, settings.seed)
-    return CalibrationText(
-        calibration, held_out, text_origin(text), kinds=calibration_kinds, held_out_kinds=held_out_kinds
-    )
+    cut = any(is_cut for _, _, is_cut in parts)
+    origin = text_origin(text, cut)
+    return CalibrationText(calibration, held_out, origin, cut, kinds=calibration_kinds, held_out_kinds=held_out_kinds)
 
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
@@ -86,8 +86,8 @@ def _read_kind(
     kind: int,
     share: float,
     console: Console | None,
-) -> tuple[Tensor, Tensor]:
-    """What is held out of a kind, and what is learned from."""
+) -> tuple[Tensor, Tensor, bool]:
+    """What is held out of a kind, what is learned from, and whether both are cut from one document."""
     parts = DocumentParts(_Chosen(text, documents), tokenizer, settings.length, settings.seed)
     held_out = parts.hold_out(sequences_of(int(share * settings.held_out_tokens), settings.length))
     calibration = parts.take(sequences_of(int(share * settings.tokens), settings.length))
@@ -97,7 +97,7 @@ def _read_kind(
             f"kind {kind} of the text, {len(documents)} documents, is too short: beside what is held out it makes no "
             f"sequence of {settings.length} tokens to learn from; give more text, or a smaller K"
         )
-    return held_out, calibration
+    return held_out, calibration, parts.cut
 
 
 def _shuffled(of_kinds: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
