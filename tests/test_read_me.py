@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import shutil
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,20 @@ import torch
 from conftest import CONFIGS, comes_true, served
 from test_export import byte_level_tokenizer, save_model
 
-from factorllm import FactorLLMError, ServeSettings, Settings, factorize, serve
+from factorllm import (
+    EvalSettings,
+    FactorLLMError,
+    HealSettings,
+    ServeSettings,
+    Settings,
+    evaluate,
+    factorize,
+    heal,
+    serve,
+)
+from factorllm import (
+    front as measure_front,
+)
 from factorllm.cli.terminal import console
 from factorllm.convert.partition import keep_top_energy
 from factorllm.dense.ffn import FFN
@@ -140,6 +154,24 @@ def test_what_wants_one_model_refuses_the_folder(made):
     for ask in (read_provenance, lambda folder: open_folder(folder, "it")):
         with pytest.raises(FactorLLMError, match=r"a model for each kind of text.*kinds/0.*factorllm serve"):
             ask(made[0])
+
+
+def test_a_kind_is_not_healed_or_measured_on_the_text_that_it_was_found_in(made, dense, text, tmp_path):
+    """Which of its documents a kind was made from is known only where all kinds are looked for."""
+    kind, copy = str(made[0] / "kinds" / "0"), shutil.copy(text, tmp_path / "copy.jsonl")
+    settings = HealSettings(tokens=256, validation_tokens=64, learning_rate=1e-5, evaluations=1)
+    says = r"made from some documents of .*\.jsonl, those of its kind"
+    with pytest.raises(FactorLLMError, match=says):
+        heal(kind, str(dense), tmp_path / "healed", text=text, settings=settings)
+    with pytest.raises(FactorLLMError, match=says):
+        evaluate(Path(kind), text=str(copy), settings=EvalSettings(tasks=()))
+    with pytest.raises(FactorLLMError, match=says):
+        measure_front([], [str(dense), kind], text, tmp_path / "front")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(Path(text).read_text().splitlines(keepends=True))))
+    heal(kind, str(dense), tmp_path / "healed", text=str(other), settings=settings)
+    with pytest.raises(FactorLLMError, match=says):
+        evaluate(tmp_path / "healed", text=text, settings=EvalSettings(tasks=()))
 
 
 def test_it_is_not_made_again_and_is_replaceable(made, dense, text):

@@ -156,6 +156,7 @@ def provenance(job: Job, summary: Summary) -> dict:
             "calibration_tokens": summary.calibration_tokens,
             "held_out_tokens": summary.held_out_tokens,
             **({"images": summary.images} if summary.images else {}),
+            **({"kinds_of": job.identity["text"]} if job.text.kinds is not None else {}),
         },
         "settings": job.settings.model_dump(mode="json"),
         "versions": versions(),

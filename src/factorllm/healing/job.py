@@ -35,7 +35,13 @@ from factorllm.runs.ranks import Ranks
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, finish_publishing, open_checkpoint_job, write_shard
 from factorllm.student.adapters import Mixture, refuse_adapters
-from factorllm.student.read import check_shape, load_student, read_partitions, read_provenance
+from factorllm.student.read import (
+    check_shape,
+    load_student,
+    read_partitions,
+    read_provenance,
+    refuse_text_of_kinds,
+)
 from factorllm.text import CalibrationText
 from factorllm.text.calibration import hold_out, refuse_too_few, say_notes, text_origin
 from factorllm.text.intuition import Intuition
@@ -123,6 +129,7 @@ def open_heal_job(
     finish_publishing(out)
     check_output(out, CHECKPOINT, [student, teacher, text])
     made = read_provenance(student)
+    refuse_text_of_kinds(student, text)
     recipe = Recipe(**made["recipe"])
     source = open_model(teacher)
     _check_teacher(student, made, source)

@@ -29,7 +29,7 @@ from factorllm.runs.digest import digest_of
 from factorllm.runs.identity import versions
 from factorllm.runs.output import read_json
 from factorllm.runs.workspace import write_json
-from factorllm.text.calibration import file_digest
+from factorllm.text.calibration import text_identity
 from factorllm.text.sample import sample
 from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.trim import trim
@@ -119,7 +119,7 @@ class Work:
     def steps(self) -> list[Step]:
         """All steps, in their order."""
         plan, at, said = self.plan, self.at, self.plan.model_dump(mode="json")
-        text = plan.text and (file_digest(plan.text) or plan.text)
+        text = text_identity(plan.text)
         # Where it is written decides too: what is healed takes the place of what was not.
         converts = {
             "recipe": parse_recipe(plan.recipe).model_dump(),

@@ -26,7 +26,7 @@ from factorllm.measure.vocabulary import check_vocabularies
 from factorllm.runs.device import usable_device
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
-from factorllm.student.read import read_provenance
+from factorllm.student.read import read_provenance, refuse_text_of_kinds
 from factorllm.text.calibration import hold_out
 from factorllm.text.parts import open_text
 
@@ -106,6 +106,7 @@ def _of_checkpoint(
 ) -> tuple[dict[str, CheckpointSubject], Evaluation]:
     settings = settings.model_copy(update={"device": usable_device(settings.device)})
     made = read_provenance(student)
+    refuse_text_of_kinds(student, text)
     subjects = {"student": CheckpointSubject.of_student(student, settings)}
     if against:
         subjects["dense"] = CheckpointSubject.of_dense(against, settings)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 
 from pydantic import BaseModel
 
-from factorllm.text.calibration import file_digest
+from factorllm.text.calibration import text_identity
 
 
 def common_identity(text: str | None, settings: BaseModel) -> dict:
-    """What decides the bytes of a result beside models and recipes.
-
-    A local text is known by its content and how it is read, wherever it lies, and a device by its kind.
-    """
-    digest = file_digest(text and os.path.expanduser(text))
+    """What decides the bytes of a result beside models and recipes. A device is known by its kind."""
     values = settings.model_dump(mode="json")
     return {
-        "text": digest or text,
+        "text": text_identity(text),
         "settings": values | {"device": values["device"].partition(":")[0]},
         "versions": versions(),
     }

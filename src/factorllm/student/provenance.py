@@ -38,6 +38,7 @@ class _Data(TypedDict):
     calibration_tokens: NonNegativeInt
     held_out_tokens: NonNegativeInt
     images: NotRequired[_Images]
+    kinds_of: NotRequired[str]
 
 
 _NO_MORE = ConfigDict(extra="forbid")

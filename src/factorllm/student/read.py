@@ -16,6 +16,7 @@ from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, refuse_kinds, trimmed_from, workspace_folder
 from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
+from factorllm.text.calibration import text_identity
 
 PARTITION_FILE = "factorllm.partition.json"
 """For each FFN, which neuron of the dense one each of the student's is: shared ones first, then expert by expert."""
@@ -37,6 +38,21 @@ def read_provenance(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_provenance(content)
     return content
+
+
+def refuse_text_of_kinds(folder: Path, text: str | None) -> None:
+    """Refuse the text among whose documents the kind of a student was found: which of them it was made from is known
+    only where all kinds are looked for again.
+
+    Raises:
+        FactorLLMError: when it is that text, or the folder is no finished checkpoint of factorllm.
+    """
+    made_of = read_provenance(folder)["data"].get("kinds_of")
+    if text is not None and made_of == text_identity(text):
+        raise FactorLLMError(
+            f"{folder} was made from some documents of {text}, those of its kind, and which is not known here, so what "
+            "is measured on could be what was learned; give other text of its kind"
+        )
 
 
 def _what_it_is(folder: Path, partial: Path) -> str:

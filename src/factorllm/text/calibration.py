@@ -128,6 +128,11 @@ def public_name(path_or_id: str) -> str:
     return os.fsencode(os.path.basename(path)).decode(errors="replace") if os.path.exists(path) else path_or_id
 
 
+def text_identity(text: str | None) -> str | None:
+    """What a text is known by: a local one by its content and how it is read, wherever it lies, others by their id."""
+    return file_digest(text and os.path.expanduser(text)) or text
+
+
 def file_digest(text: str | None) -> str | None:
     """xxh3-128 of a local text file and of how its name says it is read, in hexadecimal; None for text that is no local
     file."""

@@ -30,10 +30,11 @@ from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.output import check_own_files, located, read_json, trimmed_from
+from factorllm.runs.output import PROVENANCE, check_own_files, located, read_json, trimmed_from
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
+from factorllm.student.read import refuse_text_of_kinds
 from factorllm.text.parts import sequences_of
 
 NUMBERS, PICTURE = "front.json", "front.png"
@@ -84,6 +85,9 @@ def run_front(
     """
     plan, settings, console = plan or FrontPlan(), settings or EvalSettings(tasks=()), console or Console(quiet=True)
     out, models = located(out), _models(students, against)
+    for model in models:
+        if (Path(model.path) / PROVENANCE).is_file():
+            refuse_text_of_kinds(Path(model.path), text)
     made_with = _held_out_by(models)
     _check(out, plan, settings)
     plan = plan.fitting(min(model.checkpoint.config.max_position_embeddings for model in models))
