@@ -13,7 +13,7 @@ import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, save_dense, some_tokens, words
 from families import SPECIAL, TINY, WHOLE_HEADS
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
@@ -373,6 +373,25 @@ def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(tmp_path):
     tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
     save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
     with pytest.raises(FactorLLMError, match="--tokenizer"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
+    assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "step"),
+    [
+        (byte_level_tokenizer, "normalizer", normalizers.Lowercase()),
+        (byte_level_tokenizer, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])),
+        (sentencepiece_tokenizer, "normalizer", normalizers.NFKC()),
+        (sentencepiece_tokenizer, "pre_tokenizer", Digits(individual_digits=True)),
+    ],
+)
+def test_a_tokenizer_that_does_more_to_text_than_llamacpp_is_refused(make, part, step, tmp_path):
+    tokenizer = make()
+    setattr(tokenizer.backend_tokenizer, part, step)
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    named = "Prepend" if isinstance(step, normalizers.Sequence) else type(step).__name__
+    with pytest.raises(FactorLLMError, match=f"changes or cuts text by {named}, which GGUF files cannot say"):
         export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
     assert list(tmp_path.glob("out*")) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 from gguf import TokenType
@@ -38,15 +39,17 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
         vocabulary: rows of the embedding table; tokens that the tokenizer lacks are filled in as unused.
 
     Raises:
-        FactorLLMError: when GGUF has no name for the tokenizer's way of cutting text.
+        FactorLLMError: when GGUF has no name for how the tokenizer changes or cuts text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = json.loads(backend.to_str())["model"] if backend else {}
+    content = json.loads(backend.to_str()) if backend else {"model": {}}
+    model = content["model"]
     if model.get("type") != "BPE":
         raise FactorLLMError(
             "the tokenizer is not a fast BPE tokenizer, the only kind that is written; give the GGUF of the dense "
             "model with --tokenizer, whose tokenizer is then copied"
         )
+    _refuse_other_steps(content, bool(model.get("byte_fallback")))
     merges = [" ".join(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
@@ -61,6 +64,43 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     _add_special(writer, tokenizer)
+
+
+def _refuse_other_steps(content: dict[str, Any], byte_fallback: bool) -> None:
+    """Refuse what a tokenizer does to text that llama.cpp would not do.
+
+    Args:
+        content: what `tokenizer.json` says.
+        byte_fallback: whether it marks spaces, as SentencePiece does; such tokenizers cut text nowhere else.
+    """
+    steps = _steps(content.get("normalizer"))
+    if byte_fallback:
+        steps += _steps(content.get("pre_tokenizer"))
+    if other := next((step for step in steps if not _is_done(step, byte_fallback)), None):
+        raise FactorLLMError(
+            f"the tokenizer changes or cuts text by {other['type']}, which GGUF files cannot say; give the GGUF of the "
+            "dense model with --tokenizer, whose tokenizer is then copied"
+        )
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a part of `tokenizer.json`, one after the other."""
+    if part is None or part["type"] != "Sequence":
+        return [] if part is None else [part]
+    return [step for each in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(each)]
+
+
+def _is_done(step: dict[str, Any], byte_fallback: bool) -> bool:
+    """Whether llama.cpp does it too, of text that is composed already (NFC)."""
+    match step:
+        case {"type": "NFC"}:
+            return not byte_fallback
+        case {"type": "Prepend", "prepend": "▁"} | {"type": "Metaspace", "replacement": "▁"}:
+            return byte_fallback
+        case {"type": "Replace" | "Split", "pattern": {"String": " "}}:
+            return byte_fallback
+        case _:
+            return False
 
 
 def _pre_name(tokenizer: PreTrainedTokenizerBase) -> str:
