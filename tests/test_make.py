@@ -31,6 +31,7 @@ from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.run import _run
 from factorllm.making.steps import Progress, Work
 from factorllm.planning import forecast as forecasting
+from factorllm.student.read import read_provenance
 
 PLAN = {
     "recipe": "S2A2E8",
@@ -311,6 +312,12 @@ def test_an_openai_client_talks_to_what_was_made(made):
     with served(str(made.out), "--context", "64") as (client, _):
         reply = client.chat.completions.create(model="made", messages=[{"role": "user", "content": "hi"}], max_tokens=4)
     assert reply.choices[0].message.role == "assistant"
+
+
+@pytest.mark.parametrize("read", [read_provenance, lambda folder: open_model(str(folder))])
+def test_what_wants_one_model_is_told_where_it_is(read, made):
+    with pytest.raises(FactorLLMError, match=r"what `factorllm make` wrote; the checkpoint in it is .*/checkpoint$"):
+        read(made.out)
 
 
 def test_what_was_made_last_is_used_whatever_the_folder_is_called(made, tmp_path):

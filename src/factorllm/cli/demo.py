@@ -15,9 +15,10 @@ def demo(out: Out = Path("demo-out")) -> None:
     from factorllm.making.run import make
     from factorllm.report.summary import read_summary
     from factorllm.report.terminal import show_summary
+    from factorllm.runs.output import MADE
     from factorllm.student.read import read_provenance
 
     made = make(demo_model(), out, text=demo_text(), effort="quick", console=terminal.console)
-    checkpoint = made.out / "checkpoint"
+    checkpoint = made.out / MADE
     show_summary(terminal.console, read_summary(checkpoint, read_provenance(checkpoint)))
     show_made(made)

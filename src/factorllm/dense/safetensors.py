@@ -17,7 +17,7 @@ from factorllm.dense.names import HEAD, embeddings, without_backbone
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.runs.output import companions, refuse_kinds
+from factorllm.runs.output import companions, refuse_folder_of_checkpoints
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MOST_LABELS = 1 << 20  # transformers makes a name for each
@@ -246,7 +246,7 @@ def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:
     """The config of a transformers folder."""
-    refuse_kinds(folder)
+    refuse_folder_of_checkpoints(folder)
     if not (folder / "config.json").is_file():
         raise FactorLLMError(f"{label} has no config.json, so it is not a model folder; check the path")
     with refusing(f"{label}/config.json", "it is damaged: use another copy"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from factorllm.exporting.gguf_file import Exported, export_gguf
 from factorllm.runs.disk import IN_TMPDIR
+from factorllm.runs.output import PLAN
 from factorllm.student.adapters import refuse_adapters
 
 
@@ -42,7 +43,7 @@ def _named_by_make(folder: Path) -> Path | None:
     with suppress(OSError, UnicodeDecodeError):
         first = (folder / "Modelfile").read_text(encoding="utf-8").partition("\n")[0]
         named = folder / Path(first.removeprefix("FROM ")).name
-        if named.suffix == ".gguf" and named.is_file() and (folder / "plan.yaml").is_file():
+        if named.suffix == ".gguf" and named.is_file() and (folder / PLAN).is_file():
             return named
     return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense.safetensors import read_tokenizer
+from factorllm.runs.output import MADE
 from factorllm.runs.workspace import write_text
 
 _SYSTEM, _USER, _ANSWER = "\ue000system\ue000", "\ue000user\ue000", "\ue000answer\ue000"
@@ -37,7 +38,7 @@ class _Turns:
 def write_modelfile(gguf_file: Path, out: Path) -> Path:
     """Write `Modelfile` into `out`, for a GGUF file in it and the checkpoint beside that."""
     path = out / "Modelfile"
-    write_text(path, modelfile(gguf_file.name, read_tokenizer(out / "checkpoint", str(out))))
+    write_text(path, modelfile(gguf_file.name, read_tokenizer(out / MADE, str(out))))
     return path
 
 

@@ -16,7 +16,6 @@ from factorllm.measure.speed.plan import Plan
 from factorllm.runs.settings import Settings, Tokens
 from factorllm.runs.workspace import write_text
 
-NAME = "plan.yaml"
 _HEAD = "# What factorllm makes here. Edit it, and `factorllm make {name}` makes that instead.\n"
 
 

@@ -11,12 +11,12 @@ from factorllm.errors import FactorLLMError
 from factorllm.making.card import commands, numbers
 from factorllm.making.choose import Effort, choose_plan
 from factorllm.making.expected import expected_seconds
-from factorllm.making.plan_file import NAME, MakePlan, read_plan
+from factorllm.making.plan_file import MakePlan, read_plan
 from factorllm.making.steps import Progress, Work
 from factorllm.planning.wish import Wish
 from factorllm.runs.course import Course
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.output import located, read_json
+from factorllm.runs.output import PLAN, located, read_json
 from factorllm.runs.progress import minutes, show_course
 from factorllm.runs.workspace import write_json
 
@@ -73,7 +73,7 @@ def make(
     out, console, wish = located(out), console or Console(quiet=True), wish or Wish()
     asked = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort, "type": file_type}
     asked |= {"wish": wish.model_dump(mode="json")}
-    path, before = out / NAME, read_json(out / "steps" / "asked.json")
+    path, before = out / PLAN, read_json(out / "steps" / "asked.json")
     if path.is_file() and before not in (None, asked):
         raise FactorLLMError(
             f"{path} was written for another wish; edit it and run `factorllm make {path}`, or choose another -o"
@@ -109,12 +109,12 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
     """
     path, console = located(path), console or Console(quiet=True)
     plan, out = read_plan(path), located(out) if out else path.parent
-    if out != path.parent and not (out / NAME).exists():
+    if out != path.parent and not (out / PLAN).exists():
         _check_free(out)
         out.mkdir(parents=True, exist_ok=True)
-        plan.write(out / NAME)
-    elif out != path.parent and read_plan(out / NAME) != plan:
-        raise FactorLLMError(f"{out / NAME} is another plan; choose another -o")
+        plan.write(out / PLAN)
+    elif out != path.parent and read_plan(out / PLAN) != plan:
+        raise FactorLLMError(f"{out / PLAN} is another plan; choose another -o")
     work = Work(plan, out, console)
     with explain_full_disk(out):
         work.at.steps.mkdir(parents=True, exist_ok=True)
@@ -144,4 +144,4 @@ def _run(work: Work, console: Console) -> None:
 def _check_free(out: Path) -> None:
     """Refuse a folder that holds anything that `make` did not put there."""
     if out.exists() and (not out.is_dir() or any(path.name != "steps" for path in out.iterdir())):
-        raise FactorLLMError(f"{out} exists and holds no {NAME}; choose another -o, or move it away")
+        raise FactorLLMError(f"{out} exists and holds no {PLAN}; choose another -o, or move it away")

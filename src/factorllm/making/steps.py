@@ -27,7 +27,7 @@ from factorllm.report.measured import Measured, read_measured
 from factorllm.report.page import check_report_folder, write_report
 from factorllm.runs.digest import digest_of
 from factorllm.runs.identity import versions
-from factorllm.runs.output import read_json
+from factorllm.runs.output import MADE, read_json
 from factorllm.runs.workspace import write_json
 from factorllm.text.calibration import text_identity
 from factorllm.text.sample import sample
@@ -60,7 +60,7 @@ class Place:
 
     @property
     def checkpoint(self) -> Path:
-        return self.out / "checkpoint"
+        return self.out / MADE
 
     @property
     def gguf(self) -> Path:

@@ -47,6 +47,12 @@ _FOLDERS = {
     "runs": ("events.out.tfevents*",),
     TEMPLATES: ("*.jinja",),
 }
+PLAN = "plan.yaml"
+"""What `make` was to do, in its folder."""
+
+MADE = "checkpoint"
+"""The folder of the student in what `make` wrote."""
+
 KINDS = "kinds"
 """The folder of a checkpoint for each kind of text, in which they have numbers."""
 
@@ -258,12 +264,15 @@ def _foreign_file(out: Path) -> str | None:
     return None
 
 
-def refuse_kinds(folder: Path) -> None:
-    """Refuse a folder with a checkpoint for each kind of text where one model is wanted.
+def refuse_folder_of_checkpoints(folder: Path) -> None:
+    """Refuse a folder that holds checkpoints, as `make` writes it and `factorize` for each kind of text, where one
+    model is wanted.
 
     Raises:
         FactorLLMError: naming one of them.
     """
+    if (folder / PLAN).is_file() and (folder / MADE / "config.json").is_file():
+        raise FactorLLMError(f"{folder} is what `factorllm make` wrote; the checkpoint in it is {folder / MADE}")
     if (folder / KINDS).is_dir() and (folder / PROVENANCE).is_file() and not (folder / "config.json").exists():
         raise FactorLLMError(
             f"{folder} holds a model for each kind of text, each a checkpoint of its own; give one of them, such as "

@@ -13,7 +13,7 @@ from factorllm.dense.safetensors import load_language_model, open_folder, read_t
 from factorllm.errors import FactorLLMError, refusing, refusing_path
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
-from factorllm.runs.output import PROVENANCE, refuse_kinds, trimmed_from, workspace_folder
+from factorllm.runs.output import PROVENANCE, refuse_folder_of_checkpoints, trimmed_from, workspace_folder
 from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
 from factorllm.text.calibration import text_identity
@@ -31,9 +31,9 @@ def read_provenance(folder: Path) -> dict:
     path = folder / PROVENANCE
     with refusing_path(folder):
         there, partial = path.exists(), workspace_folder(folder)
+    refuse_folder_of_checkpoints(folder)
     if not there:
         raise FactorLLMError(_what_it_is(folder, partial))
-    refuse_kinds(folder)
     with refusing(path, "it is damaged, or of another version of factorllm: make the checkpoint again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check_provenance(content)
