@@ -534,7 +534,9 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
             HealSettings(**{name: value})
 
 
-@pytest.mark.parametrize(("recipe", "rate"), [("S3A3E8", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)])
+@pytest.mark.parametrize(
+    ("recipe", "rate"), [("S3A3E8", 3e-5), ("S15A0E16", 3e-5), ("S6A0E8", 1e-4), ("S2A2E8", 1e-4), ("S1A1E8", 1e-4)]
+)
 def test_the_usual_learning_rate_suits_the_student(recipe, rate):
     assert usual_rate(parse_recipe(recipe).shape(64), 0.2) == pytest.approx(rate)
     assert usual_rate(parse_recipe(recipe).shape(64), 0.02) == pytest.approx(rate / 10)

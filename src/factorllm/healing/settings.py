@@ -13,7 +13,8 @@ Train = Literal["router", "experts", "ffn", "all", "lora", "mor1e"]
 
 _RATE = 5e-4  # of the size of the student's weights
 _LIGHT_RATE = 1.5e-4  # best at 25 % FFN sparsity of SmolLM2, where 5e-4 soon makes it worse (docs/experiments.md)
-_LIGHT = 3 / 8  # FFN sparsity, in the middle of those that were measured
+_LIGHT = 3 / 8  # FFN sparsity of a student with experts, in the middle of those that were measured
+_LIGHT_PRUNE = 1 / 8  # of a prune: at 25 % it gains by 5e-4, at 5 % that makes it worse from the first step on
 
 
 class HealSettings(BaseModel):
@@ -40,7 +41,7 @@ class HealSettings(BaseModel):
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak of AdamW's, after a short warm-up; it falls to zero by a cosine. Default: found on the student itself before
     training; of few tokens, where that would take more than a tenth of the run, 5e-4 of the root mean square of its
-    weights, or 1.5e-4 of it where less than 3/8 of the FFN is off."""
+    weights, or 1.5e-4 of it where less than 3/8 of the FFN is off, of a static prune less than 1/8."""
     router_rate: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Learning rate of the routers, times that of all else."""
     coordinate: bool = False
@@ -106,5 +107,5 @@ def usual_rate(shape: Shape, weight: float) -> float:
     Args:
         weight: root mean square of the student's matrices, of the median one.
     """
-    light = shape.experts > 0 and shape.sparsity < _LIGHT
+    light = shape.sparsity < (_LIGHT if shape.experts else _LIGHT_PRUNE)
     return (_LIGHT_RATE if light else _RATE) * weight
