@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, edit_json, relative_error, save_dense, some_tokens
@@ -245,6 +246,24 @@ def test_a_part_under_another_name_is_refused(plain, tmp_path):
     paths[0].rename(tmp_path / "alone.gguf")
     with pytest.raises(FactorLLMError, match="one of 2 parts"):
         open_model(str(tmp_path / "alone.gguf"))
+
+
+def test_a_file_of_another_byte_order_is_refused(plain, tmp_path):
+    """gguf swaps what its header says, and would read other weights."""
+    source = gguf.GGUFReader(plain)
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    for key, field in source.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            of_items = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], of_items)
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FactorLLMError, match=r"big\.gguf is big-endian.*gguf-convert-endian FILE native"):
+        open_model(str(tmp_path / "big.gguf"))
 
 
 def test_an_unknown_way_of_cutting_text_is_refused(plain, tmp_path):

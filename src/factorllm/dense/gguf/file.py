@@ -205,12 +205,19 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     """A GGUF file, checked to be whole.
 
     Raises:
-        FactorLLMError: when it is not.
+        FactorLLMError: when it is not, or has the byte order of other machines.
     """
     with refusing(path, _AGAIN):
         reader = _Reader(path)
+        swapped = reader.byte_order == "S"
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
         names = [t.name for t in reader.tensors]
+    if swapped:  # gguf swaps what the header says, and reads weights as they are
+        order = reader.endianess.name.lower()
+        raise FactorLLMError(
+            f"{path} is {order}-endian, for machines of another byte order, and llama.cpp does not load it here either; "
+            "fetch the file for this one, or turn a copy into it: gguf-convert-endian FILE native"
+        )
     if end > path.stat().st_size:
         raise FactorLLMError(f"{path} is truncated: its last tensor ends past the file; fetch it again")
     if len(set(names)) < len(names):
