@@ -274,6 +274,16 @@ def test_an_unknown_way_of_cutting_text_is_refused(plain, tmp_path):
             open_model(str(tmp_path / f"{name}.gguf")).tokenizer()
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "begins"), [("tekken", True), ("llama-bpe", True), ("qwen2", False)])
+def test_the_token_that_begins_a_text_is_llamacpps_where_the_file_does_not_say(plain, tmp_path, name, begins):
+    rewrite(plain, tmp_path / "old.gguf", drop=("tokenizer.ggml.add_bos_token",), tokenizer__ggml__pre=name)
+    found = open_model(str(tmp_path / "old.gguf")).tokenizer()
+    with EngineProcess("llamacpp", tmp_path / "old.gguf", Options(context=64)) as engine:
+        assert found("the expert").input_ids == engine.tokenize("the expert", special=True)
+    assert (found("the expert").input_ids[0] == found.bos_token_id) is begins
+
+
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
 def test_the_tokenizer_of_a_gguf_file_is_the_one_that_was_written(tmp_path, make):
     tokenizer = make()

@@ -124,9 +124,7 @@ def _special(field: Field) -> dict[str, str]:
 
 
 def _bos_and_eos(backend: Tokenizer, field: Field, special: dict[str, str]) -> processors.PostProcessor:
-    by_itself = field("ggml.model") == "llama" or (
-        field("ggml.pre") != "tekken" and takes_whole_words(field("ggml.pre"))
-    )
+    by_itself = field("ggml.model") == "llama" or takes_whole_words(field("ggml.pre"))
     says = {"bos_token": field("ggml.add_bos_token"), "eos_token": field("ggml.add_eos_token")}
     says["bos_token"] = by_itself if says["bos_token"] is None else says["bos_token"]
     added = {name: special[name] for name, wanted in says.items() if wanted and name in special}
