@@ -359,6 +359,39 @@ def test_llamacpp_cuts_text_as_the_tokenizer_does(kind, tmp_path):
         assert json.load(reply)["tokens"] == tokenizer(text, add_special_tokens=False).input_ids
 
 
+def without_a_merge(pre: str, whole: bool) -> PreTrainedTokenizerFast:
+    """No merge makes "er", which is a token all the same; with `whole`, a word that is a token is taken whole."""
+    tokenizer = byte_level_tokenizer(pre)
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said["model"] |= {"ignore_merges": whole, "merges": [m for m in said["model"]["merges"] if "".join(m) != "er"]}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)), bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("whole", "name", "length"), [(True, "llama-bpe", 1), (False, "dbrx", 2)])
+def test_words_that_are_tokens_are_taken_whole_as_the_tokenizer_does(tmp_path, whole, name, length):
+    tokenizer = without_a_merge("llama-bpe", whole)
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    assert exported(tmp_path / "dense", tmp_path / "out.gguf", "f32")["tokenizer.ggml.pre"] == name
+    with EngineProcess("llamacpp", tmp_path / "out.gguf", Options(context=64)) as process:
+        ids = process.tokenize("er")
+    assert ids == tokenizer("er", add_special_tokens=False).input_ids
+    assert len(ids) == length
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("qwen2", True), ("tekken", False)])
+def test_words_that_llamacpp_would_take_otherwise_are_refused(tmp_path, pre, whole):
+    tokenizer = byte_level_tokenizer(pre)
+    tokenizer.backend_tokenizer.model.ignore_merges = whole
+    save_model(CONFIGS["mha"], tmp_path / "same", tokenizer)
+    assert exported(tmp_path / "same", tmp_path / "out.gguf")["tokenizer.ggml.pre"] == pre  # merges make all tokens
+    save_model(CONFIGS["mha"], tmp_path / "dense", without_a_merge(pre, whole))
+    with pytest.raises(FactorLLMError, match=r"takes words whole that llama\.cpp would merge.*--tokenizer"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "other.gguf")
+
+
 def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):
     save_model(CONFIGS["mha"], tmp_path / "dense")
     built = exported(tmp_path / "dense", tmp_path / "built.gguf")

@@ -107,8 +107,9 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase) -> str:
     name = name_of(tokenizer.backend_tokenizer)
     if name is None:
         raise FactorLLMError(
-            f"the tokenizer cuts text in a way that is none of those written ({', '.join(PRE_TOKENIZERS)}); give the "
-            "GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
+            f"the tokenizer cuts text in a way that is none of those written ({', '.join(PRE_TOKENIZERS)}), or takes "
+            "words whole that llama.cpp would merge, or merges words that it would take whole (ignore_merges); give "
+            "the GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
         )
     return name
 

@@ -85,9 +85,26 @@ def takes_whole_words(name: object) -> bool:
 
 
 def name_of(tokenizer: Tokenizer) -> str | None:
-    """The name that GGUF has for the tokenizer's way of cutting text, or None."""
+    """The name that GGUF has for the tokenizer's way of cutting text, or None.
+
+    It says too whether a word that is a token is taken whole, which is the same where merges make all tokens.
+    """
     wanted = _canonical(tokenizer.pre_tokenizer)
-    return next((name for name, known in PRE_TOKENIZERS.items() if _canonical(known) == wanted), None)
+    cuts = next((name for name, known in PRE_TOKENIZERS.items() if _canonical(known) == wanted), None)
+    if cuts is None:
+        return None
+    whole = tokenizer.model.ignore_merges
+    fitting = (name for name in (cuts, *_SAME.get(cuts, ())) if takes_whole_words(name) == whole)
+    return next(fitting, None) or (cuts if _merges_make_all(tokenizer) else None)
+
+
+def _merges_make_all(tokenizer: Tokenizer) -> bool:
+    """Whether merges make every token that is not found in text as it is."""
+    merging = Tokenizer.from_str(tokenizer.to_str()).model
+    merging.ignore_merges = False
+    found_before = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    words = tokenizer.get_vocab(with_added_tokens=False).keys() - found_before
+    return all(len(merging.tokenize(word)) == 1 for word in words)
 
 
 def _canonical(pre_tokenizer: PreTokenizer) -> str:
