@@ -215,7 +215,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     if swapped:  # gguf swaps what the header says, and reads weights as they are
         order = reader.endianess.name.lower()
         raise FactorLLMError(
-            f"{path} is {order}-endian, for machines of another byte order, and llama.cpp does not load it here either; "
+            f"{path} is {order}-endian, for machines of another byte order, and llama.cpp does not load it either; "
             "fetch the file for this one, or turn a copy into it: gguf-convert-endian FILE native"
         )
     if end > path.stat().st_size:
