@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense import open_model
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params
@@ -399,6 +400,21 @@ def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):
     keys = {key for key in built if key.startswith("tokenizer.")}
     assert len(keys) > 6
     assert {key: copied[key] for key in keys} == {key: built[key] for key in keys}
+
+
+def test_all_chat_templates_are_in_the_file(tmp_path):
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = templates
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    written = exported(tmp_path / "dense", tmp_path / "out.gguf")
+    assert {key: value for key, value in written.items() if "chat_template" in key} == {
+        "tokenizer.chat_template": templates["default"],
+        "tokenizer.chat_template.rag": templates["rag"],
+        "tokenizer.chat_template.tool_use": templates["tool_use"],
+        "tokenizer.chat_templates": ["rag", "tool_use"],
+    }
+    assert open_model(str(tmp_path / "out.gguf")).tokenizer().chat_template == templates
 
 
 def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(tmp_path):

@@ -156,5 +156,18 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) ->
     ids = tokenizer("a").input_ids
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_templates(writer, tokenizer.chat_template)
+
+
+def _add_templates(writer: gguf.GGUFWriter, templates: str | dict[str, str] | None) -> None:
+    """Chat templates, the one that is used unless another is asked for under its own key, as llama.cpp reads them.
+
+    gguf's own way puts the names of the others in an order that differs from run to run.
+    """
+    keys, named = gguf.Keys.Tokenizer, {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    if default := named.pop("default", None):
+        writer.add_chat_template(default)
+    for name, template in sorted(named.items()):
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), template)
+    if named:
+        writer.add_array(keys.CHAT_TEMPLATES, sorted(named))

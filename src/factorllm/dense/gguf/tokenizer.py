@@ -45,7 +45,7 @@ def build_tokenizer(field: Field, label: str, context: int) -> PreTrainedTokeniz
         backend.post_processor = _bos_and_eos(backend, field, special)
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            chat_template=field("chat_template"),
+            chat_template=_chat_templates(field),
             model_max_length=context,
             clean_up_tokenization_spaces=False,
             **special,
@@ -121,6 +121,14 @@ def _special(field: Field) -> dict[str, str]:
     ids = {name: field(f"ggml.{kind}_token_id") for kind, name in names.items()}
     ids |= {names[kind]: index for kind, index in usual.items() if ids[names[kind]] is None}
     return {name: field("ggml.tokens")[index] for name, index in ids.items() if index is not None}
+
+
+def _chat_templates(field: Field) -> object:
+    """The chat template, or all by their names where there are others beside it."""
+    default = field("chat_template")
+    named = {name: field(f"chat_template.{name}") for name in field("chat_templates") or []}
+    others = {name: template for name, template in named.items() if template is not None}
+    return {"default": default} | others if default and others else default
 
 
 def _bos_and_eos(backend: Tokenizer, field: Field, special: dict[str, str]) -> processors.PostProcessor:
