@@ -7,7 +7,7 @@ from families import SPECIAL, TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
-from factorllm.hosts import HOSTS, choose_host
+from factorllm.hosts import HOSTS, MoeHost, choose_host
 from factorllm.student.read import read_partitions
 
 HOSTS_OF = {
@@ -128,6 +128,68 @@ def test_every_experts_backend_gives_the_same_logits(backend, tmp_path, text_fil
     tokens = some_tokens(student.config)
     with torch.no_grad():
         assert relative_error(other(tokens).logits, student(tokens).logits) < 1e-5
+
+
+HALVED = {
+    "mixtral": ("llama", "S0A2E4"),
+    "granitemoeshared": ("llama", "S2A2E8"),
+    "granitemoe": ("granite", "S0A2E4"),
+    "qwen3_moe": ("qwen3", "S0A2E4"),
+    "qwen2_moe": ("qwen2", "S2A2E8"),
+    "glm4_moe": ("qwen3", "S2A2E8"),
+    "granitemoe_swa": ("smollm3", "S0A2E4"),
+    "qwen3_5_moe_text": ("qwen3_5_text", "S0A2E4"),
+    "granitemoehybrid": ("granitemoehybrid", "S2A2E8"),
+    "lfm2_moe": ("lfm2", "S0A2E4"),
+    "gemma4_text": ("gemma4_text", "S0A2E4"),
+    "flex_olmo": ("olmo2", "S0A2E4"),
+    "cohere2_moe": ("cohere", "S1A2E8"),
+    "hunyuan_v1_moe": ("hunyuan_v1_dense", "S1A2E8"),
+    "ernie4_5_moe": ("ernie4_5", "S2A2E8"),
+    "qwen3_vl_moe_text": ("qwen3_vl_text", "S0A2E8"),
+    "nemotron_h": ("nemotron_h", "S2A2E8"),
+}
+"""A dense family and a recipe for each host."""
+
+
+@torch.no_grad()
+def first_picks(folder, dtype, tokens):
+    """(tokens, k): the experts that transformers runs in the first layer that has some."""
+    model, picks = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), []
+    experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+    experts.register_forward_pre_hook(lambda module, inputs: picks.append(inputs[1]))
+    model(tokens)
+    return picks[0]
+
+
+@pytest.mark.parametrize("host", [name for name, host in HOSTS.items() if isinstance(host, MoeHost)])
+def test_half_precision_runs_the_same_experts_unless_the_host_says_that_it_does_not(host, tmp_path, text_file, small):
+    family, recipe = HALVED[host]
+    few = small.model_copy(update={"tokens": 512})
+    build(TINY[family], recipe, tmp_path, text_file, few, host)
+    tokens = some_tokens(TINY[family])
+    exact = first_picks(tmp_path / "out", torch.float32, tokens)
+    rounded = first_picks(tmp_path / "out", torch.bfloat16, tokens)
+    same = (exact[:, :, None] == rounded[:, None, :]).any(-1).float().mean()
+    assert (same < 0.8) if HOSTS[host].ties_in_half else (same > 0.95)
+
+
+def test_a_student_whose_gate_weights_tie_in_half_precision_is_written_in_float32(tmp_path, text_file, small):
+    save_dense(TINY["lfm2"], tmp_path / "dense").bfloat16().save_pretrained(tmp_path / "dense")
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(FactorLLMError, match=f"in {dtype} the gate weights of lfm2_moe .* use --dtype float32"):
+            factorize(
+                str(tmp_path / "dense"),
+                tmp_path / "out",
+                "S0A2E4",
+                text=str(text_file),
+                settings=small.model_copy(update={"dtype": dtype}),
+            )
+    factorize(str(tmp_path / "dense"), tmp_path / "out", "S0A2E4", text=str(text_file), settings=small)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    assert "Load it in float32" in (tmp_path / "out" / "README.md").read_text()
+    factorize(str(tmp_path / "dense"), tmp_path / "prune", "S4A0E8", text=str(text_file), settings=small)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "prune").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

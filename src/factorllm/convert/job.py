@@ -20,7 +20,8 @@ from factorllm.dense.families import ffn_width
 from factorllm.dense.reference import check_against_references
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import processor_digest, seeing
-from factorllm.hosts import Host, choose_host
+from factorllm.errors import FactorLLMError
+from factorllm.hosts import Host, MoeHost, choose_host
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.disk import require_space
@@ -177,15 +178,20 @@ def open_job(
     config = source.config
     shapes = {name: recipe.shape(ffn_width(config)) for name, recipe in recipes.items()}
     hosts = _choose_hosts(shapes, settings.host, config)
-    settings = settings.resolve(config)
+    wanted, settings = settings.dtype, settings.resolve(config)
+    ties = _ties_in_half(settings, hosts)
+    if ties and wanted != "auto":
+        raise FactorLLMError(f"{ties}; use --dtype float32")
     ranks = Ranks(settings)
-    settings = settings.model_copy(update={"device": str(ranks.device)})
+    settings = settings.model_copy(update={"device": str(ranks.device)} | ({"dtype": "float32"} if ties else {}))
     console = ranks.console(console)
     tokenizer = source.tokenizer()
     source.generation_config()  # needed at the end only, but a damaged one must be refused before the work
     console.print(f"reading {source.label}", markup=False)
     if source.note:
         console.print(source.note, highlight=False, markup=False, soft_wrap=True)
+    if ties:
+        console.print(f"{ties}: it is written in float32", highlight=False, markup=False, soft_wrap=True)
     identity = {
         "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
         "model": source.fingerprint,
@@ -237,6 +243,14 @@ def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfi
         name: choose_host(wanted if name.startswith("student") else "auto", config, shape)
         for name, shape in shapes.items()
     }
+
+
+def _ties_in_half(settings: Settings, hosts: dict[str, Host]) -> str | None:
+    """Why a student cannot be written in the dtype of `settings`, or None."""
+    for host in hosts.values():
+        if isinstance(host, MoeHost) and host.ties_in_half and settings.dtype != "float32":
+            return f"in {settings.dtype} the gate weights of {host.name} are all the same, so any experts would run"
+    return None
 
 
 def _read_text(

@@ -202,6 +202,8 @@ class MoeHost(Host):
         activation: of its experts, by the name in transformers.
         rotates_parts: whether it can rotate a part of each head by its position.
         leads_dense: whether its first layers can have an FFN that is whole.
+        ties_in_half: whether transformers compares gate weights in the model's own dtype, in which flat ones of half
+            precision are all the same, so that others than the router's experts run.
     """
 
     families: tuple[str, ...]
@@ -210,6 +212,7 @@ class MoeHost(Host):
     activation: str = "silu"
     rotates_parts: bool = False
     leads_dense: bool = False
+    ties_in_half: bool = False
 
     gates: Gates
     gguf_architecture: str | None

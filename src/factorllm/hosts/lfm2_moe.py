@@ -22,6 +22,7 @@ class Lfm2MoeHost(MoeHost):
     families = ("lfm2",)
     shared = "no"
     gates = SIGMOID_OF_SELECTED
+    ties_in_half = True
     all_engines = ("transformers", "vllm", "llama.cpp")
     gguf_architecture = "lfm2moe"
     gguf_final_norm = ("embedding_norm", "token_embd_norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from factorllm.hosts import HOSTS
 from factorllm.recipe import Recipe
 from factorllm.report.summary import LABELS, mean_agreement
 from factorllm.report.template import read_template
@@ -21,4 +22,5 @@ def model_card(name: str, made: dict, licence: str | None) -> str:
         licence=licence,
         labels=LABELS,
         agreement=mean_agreement(made["layers"]),
+        ties_in_half=getattr(HOSTS[made["host"]], "ties_in_half", False),
     )

@@ -48,7 +48,7 @@ class Settings(BaseModel):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     dtype: Dtype = "auto"
-    """Dtype of the written weights; `auto` keeps the dense model's."""
+    """Dtype of the written weights; `auto` keeps the dense model's, or takes float32 where the host needs it."""
     baseline: bool = True
     """Also make the static prune with the same active parameters, to be compared with; it is measured, not kept."""
     tune: int = Field(default=0, ge=0, le=10_000)
