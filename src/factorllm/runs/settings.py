@@ -36,9 +36,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tokens: Tokens = 100_000
-    """Calibration tokens."""
+    """Tokens to calibrate on; of `trim` and `sample`, to count and to write."""
     held_out_tokens: Tokens = 16_384
-    """Tokens kept apart for the before/after perplexity."""
+    """Tokens kept apart to measure on: perplexity before and after; of `trim`, how much more finely text is cut."""
     length: int = Field(default=512, ge=8, le=2**24)
     """Tokens in a packed sequence."""
     seed: Seed = 0
