@@ -144,7 +144,9 @@ def test_a_key_that_is_not_applied_is_refused_by_name(plain, tmp_path, key, valu
         open_model(str(tmp_path / "odd.gguf"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("yarn_beta_fast", 8.0), ("yarn_beta_slow", 0.5)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("yarn_beta_fast", 8.0), ("yarn_beta_slow", 0.5), ("yarn_attn_factor", 1.5)]
+)
 def test_what_llamacpp_does_not_heed_of_yarn_is_refused(tmp_path, key, value):
     save_model(WRITTEN["llama-yarn"], tmp_path / "dense")
     export_gguf(str(tmp_path / "dense"), tmp_path / "file.gguf", "f32")

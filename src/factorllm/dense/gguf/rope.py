@@ -58,7 +58,8 @@ def _read_yarn(keys: Keys, context: int, factor: float) -> dict:
     # llama.cpp would take the usual ones whatever the file says, in the architectures that are read here.
     keys.refuse_unless("rope.scaling.yarn_beta_fast", _BETA_FAST)
     keys.refuse_unless("rope.scaling.yarn_beta_slow", _BETA_SLOW)
-    scaled = keys.number("rope.scaling.attn_factor", 1.0) * keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    keys.refuse_unless("rope.scaling.yarn_attn_factor", 1.0)
+    scaled = keys.number("rope.scaling.attn_factor", 1.0)
     yarn = {
         "rope_type": "yarn",
         "factor": factor,
