@@ -62,7 +62,13 @@ def test_conversations_begin_as_the_chat_template_says(dense_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(None, "no chat template"), ("{{ messages[0]['content'] }}", "nothing before"), ("hello", "nothing before")],
+    [
+        (None, "no chat template"),
+        ("{{ messages[0]['content'] }}", "nothing before"),
+        ("hello", "nothing before"),
+        ("{{ raise_exception('tools only') }}", r"cannot be used \(tools only\); leave --chat out"),
+        ({"tool_use": "{{ tools }}"}, r"cannot be used \(.*no default.*; leave --chat out"),
+    ],
 )
 def test_a_tokenizer_without_a_beginning_of_conversations_is_refused(template, message):
     tokenizer = byte_tokenizer()

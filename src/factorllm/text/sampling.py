@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.errors import FactorLLMError
+from factorllm.errors import FactorLLMError, refusing
 from factorllm.measure.generate import next_logits
 from factorllm.runs.memory import reuse_freed_memory
 
@@ -74,14 +74,15 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     A chat model goes on with a question of its own and its answer (Magpie, arXiv 2406.08464).
 
     Raises:
-        FactorLLMError: when it has no chat template, or one that does not hold what users say.
+        FactorLLMError: when it has no chat template, or one that fails or does not hold what users say.
     """
     if not tokenizer.chat_template:
         raise FactorLLMError(
             "the tokenizer has no chat template, so the model does not know how a conversation begins; leave --chat out"
         )
     said = "FactorLLM"
-    conversation = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
+    with refusing("the chat template", "leave --chat out"):
+        conversation = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
     before, found, _ = conversation.partition(said)
     opening = tokenizer(before, add_special_tokens=False).input_ids
     if not found or not opening:
