@@ -9,9 +9,10 @@ from conftest import CHAT_TEMPLATE, CONFIGS, SMALL, relative_error, save_dense, 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from factorllm import Recipe, factorize
+from factorllm import Recipe, factorize, parse_recipe
 from factorllm.convert.partition import METHODS
 from factorllm.convert.route import ROUTERS
+from factorllm.report import model_card
 from factorllm.text import read_calibration_text
 
 WITH_BASELINE = SMALL.model_copy(update={"baseline": True})
@@ -62,6 +63,46 @@ def test_the_measured_numbers_are_in_the_output(made):
     card = (made.out / "README.md").read_text()
     assert f"{made.row('student').perplexity:.2f}" in card
     assert "tiny-llama" in card
+
+
+def card_of(made, recipe=None, tune=0, **changes):
+    """The card of a student, had it been made so."""
+    found = json.loads((made.out / "factorllm.json").read_text())
+    found["settings"]["tune"] = tune
+    if recipe:
+        found["recipe"] = parse_recipe(recipe).model_dump()
+    return " ".join(model_card("name", found | changes, None).split())
+
+
+def test_a_card_says_what_was_done_and_nothing_else(made):
+    card = card_of(made)
+    assert "each FFN was split into experts, given a router fitted to the dense FFN, and repaired in closed" in card
+    assert "(2 of 8 parts of each FFN always run, 2 of the other 6 are chosen for each token)" in card
+    assert "No gradient step was taken" in card
+    assert "The static prune keeps" in card
+
+    tuned = card_of(made, tune=2)
+    assert "No gradient step" not in tuned
+    assert "given a router fitted to the dense FFN, fitted by gradient to the dense model's layers" in tuned
+    assert "each FFN but the first 1 was split" in card_of(made, "S2A2E8D1")
+    overlapping = (
+        "(0 of 8 parts of each FFN always run, one of 3 overlapping experts of 4 parts is chosen for each token)"
+    )
+    assert overlapping in card_of(made, "S0A4E8N3")
+
+    alone = {
+        name: json.loads((made.out / "factorllm.json").read_text())["results"][name] for name in ("dense", "student")
+    }
+    pruned = card_of(made, "S4A0E8", host="dense", results=alone, layers=[])
+    assert "each FFN was cut to 4 of 8 equal parts, and repaired in closed form." in pruned
+    assert "Architecture: the dense model's own" in pruned
+    for word in ("mixture-of-experts", "expert", "router", "static prune", "chosen"):
+        assert word not in pruned
+
+    healing = {"tokens": 99, "held_out_tokens": 77, "text": "other.txt", "settings": {"train": "all"}}
+    healed = card_of(made, healing=healing)
+    assert "Perplexity on 77 held-out tokens of the text of healing." in healed
+    assert "Before it was healed, the routers' picks agreed" in healed
 
 
 def test_the_perplexity_is_that_of_the_written_checkpoint(made, dense_folder, text_file, small):

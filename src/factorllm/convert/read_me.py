@@ -142,8 +142,8 @@ def _card(name: str, summary: Summary, recipe: ReadMe) -> str:
         f"# {name}",
         "",
         f"{summary.base_model}, factorised by FactorLLM as `{recipe.name}` from {summary.text_origin}: in `{KINDS}/` "
-        f"{recipe.kinds} narrower models, each for one kind of text, each a checkpoint of its own ({summary.host}; "
-        f"loads in {', '.join(summary.engines)}). Which of them a request is for, `intuition.json` says.",
+        f"{recipe.kinds} narrower models, each for one kind of text, each a checkpoint of its own "
+        f"(loads in {', '.join(summary.engines)}). Which of them a request is for, `intuition.json` says.",
         "",
         f"`factorllm serve {name}` serves them at one address.",
         "",
