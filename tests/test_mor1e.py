@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import gguf
 import pytest
 import torch
 from conftest import CONFIGS, save_dense, served, words
@@ -282,6 +283,27 @@ def test_llamacpp_mixes_the_adapters_as_transformers_does(config, host, recipe, 
         apart = max(abs(expected[int(token)].item() - value) for token, value in answer.items())
         assert apart < 1e-4
         assert (expected - unchanged).abs().max() > 0.5
+
+
+def test_neurons_of_adapters_are_in_the_order_of_their_gptq_file(text_file, tmp_path):
+    """The importance-matrix file says how much goes through each neuron; the most is first."""
+    adapted_at_random("gqa-tied", "granitemoeshared", "S2A2E8", text_file, tmp_path)
+    student, text = str(tmp_path / "out"), str(text_file)
+    plain = export_gguf(student, tmp_path / "plain.gguf", "q4_0")
+    made = export_gguf(student, tmp_path / "gptq.gguf", "q4_0", text=text, tokens=512, gptq=True)
+    through = arrays(made.importance)
+    for before, after in zip(map(arrays, plain.adapters), map(arrays, made.adapters), strict=True):
+        for down in [name for name in through if name.endswith("ffn_down_shexp.weight.in_sum2")]:
+            order, down = (-through[down][0]).argsort(), down.removesuffix(".in_sum2")
+            before[f"{down}.lora_a"] = before[f"{down}.lora_a"][:, order]
+            for name in (down.replace("down", part) for part in ("up", "gate")):
+                before[f"{name}.lora_b"] = before[f"{name}.lora_b"][order]
+        assert before.keys() == after.keys()
+        assert [name for name in before if (before[name] != after[name]).any()] == []
+
+
+def arrays(path):
+    return {tensor.name: tensor.data.copy() for tensor in gguf.GGUFReader(path).tensors}
 
 
 def adapted_at_random(config, host, recipe, text_file, folder):

@@ -1,7 +1,8 @@
 """A student's adapters as GGUF files that llama.cpp adds to the student's own.
 
 An adapter's B is laid out as the rows of the matrix are that it is added to, so it goes through the same hands: halves
-of a fused matrix are parted and rotary halves interleaved as the matrix's are.
+of a fused matrix are parted and rotary halves interleaved as the matrix's are. Where neurons are put in another order
+(`grams.py`), the adapter's are too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.files import add_job, publishing, unfinished
+from factorllm.exporting.grams import Grams
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.student.adapters import Adapter, adapter_folders, read_adapter
 
@@ -29,26 +31,31 @@ def adapter_outputs(model: str, out: Path) -> list[Path]:
 
 
 def write_gguf_adapters(
-    model: str, checkpoint: Checkpoint, outputs: list[Path], job: dict[str, Any], when_full: str
+    model: str, checkpoint: Checkpoint, outputs: list[Path], grams: Grams | None, job: dict[str, Any], when_full: str
 ) -> None:
     """Write them, in fp32.
+
+    Args:
+        grams: by which the neurons of the student's own file are put in order; None where they are not.
 
     Raises:
         FactorLLMError: when llama.cpp has no place for one of its matrices, or a file cannot be written.
     """
     folders = adapter_folders(Path(model).expanduser())
     for folder, out in zip(folders, outputs, strict=True):
-        _write(checkpoint, read_adapter(folder), out, job, when_full)
+        _write(checkpoint, read_adapter(folder), out, grams, job, when_full)
 
 
-def _write(checkpoint: Checkpoint, adapter: Adapter, out: Path, job: dict[str, Any], when_full: str) -> None:
+def _write(
+    checkpoint: Checkpoint, adapter: Adapter, out: Path, grams: Grams | None, job: dict[str, Any], when_full: str
+) -> None:
     partial = unfinished(out)
     writer = gguf.GGUFWriter(partial, checkpoint.host.gguf(checkpoint.config))
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(len(next(iter(adapter.values())).a)))  # that rank: a scale of 1
     add_job(writer, job)
-    tensors = dict(_tensors(checkpoint, adapter))
+    tensors = dict(_tensors(checkpoint, adapter, grams))
     for name, tensor in tensors.items():
         data = tensor.numpy()
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
@@ -57,12 +64,15 @@ def _write(checkpoint: Checkpoint, adapter: Adapter, out: Path, job: dict[str, A
             writer.write_tensor_data(tensor.numpy())
 
 
-def _tensors(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+def _tensors(checkpoint: Checkpoint, adapter: Adapter, grams: Grams | None) -> Iterator[tuple[str, Tensor]]:
     """Name and content of each tensor of the file, fp32."""
     placed = set()
     for module, name, b in _placed(checkpoint, adapter):
         placed.add(module)
-        yield f"{name}.lora_a", adapter[module].a.float().contiguous()
+        a = adapter[module].a.float()
+        if grams:
+            a, b = grams.adapter_in_order(name, a, b)
+        yield f"{name}.lora_a", a.contiguous()
         yield f"{name}.lora_b", b.contiguous()
     if left := sorted(adapter.keys() - placed):
         raise FactorLLMError(

@@ -121,7 +121,7 @@ def export_gguf(
         _say(say, _seen(importance))
         write_importance(importance, beside[0], job, when_full)
     grams = Grams(checkpoint, text, tokens, console) if text is not None and gptq else None
-    write_gguf_adapters(model, checkpoint, adapters, job, when_full)
+    write_gguf_adapters(model, checkpoint, adapters, grams, job, when_full)
     with publishing(writer, partial, out, when_full), meter(console, f"writing {out.name}", len(plan)) as bar:
         _write_tensors(checkpoint, writer, plan, importance, grams, bar)
     return Exported(out, out.stat().st_size, larger(plan), next(iter(beside), None), adapters)

@@ -48,6 +48,7 @@ class Grams:
         self._model, self._tokens = open_inputs(checkpoint, text, tokens, console)
         self._layers = range(0)
         self._sums: dict[str, Tensor] = {}
+        self._orders: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor | None:
         """`X^T X` of a tensor's inputs, those of a down projection in the order of `in_order`.
@@ -59,6 +60,10 @@ class Grams:
         if gram is None or (order := self._neuron_order(name)) is None or not _is_down(name):
             return gram
         return torch.stack([own[neurons][:, neurons] for own, neurons in zip(gram, order, strict=True)])
+
+    def adapter_in_order(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What an adapter adds to a tensor, A (r, d) and B (o, r), with its neurons in the order of `in_order`."""
+        return (self.in_order(name, a), b) if _is_down(name) else (a, self.in_order(name, b))
 
     def in_order(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of an FFN, (..., rows, d), with each FFN's neurons the most active first; others as they are.
@@ -79,9 +84,13 @@ class Grams:
     def _neuron_order(self, name: str) -> Tensor | None:
         """(n, width), int64; None for what is no matrix of an FFN."""
         start, leaf = _split(name)
-        if leaf not in _ORDERED_BY or (gram := self._sum(f"{start}.{_ORDERED_BY[leaf]}.weight")) is None:
+        if leaf not in _ORDERED_BY:
             return None
-        return gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        down = f"{start}.{_ORDERED_BY[leaf]}.weight"
+        # Kept: a file and its adapters must have one order, and its adapters ask before it for all layers.
+        if down not in self._orders and (gram := self._sum(down)) is not None:
+            self._orders[down] = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        return self._orders.get(down)
 
     def _sum(self, name: str) -> Tensor | None:
         """What was seen of a tensor's inputs."""
