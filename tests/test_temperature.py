@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from factorllm.convert.temperature import fit_logit_scale
+from factorllm.convert import temperature
+from factorllm.convert.temperature import fit_logit_scale, sample_logits
+from factorllm.dense.sequences import Sequences
+from factorllm.runs.rows import Rows
 
 TEACHER = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
 
@@ -18,3 +23,21 @@ def test_errors_in_the_logits_make_a_student_less_sure():
 
 def test_an_equal_student_is_left_exactly_as_it_is():
     assert fit_logit_scale(TEACHER, TEACHER) == 1.0
+
+
+@pytest.mark.parametrize("tokens", [64, 200, 512, 2048])
+def test_each_place_in_a_sequence_is_sampled_as_often(tokens, monkeypatch):
+    """Of 8192 tokens in sequences of 64, of which half are of the student's kind."""
+    monkeypatch.setattr(temperature, "_LOGITS", 10 * tokens)
+    stream = Rows(None, 128, 64, 2, torch.float32)
+    states = torch.stack(torch.meshgrid(torch.arange(128.0), torch.arange(64.0), indexing="ij"), dim=-1)
+    stream.write(slice(0, 128), states)
+    sequences, own = Sequences(torch.zeros(128, 64, dtype=torch.long), {}), torch.arange(128) % 4 < 2
+    as_they_are = SimpleNamespace(logits=lambda found: found)
+    for chosen, total in ((None, 8192), (own, 4096)):
+        of_sequence, place = sample_logits(stream, sequences, as_they_are, 10, chosen).long().T
+        assert 0.6 * min(tokens, total) <= len(place) <= tokens
+        counts = place.bincount(minlength=64)
+        assert counts.max() - counts.min() <= 1
+        assert chosen is None or chosen[of_sequence].all()
+        assert len(of_sequence.unique()) >= min(len(place), 0.9 * total / 64)

@@ -3,6 +3,8 @@ errors for evidence, so a student is surer than it should be. One factor on its 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -45,7 +47,8 @@ def fit_logit_scale(teacher: Tensor, student: Tensor) -> float:
 
 
 def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: int, own: Tensor | None = None) -> Tensor:
-    """Logits of as many tokens of text, evenly spread, as fit in `_LOGITS` elements: (n, vocabulary), fp32.
+    """Logits of tokens that are evenly spread over the text and over the places in a sequence, of no more than fit in
+    `_LOGITS` elements: (n, vocabulary), fp32.
 
     Args:
         stream: hidden states after the last layer, (sequences, length, d).
@@ -57,9 +60,12 @@ def sample_logits(stream: Rows, sequences: Sequences, ends: Ends, vocabulary: in
     own = torch.ones(stream.sequences, dtype=torch.bool) if own is None else own
     tokens = max(_LOGITS // vocabulary, 1)
     stride = -(-int(own.sum()) * stream.length // tokens)
-    cpu = torch.device("cpu")
-    return ends.logits(
-        torch.cat(
-            [stream.read(run, cpu)[own[run, None] & ~sequences.is_image(run)][::stride] for run in stream.all_runs()]
-        )
-    )
+    # With a factor in common with the length it would meet few places, and too often the first, where nothing is known.
+    while math.gcd(stride, stream.length) > 1:
+        stride += 1
+    parts, first = [], 0
+    for run in stream.all_runs():
+        states = stream.read(run, torch.device("cpu"))[own[run, None] & ~sequences.is_image(run)]
+        parts.append(states[first::stride])
+        first = (first - len(states)) % stride
+    return ends.logits(torch.cat(parts))
