@@ -1,10 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
 
+from factorllm.convert import task as tasks
+from factorllm.convert.task import LayerTask, Streams, Workplace
 from factorllm.dense import open_model
 from factorllm.dense.ends import Ends
 from factorllm.dense.layer import LayerLoader
+from factorllm.runs.ranks import Ranks
 from factorllm.runs.rows import Rows
 
 
@@ -44,3 +49,28 @@ def test_a_short_file_is_noticed(tmp_path):
     rows.write(slice(0, 1), torch.zeros(1, 4, 3))
     with pytest.raises(OSError, match="shorter"):
         rows.read(slice(0, 2))
+
+
+def task_of(sequences, length, ranks=None):
+    """A task whose activations of a token are its sequence and its place there."""
+    streams = Streams(None, None, Rows(None, sequences, length, 2, torch.float32, ranks), None)
+    workplace = Workplace(torch.device("cpu"), ranks, None, 1 << 20, False, 0, lambda _: None)
+    layer = SimpleNamespace(ffn=SimpleNamespace(width=2))
+    task = LayerTask(layer, streams, None, None, None, torch.Generator(), workplace)
+    numbers = torch.meshgrid(torch.arange(float(sequences)), torch.arange(float(length)), indexing="ij")
+    task.inputs.write(slice(0, sequences), torch.stack(numbers, dim=-1))
+    return task
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_samples_the_sequences_that_are_its_own(index, monkeypatch):
+    """Fewer tokens of each, of which more sequences are a batch."""
+    monkeypatch.setattr(tasks, "_ROUTER_TOKENS", 195 * 86)
+    ranks = SimpleNamespace(count=2, index=index)
+    ranks.share = lambda sequences, step: Ranks.share(ranks, sequences, step)
+    task = task_of(195, 512, ranks)
+    assert task.sample.length < 512
+    own, sampled = (
+        [number for run in rows.runs() for number in range(run.start, run.stop)] for rows in (task.inputs, task.sample)
+    )
+    assert sampled == own == list((range(96), range(96, 195))[index])

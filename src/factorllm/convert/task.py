@@ -128,7 +128,7 @@ class LayerTask:
         before, workplace = self.streams.before, self.workplace
         size = before.sequences * length * width * before.dtype.itemsize
         path = None if size <= workplace.memory_limit else workplace.scratch / f"{name}.rows"
-        return Rows(path, before.sequences, length, width, before.dtype, self.ranks)
+        return Rows(path, before.sequences, length, width, before.dtype, beside=before)
 
     def remove_arrays(self) -> None:
         """Remove those that are files."""

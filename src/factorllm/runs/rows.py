@@ -23,6 +23,8 @@ class Rows:
     Args:
         path: the file, or None to keep the array in memory.
         ranks: the processes that work on the array, each on its share of the sequences; None for one process.
+        beside: an array of the same sequences whose shares are this one's too. Those of `ranks` are cut where batches
+            end, which depends on the length.
     """
 
     def __init__(
@@ -33,10 +35,13 @@ class Rows:
         width: int,
         dtype: torch.dtype,
         ranks: Ranks | None = None,
+        beside: Rows | None = None,
     ):
         self.path, self.sequences, self.length, self.width, self.dtype = path, sequences, length, width, dtype
         self._step = max(BATCH_TOKENS // length, 1)
         self._share = ranks.share(sequences, self._step) if ranks else slice(0, sequences)
+        if beside is not None:
+            self._share = beside._share
         self._memory = torch.empty(sequences, length, width, dtype=dtype) if path is None else None
         if path is not None and not path.exists():
             path.touch()
