@@ -62,6 +62,18 @@ def task_of(sequences, length, ranks=None):
     return task
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 64, 100, 512, 2048, 8192])
+def test_each_place_in_a_sequence_is_sampled_as_often(tokens, monkeypatch):
+    """Of 64 sequences of 64 tokens."""
+    monkeypatch.setattr(tasks, "_ROUTER_TOKENS", tokens)
+    task = task_of(64, 64)
+    found = torch.cat([task.tokens(task.inputs, run, sampled=True) for run in task.sample.runs()]).long()
+    assert len(found) == 64 * task.sample.length
+    assert len(found.unique(dim=0)) == len(found)
+    assert (found.T[0].bincount() == task.sample.length).all()
+    assert (found.T[1].bincount(minlength=64) == task.sample.length).all()
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_samples_the_sequences_that_are_its_own(index, monkeypatch):
     """Fewer tokens of each, of which more sequences are a batch."""

@@ -13,7 +13,7 @@ def collect(task: LayerTask) -> None:
         with fast_products(task.device, task.workplace.bears_rounding):
             before, beside = task.streams.before.read(run, task.device), task.streams.sequences.beside(run)
             middle, inputs = layer.attend(before, beside)
-            sample = layer.ffn.hidden(inputs.view_as(middle)[:, :: task.stride].flatten(0, 1))
+            sample = layer.ffn.hidden(task.sampled(inputs.view_as(middle), run).flatten(0, 1))
         task.middle.write(run, middle)
         task.inputs.write(run, inputs)
         task.sample.write(run, sample)

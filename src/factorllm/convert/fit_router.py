@@ -53,7 +53,7 @@ def _inputs_and_scores(task: LayerTask, split: Partition) -> tuple[Tensor, Tenso
     for run in task.sample.runs():
         hidden = task.sample.read(run, task.device).flatten(0, 1)
         scores.append(expert_scores(task.layer.ffn, hidden, split, task.shape.top_k, task.recipe.prior))
-        inputs.append(task.tokens(task.inputs, run, task.stride))
+        inputs.append(task.tokens(task.inputs, run, sampled=True))
     return task.ranks.gather(torch.cat(inputs)), task.ranks.gather(torch.cat(scores))
 
 

@@ -64,7 +64,7 @@ def _energy_kept(task: LayerTask, split: Partition, router: Tensor | None) -> fl
         energy = neuron_energy(sample.read(run, task.device).flatten(0, 1), gain)
         runs = energy[:, split.shared].sum(1)
         if router is not None:
-            picked = task.gates(task.tokens(task.inputs, run, task.stride), router) > 0
+            picked = task.gates(task.tokens(task.inputs, run, sampled=True), router) > 0
             runs += (split.expert_sums(energy) * picked).sum(1)
         total += (runs / energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)).sum()
     return task.ranks.sum(total).item() / (sample.sequences * sample.length)

@@ -77,7 +77,7 @@ class LayerTask:
 
     The arrays are filled by `collect`, but for `active`, which is filled by `restore`:
     `middle`, the student's stream before the FFN; `inputs`, what the FFN and the router read; `sample`, all
-    intermediate activations of each `stride`-th token, which partition and router are fitted on; and `active`, the
+    intermediate activations of the sampled tokens, which partition and router are fitted on; and `active`, the
     student's activations of all tokens.
 
     Attributes:
@@ -139,9 +139,25 @@ class LayerTask:
         """Say that the sequences of `run` have gone through one more pass."""
         self.workplace.tick(run.stop - run.start)
 
-    def tokens(self, rows: Rows, run: slice, stride: int = 1) -> Tensor:
-        """Each `stride`-th token of `run`: (n, width), fp32."""
-        return rows.read(run, self.device)[:, ::stride].flatten(0, 1).float()
+    def sampled(self, values: Tensor, run: slice) -> Tensor:
+        """Each `stride`-th token of the sequences of `run`: (sequences, length, width) -> (sequences, n, width).
+
+        Each sequence begins at another token and goes round: were it the first in all, then, of much text, no others
+        would be sampled.
+        """
+        if self.stride == 1:
+            return values
+        first = torch.arange(run.start, run.stop, device=values.device)
+        places = torch.arange(0, values.shape[1], self.stride, device=values.device)
+        return values.take_along_dim(((first[:, None] + places) % values.shape[1])[:, :, None], dim=1)
+
+    def tokens(self, rows: Rows, run: slice, sampled: bool = False) -> Tensor:
+        """The tokens of `run`, or those of them that are sampled: (n, width), fp32."""
+        return self._read(rows, run, sampled).float()
+
+    def _read(self, rows: Rows, run: slice, sampled: bool) -> Tensor:
+        values = rows.read(run, self.device)
+        return (self.sampled(values, run) if sampled else values).flatten(0, 1)
 
     def sampled_own(self) -> Iterator[Tensor]:
         """Which of the sampled tokens are of the student's kind of text, run by run: (n,), bool."""
@@ -166,23 +182,23 @@ class LayerTask:
             return torch.zeros(len(inputs), 0, device=self.device)
         return self.host.gates.weights(inputs.float() @ router.T, self.shape.top_k)
 
-    def target(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
-        """What the student's FFN should give, and how much each token counts, for each `stride`-th token: (n, d), (n,).
+    def target(self, run: slice, sampled: bool = False) -> tuple[Tensor, Tensor]:
+        """What the student's FFN should give, and how much each of all or the sampled tokens counts: (n, d), (n,).
 
         It is what brings the student's stream back to the teacher's, which also repairs the errors of the layers
         before; or, if the recipe does not say so or the stream is not linear in that output, the dense FFN's output.
         """
         if self.recipe.restore != "stream" or self.layer.norm_follows:
-            return self.dense_output(run, stride)
-        teacher = self.tokens(self.streams.teacher_after, run, stride)
-        missing = teacher - self.tokens(self.middle, run, stride)
+            return self.dense_output(run, sampled)
+        teacher = self.tokens(self.streams.teacher_after, run, sampled)
+        missing = teacher - self.tokens(self.middle, run, sampled)
         return missing / self.layer.residual, self.weights(teacher, run)
 
-    def dense_output(self, run: slice, stride: int = 1) -> tuple[Tensor, Tensor]:
+    def dense_output(self, run: slice, sampled: bool = False) -> tuple[Tensor, Tensor]:
         """What the dense FFN gives, and how much each token counts, as `target`."""
         ffn = self.layer.ffn
-        inputs = self.inputs.read(run, self.device)[:, ::stride].flatten(0, 1)
-        teacher = self.tokens(self.streams.teacher_after, run, stride)
+        inputs = self._read(self.inputs, run, sampled)
+        teacher = self.tokens(self.streams.teacher_after, run, sampled)
         return (ffn.hidden(inputs) @ ffn.down.T).float(), self.weights(teacher, run)
 
     def sampled_batches(self, split: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -190,4 +206,4 @@ class LayerTask:
         order = split.order.to(self.device)
         for run in self.sample.runs():
             hidden = self.sample.read(run, self.device).flatten(0, 1)[:, order].float()
-            yield self.tokens(self.inputs, run, self.stride), hidden, *self.target(run, self.stride)
+            yield self.tokens(self.inputs, run, sampled=True), hidden, *self.target(run, sampled=True)
