@@ -409,3 +409,9 @@ def test_what_make_cannot_take_is_one_line(arguments, said, dense, tmp_path, mon
     assert said in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_an_effort_that_there_is_not_is_refused(dense_folder, text_file, tmp_path):
+    with pytest.raises(FactorLLMError, match="no effort 'much'; efforts: quick, standard, best"):
+        make(str(dense_folder), tmp_path / "out", text=str(text_file), effort="much")
+    assert not (tmp_path / "out").exists()
