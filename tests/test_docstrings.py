@@ -7,6 +7,7 @@ import inspect
 import shutil
 import time
 from contextlib import suppress
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -15,7 +16,7 @@ from conftest import CONFIGS
 from test_export import save_model
 
 import factorllm
-from factorllm import Settings, factorize
+from factorllm import EvalSettings, FactorLLMError, HealSettings, MakePlan, Settings, Wish, factorize
 
 COMMANDS = [name for name in factorllm.__all__ if inspect.isfunction(getattr(factorllm, name))]
 NEEDS_LLAMACPP = {"bench", "front", "make", "plan", "serve"}
@@ -78,3 +79,47 @@ def test_the_example_of_settings(name):
     count, said = failures(getattr(factorllm, name))
     assert count
     assert not said, said
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_every_function_takes_paths_as_text_and_as_paths(kind, dense, student, text_file, tmp_path, monkeypatch):
+    """`~` too: of the user's home there, which is a folder with all of it here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, path in (("dense", dense), ("student", student), ("text.txt", text_file)):
+        (tmp_path / name).symlink_to(path)
+    (tmp_path / "recipe.yaml").write_text("shared: 2\nactive: 2\nparts: 8\n")
+    few = Settings(tokens=512, held_out_tokens=128, length=64, baseline=False)
+    short = HealSettings(tokens=512, validation_tokens=128, evaluations=1, learning_rate=1e-4)
+
+    def at(name):
+        return kind(f"~/{name}")
+
+    text, tasks = at("text.txt"), EvalSettings(tasks=(), data=at("tasks"))
+    assert tasks.data == tmp_path / "tasks"
+    factorllm.factorize(at("dense"), at("out"), at("recipe.yaml"), text=text, settings=few)
+    factorllm.heal(at("out"), at("dense"), at("healed"), text=text, settings=short)
+    found = factorllm.evaluate(at("out"), against=at("dense"), text=text, settings=tasks, cache=at("cache"))
+    assert set(found.perplexity) == {"student", "dense"}
+    factorllm.sample(at("dense"), at("sampled.jsonl"), settings=Settings(tokens=128, length=64))
+    factorllm.trim(at("dense"), at("trimmed"), 300, text, settings=few)
+    factorllm.export(at("dense"), at("dense.gguf"))
+    factorllm.export(at("out"), at("out.gguf"), text=text, tokens=64, tokenizer=at("dense.gguf"))
+    made = MakePlan(model=at("dense"), recipe=at("recipe.yaml"), text=text)
+    made.write(at("plan.yaml"))
+    assert made == MakePlan(model=f"{tmp_path}/dense", recipe=f"{tmp_path}/recipe.yaml", text=f"{tmp_path}/text.txt")
+    written = {"out", "healed", "sampled.jsonl", "trimmed", "dense.gguf", "out.gguf", "plan.yaml"}
+    assert written <= {path.name for path in tmp_path.iterdir()}
+    # What takes long is refused, after the path was read.
+    none, refused = at("none"), pytest.raises(FactorLLMError, match=f"no such model: {tmp_path}/none")
+    with refused:
+        factorllm.plan(none)
+    with refused:
+        factorllm.make(none, at("made"), wish=Wish(speed=1.2), text=text)
+    with refused:
+        factorllm.bench(none, [none], "transformers", out=at("speed"))
+    with refused:
+        factorllm.front([none], [none], text, at("front"), cache=at("cache"))
+    with pytest.raises(FactorLLMError, match=f"{tmp_path}/none"):
+        factorllm.make_planned(none, at("made"))
+    with refused:
+        factorllm.serve(none, "llamacpp", lossless=none)

@@ -164,7 +164,7 @@ def test_a_kind_is_not_healed_or_measured_on_the_text_that_it_was_found_in(made,
     with pytest.raises(FactorLLMError, match=says):
         heal(kind, str(dense), tmp_path / "healed", text=text, settings=settings)
     with pytest.raises(FactorLLMError, match=says):
-        evaluate(Path(kind), text=str(copy), settings=EvalSettings(tasks=()))
+        evaluate(kind, text=str(copy), settings=EvalSettings(tasks=()))
     with pytest.raises(FactorLLMError, match=says):
         measure_front([], [str(dense), kind], text, tmp_path / "front")
     other = tmp_path / "other.jsonl"

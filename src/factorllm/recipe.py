@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError
+from factorllm.runs.given import given
 
 _CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?(?:D(\d+))?", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
@@ -205,7 +206,7 @@ class Recipe(BaseModel):
         return Shape(ffn_width, self.shared * width, experts, expert_width, self.top_k, self.dense)
 
 
-def parse_recipe(text: str) -> Recipe:
+def parse_recipe(text: str | Path) -> Recipe:
     """Read a recipe: `S2A2E8` (CMoE's notation), `S0A4E8N3` (the same with 3 experts that overlap), `S2A2E8D1` (the
     first layer's FFN stays whole), `1R4E2K` (the paper's), the path of a YAML file, or a published method of
     `LITERATURE`, alone or with another shape: `cmoe`, `cmoe:S3A3E8`.
@@ -218,6 +219,7 @@ def parse_recipe(text: str) -> Recipe:
         >>> recipe.shared, recipe.active, recipe.parts
         (2, 2, 8)
     """
+    text = given(text)
     method, _, shape = text.partition(":")
     try:
         if method in LITERATURE:

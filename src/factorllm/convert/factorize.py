@@ -34,6 +34,7 @@ from factorllm.recipe import ReadMe, Recipe, parse_read_me, parse_recipe
 from factorllm.report import ModelRow, Summary, read_summary
 from factorllm.runs.device import fast_products
 from factorllm.runs.finite import is_finite
+from factorllm.runs.given import given
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import located
 from factorllm.runs.progress import Clock, Meter, meter
@@ -43,11 +44,11 @@ from factorllm.student.read import read_provenance
 
 @torch.no_grad()
 def factorize(
-    model: str,
+    model: str | Path,
     out: str | Path,
-    recipe: Recipe | ReadMe | str,
+    recipe: Recipe | ReadMe | str | Path,
     *,
-    text: str | None = None,
+    text: str | Path | None = None,
     images: str | Path | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
@@ -78,9 +79,9 @@ def factorize(
         >>> [row.name for row in summary.rows]
         ['dense', 'student', 'pruned']
     """
-    settings = settings or Settings()
-    if isinstance(recipe, str):
-        recipe = parse_read_me(recipe) or parse_recipe(recipe)
+    model, text, settings = given(model), given(text), settings or Settings()
+    if isinstance(recipe, str | Path):
+        recipe = parse_read_me(str(recipe)) or parse_recipe(recipe)
     if isinstance(recipe, ReadMe):
         return _factorize_kinds(model, out, recipe, text, images, settings, overwrite, console)
     recipes = {"student": recipe}

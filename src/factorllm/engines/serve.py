@@ -25,6 +25,7 @@ from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf, export_for_now
+from factorllm.runs.given import given
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
@@ -95,14 +96,14 @@ def _lora_rank(adapter: Path) -> int:
 
 
 def serve(
-    model: str,
+    model: str | Path,
     engine: str = "auto",
     file_type: str = "q8_0",
     settings: ServeSettings | None = None,
     say: Callable[[str], None] = print,
-    lossless: str | None = None,
-    retrieval: Path | None = None,
-    dense_prompt: str | None = None,
+    lossless: str | Path | None = None,
+    retrieval: str | Path | None = None,
+    dense_prompt: str | Path | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -129,6 +130,7 @@ def serve(
         200
         >>> os.kill(server.pid, signal.SIGINT)
     """
+    model, lossless, dense_prompt = given(model), given(lossless), given(dense_prompt)
     settings = settings or ServeSettings()
     beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
     asked = [option for option, value in beside.items() if value]
@@ -143,7 +145,7 @@ def serve(
         if dense_prompt:
             _serve_dense_prompt(model, dense_prompt, file_type, settings, say)
             return
-        library = Library(retrieval) if retrieval else None
+        library = Library(Path(given(retrieval))) if retrieval else None
         _serve_llamacpp(model, lossless, library, file_type, settings, say)
     elif asked:
         raise FactorLLMError(f"{asked[0]} works through llama.cpp, not in {engine}; use --engine llamacpp")

@@ -29,6 +29,7 @@ from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
 from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
+from factorllm.runs.given import given
 from factorllm.runs.output import check_output, is_done, located, own_files
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
@@ -58,14 +59,14 @@ class Exported:
 
 
 def export_gguf(
-    model: str,
+    model: str | Path,
     out: str | Path,
     file_type: str = "q8_0",
     *,
-    text: str | None = None,
+    text: str | Path | None = None,
     tokens: int = TOKENS,
     gptq: bool = False,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     top_k: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda message: None,
@@ -100,6 +101,8 @@ def export_gguf(
         >>> export_gguf("student", "student.gguf", "q8_0").path.name
         'student.gguf'
     """
+    model, text = given(model), given(text)
+    tokenizer = None if tokenizer is None else Path(given(tokenizer))
     _check_type(file_type, text, tokens, gptq)
     out, *beside = _outputs(located(out), text, [model, tokenizer])
     adapters = adapter_outputs(model, out)

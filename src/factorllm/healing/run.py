@@ -29,6 +29,7 @@ from factorllm.healing.trainer import FactorTrainer
 from factorllm.healing.training import micro_batch_of, train
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import model_card
+from factorllm.runs.given import given
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import PROVENANCE, is_own, located
 from factorllm.runs.progress import meter, quiet_transformers
@@ -62,10 +63,10 @@ class Healed:
 
 def heal(
     student: str | Path,
-    teacher: str,
+    teacher: str | Path,
     out: str | Path,
     *,
-    text: str | None = None,
+    text: str | Path | None = None,
     settings: HealSettings | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -89,9 +90,9 @@ def heal(
         >>> sorted(healed.results)
         ['dense', 'healed', 'pruned', 'student']
     """
-    settings = settings or HealSettings()
+    folder, teacher, text, settings = Path(given(student)), given(teacher), given(text), settings or HealSettings()
     reuse_freed_memory()
-    with named_failures(), open_heal_job(Path(student), teacher, out, text, settings, overwrite, console) as job:
+    with named_failures(), open_heal_job(folder, teacher, out, text, settings, overwrite, console) as job:
         if job is None:
             return _read_healed(located(out))
         start = time.monotonic()

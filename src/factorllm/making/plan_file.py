@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError, first_problem, refusing
 from factorllm.healing.settings import HealSettings
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.plan import Plan
+from factorllm.runs.given import given
 from factorllm.runs.settings import Settings, Tokens
 from factorllm.runs.workspace import write_text
 
 _HEAD = "# What factorllm makes here. Edit it, and `factorllm make {name}` makes that instead.\n"
+
+Given = Annotated[str, BeforeValidator(lambda value: given(value) if isinstance(value, str | Path) else value)]
+"""A path or an id; written as text."""
 
 
 class SampleStep(BaseModel):
@@ -62,9 +66,9 @@ class MakePlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
-    recipe: str
-    text: str | None = None
+    model: Given
+    recipe: Given
+    text: Given | None = None
     vocabulary: int | None = Field(default=None, gt=0)
     sample: SampleStep | None = None
     factorize: Settings = Settings()
@@ -98,10 +102,10 @@ class MakePlan(BaseModel):
             )
         return self
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write it, with every number that was chosen."""
         content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(path, _HEAD.format(name=path) + content)
+        write_text(Path(given(path)), _HEAD.format(name=path) + content)
 
 
 def read_plan(path: Path) -> MakePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from factorllm.making.steps import Progress, Work
 from factorllm.planning.wish import Wish
 from factorllm.runs.course import Course
 from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.given import given
 from factorllm.runs.output import PLAN, located, read_json
 from factorllm.runs.progress import minutes, show_course
 from factorllm.runs.workspace import write_json
@@ -37,11 +39,11 @@ class Made:
 
 
 def make(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     wish: Wish | None = None,
-    text: str | None = None,
+    text: str | Path | None = None,
     vocabulary: int | None = None,
     effort: Effort = "standard",
     file_type: str = "q8_0",
@@ -70,9 +72,10 @@ def make(
         >>> (made.out / "Modelfile").exists()
         True
     """
+    model, text = given(model), given(text)
     out, console, wish = located(out), console or Console(quiet=True), wish or Wish()
-    asked = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort, "type": file_type}
-    asked |= {"wish": wish.model_dump(mode="json")}
+    asked: dict[str, Any] = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort}
+    asked |= {"type": file_type, "wish": wish.model_dump(mode="json")}
     path, before = out / PLAN, read_json(out / "steps" / "asked.json")
     if path.is_file() and before not in (None, asked):
         raise FactorLLMError(
@@ -103,7 +106,7 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
         >>> from factorllm import MakePlan, Settings
         >>> few = Settings(tokens=4096, held_out_tokens=512, length=64)
         >>> plan = MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt", factorize=few)
-        >>> plan.write(Path("plan.yaml"))
+        >>> plan.write("plan.yaml")
         >>> [what for value, what in make_planned("plan.yaml", "made").numbers]
         ['kept of the likeliest next tokens', 'in the file']
     """

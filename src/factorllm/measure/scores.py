@@ -24,6 +24,7 @@ from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import check_vocabularies
 from factorllm.runs.device import usable_device
+from factorllm.runs.given import given
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance, refuse_text_of_kinds
@@ -49,14 +50,14 @@ class Evaluation:
 
 
 def evaluate(
-    student: Path,
+    student: str | Path,
     *,
-    against: str | None = None,
-    text: str | None = None,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
     chain: str | Path | None = None,
     dense_prompt: bool = False,
     settings: EvalSettings | None = None,
-    cache: Path = CACHE,
+    cache: str | Path = CACHE,
     console: Console | None = None,
 ) -> Evaluation:
     """Score a student, and the dense model `against`.
@@ -75,11 +76,12 @@ def evaluate(
         FactorLLMError: for an unknown task, a file that cannot be read, or a damaged checkpoint.
 
     Example:
-        >>> found = evaluate(Path("student"), against="dense", text="my-text.txt", settings=EvalSettings(tasks=()))
+        >>> found = evaluate("student", against="dense", text="my-text.txt", settings=EvalSettings(tasks=()))
         >>> sorted(found.perplexity)
         ['dense', 'student']
     """
     console, settings = console or Console(quiet=True), settings or EvalSettings()
+    student, against, text, cache = Path(given(student)), given(against), given(text), Path(given(cache))
     if not settings.tasks and text is None and chain is None:
         raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text or a --chain")
     check_tasks(settings.tasks, settings.data, settings.run_generated_code)

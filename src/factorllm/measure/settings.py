@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from factorllm.runs.given import given
 
 
 class EvalSettings(BaseModel):
@@ -20,7 +22,7 @@ class EvalSettings(BaseModel):
 
     tasks: tuple[str, ...] = ("arc_easy", "piqa", "boolq", "copa", "lambada_openai")
     """Names of `tasks.TASKS`."""
-    data: Path | None = None
+    data: Annotated[Path, AfterValidator(lambda path: Path(given(path)))] | None = None
     """Folder of local `<task>.jsonl`. Default: lm-eval's data from the hub."""
     limit: int | None = Field(default=None, ge=1, le=1_000_000)
     """Questions of each task. Default: all."""

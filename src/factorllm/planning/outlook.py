@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from factorllm.planning.pace import Pace
 from factorllm.planning.quality import Measured, known_quality
 from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
+from factorllm.runs.given import given
 from factorllm.runs.progress import minutes
 from factorllm.trimming import VOCABULARY
 from factorllm.trimming.choose import check_trim
@@ -109,7 +111,10 @@ class Outlook:
 
 
 def plan(
-    model: str, types: tuple[str, ...] = TYPES, vocabulary: int | None = None, console: Console | None = None
+    model: str | Path,
+    types: Sequence[str] = TYPES,
+    vocabulary: int | None = None,
+    console: Console | None = None,
 ) -> Outlook:
     """What the usual shapes of a dense model would cost and give in llama.cpp on this machine.
 
@@ -130,11 +135,12 @@ def plan(
         >>> outlook.choices[0].expected.name
         'dense'
     """
+    model = given(model)
     config, wrapper = read_dense_header(model)
     if vocabulary is not None:
         check_trim(model, config, wrapper, vocabulary)
     pace = Pace.measure()
-    expected = forecast(config, types, vocabulary, console)
+    expected = forecast(config, tuple(types), vocabulary, console)
     made = config if vocabulary is None else with_tokens(config, vocabulary)
     choices = [_choice(made, model, pace, one) for one in expected]
     return Outlook(model, choices, config.vocab_size, vocabulary, text_alone=wrapper is None)

@@ -16,6 +16,7 @@ from factorllm.dense import ModelSource, open_model
 from factorllm.errors import FactorLLMError
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.given import given
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import Kind, check_output, is_done, located
 from factorllm.runs.progress import meter
@@ -31,7 +32,7 @@ _LOWEST, _HIGHEST = 0.01, 100  # beyond, fp32 holds no probabilities but of one 
 
 
 def sample(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     temperature: float = 1.0,
@@ -58,7 +59,7 @@ def sample(
         >>> sample("dense", "sampled.jsonl", settings=Settings(tokens=512, length=64)).name
         'sampled.jsonl'
     """
-    out, console = located(out), console or Console(quiet=True)
+    model, out, console = given(model), located(out), console or Console(quiet=True)
     if out.suffix != ".jsonl":
         raise FactorLLMError(f"{out} is no .jsonl file, so --text could not read it; choose such a name")
     if not _LOWEST <= temperature <= _HIGHEST:

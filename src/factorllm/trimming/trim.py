@@ -19,6 +19,7 @@ from factorllm.dense.pretrained import name_architecture
 from factorllm.errors import FactorLLMError
 from factorllm.report.template import read_template
 from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.given import given
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import TRIMMED, TRIMMED_FROM, check_output, is_done, located
 from factorllm.runs.progress import meter
@@ -62,10 +63,10 @@ class Trimmed:
 
 
 def trim(
-    model: str,
+    model: str | Path,
     out: str | Path,
     vocabulary: int,
-    text: str,
+    text: str | Path,
     *,
     settings: Settings | None = None,
     overwrite: bool = False,
@@ -96,7 +97,7 @@ def trim(
         >>> trim("dense", "trimmed", 300, "my-text.txt", settings=Settings(held_out_tokens=64)).vocabulary[1]
         300
     """
-    out, console = located(out), console or Console(quiet=True)
+    model, text, out, console = given(model), given(text), located(out), console or Console(quiet=True)
     finish_publishing(out)
     check_output(out, TRIMMED, [model, text])
     source = open_model(model)

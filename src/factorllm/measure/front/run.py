@@ -30,6 +30,7 @@ from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.given import given
 from factorllm.runs.output import PROVENANCE, check_own_files, located, read_json, trimmed_from
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
@@ -54,13 +55,13 @@ class _Model:
 
 
 def run_front(
-    students: Sequence[str],
-    against: Sequence[str],
-    text: str,
-    out: Path,
+    students: Sequence[str | Path],
+    against: Sequence[str | Path],
+    text: str | Path,
+    out: str | Path,
     plan: FrontPlan | None = None,
     settings: EvalSettings | None = None,
-    cache: Path = CACHE,
+    cache: str | Path = CACHE,
     console: Console | None = None,
 ) -> Front:
     """Write every model in every type to `out`, weighed by the text, and measure each file through llama.cpp.
@@ -79,12 +80,13 @@ def run_front(
     Example:
         >>> short = {"importance_tokens": 64, "perplexity_tokens": 64, "prompt": 8, "context": 8, "steps": 2}
         >>> plan = FrontPlan(types=("q8_0",), rounds=2, **short)
-        >>> front = run_front(["student"], ["dense"], "my-text.txt", Path("front"), plan)
+        >>> front = run_front(["student"], ["dense"], "my-text.txt", "front", plan)
         >>> [(point.model, point.kind) for point in front.points]
         [('dense', 'dense'), ('student', 'student')]
     """
     plan, settings, console = plan or FrontPlan(), settings or EvalSettings(tasks=()), console or Console(quiet=True)
-    out, models = located(out), _models(students, against)
+    text, cache, out = given(text), Path(given(cache)), located(out)
+    models = _models([given(path) for path in students], [given(path) for path in against])
     for model in models:
         if (Path(model.path) / PROVENANCE).is_file():
             refuse_text_of_kinds(Path(model.path), text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from factorllm.measure.speed.subjects import open_subjects
 from factorllm.measure.speed.table import as_json, speed_table, write_plot
 from factorllm.measure.speed.timing import measure_speed
 from factorllm.runs.disk import explain_full_disk
+from factorllm.runs.given import given
 from factorllm.runs.output import check_own_files, located, read_json
 from factorllm.runs.workspace import write_json
 
@@ -21,12 +23,12 @@ _NUMBERS, _PLOT = "speed.json", "speed.png"
 
 
 def run_bench(
-    student: str,
-    against: list[str],
+    student: str | Path,
+    against: Sequence[str | Path],
     engine: str = "llamacpp",
     file_type: str = "q8_0",
     plan: Plan | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     console: Console | None = None,
 ) -> Table:
     """Time the models in turns; `speed.json` and `speed.png` are written to `out` if it is given.
@@ -41,7 +43,7 @@ def run_bench(
 
     Example:
         >>> plan = Plan(rounds=2, prompts=(8,), context=8, steps=4, batches=(1,), threads=(1,))
-        >>> table = run_bench("student", ["dense"], "llamacpp", "f32", plan, Path("speed"))
+        >>> table = run_bench("student", ["dense"], "llamacpp", "f32", plan, "speed")
         >>> sorted(path.name for path in Path("speed").iterdir())
         ['speed.json', 'speed.png']
     """
@@ -50,7 +52,9 @@ def run_bench(
         out = located(out)
         check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
     with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
-        subjects = open_subjects(student, against, engine, file_type, Path(work), console)
+        subjects = open_subjects(
+            given(student), [given(path) for path in against], engine, file_type, Path(work), console
+        )
         plan = _fitting(plan, min(subject.context for subject in subjects), console)
         measures = measure_speed(subjects, engine, plan, console)
     title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
