@@ -6,12 +6,16 @@ import sys
 import pytest
 import torch
 from conftest import CONFIGS, save_dense, some_tokens
+from families import TINY
 from test_export import save_model
 
 from factorllm import FactorLLMError
 from factorllm.engines import EngineProcess, Options, engine_name
-from factorllm.engines.serve import choose_engine
+from factorllm.engines.serve import choose_engine, vllm_arguments
+from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
+from factorllm.hosts import HOSTS
+from factorllm.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,12 @@ def test_vllm_is_taken_for_what_it_serves(tmp_path, monkeypatch):
     assert [choose_engine(path) for path in paths] == ["vllm", "llamacpp", "llamacpp"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_engine(tmp_path) == "llamacpp"
+
+
+@pytest.mark.parametrize(("host", "added"), [("lfm2_moe", ["--dtype", "float32"]), ("mixtral", [])])
+def test_vllm_keeps_the_dtype_that_a_hosts_gates_need(host, added, tmp_path):
+    """By default it takes weights of float32 in bfloat16, where those of LFM2 tie."""
+    dense = {"lfm2_moe": TINY["lfm2"], "mixtral": CONFIGS["mha"]}[host]
+    HOSTS[host].config(dense, parse_recipe("S0A2E8").shape(64)).save_pretrained(tmp_path)
+    arguments = vllm_arguments(tmp_path, ServeSettings(), gpus=1)
+    assert [word for word in arguments if word in ("--dtype", "float32")] == added
