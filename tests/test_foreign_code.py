@@ -352,7 +352,8 @@ def test_the_server_of_vllm_is_not_told_to_run_code(clean, traps, monkeypatch):
         assert not [word for word in arguments if "trust" in word]
     calls = []
     monkeypatch.setattr("factorllm.engines.serve.installed", lambda engine: True)
-    monkeypatch.setattr(subprocess, "call", lambda command, **options: calls.append((command, options)) or 0)
+    server = types.SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: calls.append((command, options)) or server)
     made("serve", clean / "dense", "--engine", "vllm", "--context", 64)
     (command, options), *_ = calls
     assert not [word for word in command if "trust" in str(word)]
