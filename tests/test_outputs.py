@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import forked
@@ -24,6 +25,7 @@ from factorllm.healing.run import heal
 from factorllm.healing.settings import HealSettings
 from factorllm.runs import workspace as module
 from factorllm.runs.settings import Settings
+from factorllm.student.read import load_student
 from factorllm.text.sample import sample
 
 SETTINGS = Settings(tokens=2048, held_out_tokens=256, length=64, baseline=False)
@@ -387,6 +389,16 @@ def test_a_model_is_known_by_what_stands_beside_its_weights(name, run, made, own
         heal(own, str(model), tmp_path / "healed", **healing)
     shutil.copy(made / name, own)
     assert (tree(tmp_path / "healed"), tree(own)) == before
+
+
+def test_a_student_that_runs_more_experts_than_it_has_is_refused(own):
+    config = json.loads((own / "config.json").read_text())
+    most = config["num_local_experts"]
+    for many, refused in ((most, False), (most + 1, True)):
+        (own / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": many}))
+        says = f"config.json says that {many} of {most} experts run for a token; make the"
+        with pytest.raises(FactorLLMError, match=says) if refused else nullcontext():
+            load_student(own)
 
 
 # What is done is not done again.

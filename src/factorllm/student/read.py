@@ -74,6 +74,12 @@ def load_student(
     Raises:
         FactorLLMError: when one of its files is missing or damaged.
     """
+    shape = _shape_of(folder)
+    if shape.top_k > shape.experts:
+        raise FactorLLMError(
+            f"{folder}/config.json says that {shape.top_k} of {shape.experts} experts run for a token; make the "
+            "checkpoint again"
+        )
     model, found = load_language_model(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise FactorLLMError(f"{folder} has no tensor {missing[0]}: the checkpoint is damaged; make it again")
@@ -89,9 +95,7 @@ def check_shape(folder: Path, shape: Shape) -> None:
     Raises:
         FactorLLMError: when its config says others.
     """
-    config, _, _ = open_folder(folder, str(folder))
-    with refusing(f"{folder}/config.json", "make the checkpoint again"):
-        found = host_of(config).shape(config)
+    found = _shape_of(folder)
     if (found.experts, found.top_k) != (shape.experts, shape.top_k) or (
         shape.experts and found.expert_width != shape.expert_width
     ):
@@ -99,6 +103,13 @@ def check_shape(folder: Path, shape: Shape) -> None:
             f"{folder} has {found.experts} experts of {found.expert_width} neurons, {found.top_k} active, but its "
             f"factorllm.json says {shape.experts} of {shape.expert_width}, {shape.top_k} active; make it again"
         )
+
+
+def _shape_of(folder: Path) -> Shape:
+    """A student's shape, as its config says."""
+    config, _, _ = open_folder(folder, str(folder))
+    with refusing(f"{folder}/config.json", "make the checkpoint again"):
+        return host_of(config).shape(config)
 
 
 def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
