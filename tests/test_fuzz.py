@@ -925,7 +925,7 @@ def _command(bases: Bases, command: str, model: str, options: dict[str, str]) ->
         "heal": {"--teacher": dense, "-o": "new", "--tokens": 0},
         "eval": {"--tasks": "", "--device": "cpu"},
         "report": {"-o": "new", "--scores": "file"},
-        "bench": {"--against": dense},
+        "bench": {"--against": dense, "-o": "file"},
         "serve": {},
     }
     good = {"sample": dense, "trim": dense, "heal": student, "bench": dense, "serve": "nowhere"}.get(command, student)
@@ -1172,3 +1172,13 @@ def test_a_name_that_no_path_can_have_is_refused(words, bases):
     ended = run(*(bases.folder("students/sparse") if word == "STUDENT" else word for word in words))
     check_end(ended)
     assert "it is no path that can be there" in ended.err
+
+
+@pytest.mark.engine
+def test_a_path_that_is_no_utf_8_can_be_said(bases, tmp_path, monkeypatch):
+    shutil.copytree(bases.folder("llama"), tmp_path / "\udcff")
+    monkeypatch.chdir(tmp_path)
+    ended = run("serve", "\udcff", "--type", "q9")
+    assert ended.code == 2
+    assert ended.out.startswith("writing \\udcff as q9 into")
+    assert ended.err.startswith("error: no type 'q9'")

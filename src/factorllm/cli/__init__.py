@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
@@ -80,6 +81,8 @@ def main() -> None:
     one too, and exit code 1."""
     if not terminal.console.is_terminal:
         terminal.console.width = terminal.WIDE
+    with suppress(AttributeError):  # what stands in for a stream may have no coding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no UTF-8
     os.environ |= STARTED_WITH  # lm-eval starts a Python too
     _end_as_by_ctrl_c()
     try:
