@@ -30,7 +30,6 @@ def make(
     file_type: FileType = "q8_0",
 ) -> None:
     """Make a model that can be used, from a wish or from a plan.yaml: every step from the text to the report."""
-    from factorllm.making.choose import EFFORTS
     from factorllm.making.run import make as run
     from factorllm.making.run import make_planned
 
@@ -44,8 +43,6 @@ def make(
         made = make_planned(model, out, console)
     elif out is None:
         raise FactorLLMError("say where to write with -o")
-    elif effort not in EFFORTS:
-        raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
     else:
         how = {"vocabulary": vocabulary, "effort": effort, "file_type": file_type}
         made = run(model, out, wish=wish, text=text, **how, console=console)

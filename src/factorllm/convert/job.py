@@ -21,7 +21,7 @@ from factorllm.dense.reference import check_against_references
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import processor_digest, seeing
 from factorllm.errors import FactorLLMError
-from factorllm.hosts import Host, MoeHost, choose_host
+from factorllm.hosts import Host, choose_host
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.disk import require_space
@@ -248,7 +248,7 @@ def _choose_hosts(shapes: dict[str, Shape], wanted: str, config: PreTrainedConfi
 def _ties_in_half(settings: Settings, hosts: dict[str, Host]) -> str | None:
     """Why a student cannot be written in the dtype of `settings`, or None."""
     for host in hosts.values():
-        if isinstance(host, MoeHost) and host.ties_in_half and settings.dtype != "float32":
+        if host.ties_in_half and settings.dtype != "float32":
             return f"in {settings.dtype} the gate weights of {host.name} are all the same, so any experts would run"
     return None
 

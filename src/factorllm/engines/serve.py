@@ -25,7 +25,7 @@ from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf, export_for_now
-from factorllm.hosts import HOSTS, MoeHost
+from factorllm.hosts import HOSTS
 from factorllm.runs.given import given
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
@@ -79,8 +79,9 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
     """
     arguments = ["--host", settings.host, "--port", str(settings.port), "--max-model-len", str(settings.context)]
     arguments += ["--served-model-name", folder.resolve().name]
-    host = HOSTS.get(load_config(folder).model_type)
-    if isinstance(host, MoeHost) and host.ties_in_half:  # vLLM takes weights of float32 in bfloat16
+    config = load_config(folder)
+    host = HOSTS.get(config.model_type)
+    if host and host.ties_in_half:  # vLLM takes weights of float32 in bfloat16
         arguments += ["--dtype", "float32"]
     if adapters := adapter_folders(folder):  # a request's `model` is the name of one of them
         arguments += ["--enable-lora", "--lora-modules", *(f"kind-{path.name}={path}" for path in adapters)]
@@ -89,7 +90,7 @@ def vllm_arguments(folder: Path, settings: ServeSettings, gpus: int) -> list[str
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-expert-parallel"]
     if gpus == 0:
         arguments += ["--max-num-seqs", str(settings.parallel)]
-        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(load_config(folder), settings.options))]
+        arguments += ["--kv-cache-memory-bytes", str(cache_bytes(config, settings.options))]
     return arguments
 
 

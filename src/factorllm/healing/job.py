@@ -129,7 +129,7 @@ def open_heal_job(
     finish_publishing(out)
     check_output(out, CHECKPOINT, [student, teacher, text])
     made = read_provenance(student)
-    refuse_text_of_kinds(student, text)
+    refuse_text_of_kinds(student, made, text)
     recipe = Recipe(**made["recipe"])
     source = open_model(teacher)
     _check_teacher(student, made, source)

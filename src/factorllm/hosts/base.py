@@ -84,6 +84,8 @@ class Host(GGUFForm, ABC):
     Attributes:
         name: its `model_type`.
         gates: how it makes gate weights; None when it has no experts.
+        ties_in_half: whether transformers compares gate weights in the model's own dtype, in which flat ones of half
+            precision are all the same, so that others than the router's experts run.
         all_engines: engines that load it, whatever the dense model.
         ties_embeddings: whether its engines let the output head be the embedding table.
         gguf_ffn: the FFN's tensors by their names in GGUF files.
@@ -91,6 +93,7 @@ class Host(GGUFForm, ABC):
 
     name: str
     gates: Gates | None = None
+    ties_in_half: bool = False
     all_engines: tuple[str, ...] = ("transformers", "vllm", "sglang", "llama.cpp")
     ties_embeddings: bool = True
     gguf_ffn: ClassVar[dict[str, Stored]]
@@ -202,8 +205,6 @@ class MoeHost(Host):
         activation: of its experts, by the name in transformers.
         rotates_parts: whether it can rotate a part of each head by its position.
         leads_dense: whether its first layers can have an FFN that is whole.
-        ties_in_half: whether transformers compares gate weights in the model's own dtype, in which flat ones of half
-            precision are all the same, so that others than the router's experts run.
     """
 
     families: tuple[str, ...]
@@ -212,7 +213,6 @@ class MoeHost(Host):
     activation: str = "silu"
     rotates_parts: bool = False
     leads_dense: bool = False
-    ties_in_half: bool = False
 
     gates: Gates
     gguf_architecture: str | None

@@ -108,7 +108,7 @@ def _of_checkpoint(
 ) -> tuple[dict[str, CheckpointSubject], Evaluation]:
     settings = settings.model_copy(update={"device": usable_device(settings.device)})
     made = read_provenance(student)
-    refuse_text_of_kinds(student, text)
+    refuse_text_of_kinds(student, made, text)
     subjects = {"student": CheckpointSubject.of_student(student, settings)}
     if against:
         subjects["dense"] = CheckpointSubject.of_dense(against, settings)

@@ -22,5 +22,5 @@ def model_card(name: str, made: dict, licence: str | None) -> str:
         licence=licence,
         labels=LABELS,
         agreement=mean_agreement(made["layers"]),
-        ties_in_half=getattr(HOSTS[made["host"]], "ties_in_half", False),
+        ties_in_half=HOSTS[made["host"]].ties_in_half,
     )

@@ -40,17 +40,19 @@ def read_provenance(folder: Path) -> dict:
     return content
 
 
-def refuse_text_of_kinds(folder: Path, text: str | None) -> None:
+def refuse_text_of_kinds(label: Path | str, made: dict, text: str | None) -> None:
     """Refuse the text among whose documents the kind of a student was found: which of them it was made from is known
     only where all kinds are looked for again.
 
+    Args:
+        made: the student's `factorllm.json`.
+
     Raises:
-        FactorLLMError: when it is that text, or the folder is no finished checkpoint of factorllm.
+        FactorLLMError: when it is that text.
     """
-    made_of = read_provenance(folder)["data"].get("kinds_of")
-    if text is not None and made_of == text_identity(text):
+    if text is not None and made["data"].get("kinds_of") == text_identity(text):
         raise FactorLLMError(
-            f"{folder} was made from some documents of {text}, those of its kind, and which is not known here, so what "
+            f"{label} was made from some documents of {text}, those of its kind, and which is not known here, so what "
             "is measured on could be what was learned; give other text of its kind"
         )
 

@@ -130,7 +130,7 @@ def public_name(path_or_id: str) -> str:
 
 def text_identity(text: str | None) -> str | None:
     """What a text is known by: a local one by its content and how it is read, wherever it lies, others by their id."""
-    return file_digest(text and os.path.expanduser(text)) or text
+    return file_digest(text) or text
 
 
 def file_digest(text: str | None) -> str | None:

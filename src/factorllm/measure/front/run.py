@@ -35,7 +35,7 @@ from factorllm.runs.output import PROVENANCE, check_own_files, located, read_jso
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import write_json
-from factorllm.student.read import refuse_text_of_kinds
+from factorllm.student.read import read_provenance, refuse_text_of_kinds
 from factorllm.text.parts import sequences_of
 
 NUMBERS, PICTURE = "front.json", "front.png"
@@ -89,7 +89,7 @@ def run_front(
     models = _models([given(path) for path in students], [given(path) for path in against])
     for model in models:
         if (Path(model.path) / PROVENANCE).is_file():
-            refuse_text_of_kinds(Path(model.path), text)
+            refuse_text_of_kinds(model.path, read_provenance(Path(model.path)), text)
     made_with = _held_out_by(models)
     _check(out, plan, settings)
     plan = plan.fitting(min(model.checkpoint.config.max_position_embeddings for model in models))
