@@ -14,9 +14,11 @@ from urllib.request import urlopen
 import pytest
 from conftest import CONFIGS
 from test_export import save_model
+from test_plan import linear, run_and_timed_by
 
 import factorllm
 from factorllm import EvalSettings, FactorLLMError, HealSettings, MakePlan, Settings, Wish, factorize
+from factorllm.planning import forecast as forecasting
 
 COMMANDS = [name for name in factorllm.__all__ if inspect.isfunction(getattr(factorllm, name))]
 NEEDS_LLAMACPP = {"bench", "front", "make", "plan", "serve"}
@@ -64,6 +66,7 @@ def failures(public: object, **names: object) -> tuple[int, str]:
 def test_the_example_of(name, student, dense, text_file, tmp_path, monkeypatch):
     if name in NEEDS_LLAMACPP:
         pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(forecasting, "measure_speed", run_and_timed_by(linear))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dense, "dense")
     shutil.copy(text_file, "my-text.txt")

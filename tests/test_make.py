@@ -18,7 +18,7 @@ from conftest import BASE, save_dense, served
 from forked import command, ended
 from rich.console import Console
 from test_export import save_model
-from test_plan import timed_by
+from test_plan import linear, run_and_timed_by, timed_by
 from transformers import AutoConfig, LlamaConfig
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
@@ -214,6 +214,7 @@ def test_the_same_plan_elsewhere_gives_the_same_model(made, tmp_path):
 
 
 def test_a_wish_is_written_down_before_the_work(dense, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasting, "measure_speed", run_and_timed_by(linear))
     monkeypatch.setattr("factorllm.making.run._run", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make(str(dense), tmp_path / "made", text=str(text_file), effort="quick")
@@ -254,7 +255,8 @@ def test_where_fewer_tokens_are_fast_enough_no_neuron_is_left_out(dense, text_fi
         make(str(dense), tmp_path / "made", wish=Wish(speed=1.01), text=str(text_file), vocabulary=280)
 
 
-def test_what_is_timed_fits_into_a_short_context(dense, text_file):
+def test_what_is_timed_fits_into_a_short_context(dense, text_file, monkeypatch):
+    monkeypatch.setattr(forecasting, "measure_speed", run_and_timed_by(linear))
     chosen = choose_plan(str(dense), Wish(), str(text_file))
     for timed in (chosen.bench, chosen.front.speed_plan()):
         assert max(*timed.prompts, timed.context + timed.steps) <= 256
@@ -268,7 +270,8 @@ def test_without_a_text_it_is_sampled_first(dense, tmp_path):
     assert (made.out / "steps" / "text.jsonl").is_file()
 
 
-def test_a_time_that_is_too_short_is_refused_before_anything(dense, text_file, tmp_path):
+def test_a_time_that_is_too_short_is_refused_before_anything(dense, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasting, "measure_speed", run_and_timed_by(linear))
     with pytest.raises(FactorLLMError, match="is too short: converting alone"):
         make(str(dense), tmp_path / "made", wish=Wish(time=1e-6), text=str(text_file))
     assert not (tmp_path / "made").exists()

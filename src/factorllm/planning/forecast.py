@@ -34,6 +34,7 @@ RECIPES = ("S4A2E8", "S2A2E8", "S0A4E8N3", "S1A1E8", "S6A0E8", "S4A0E8", "S2A0E8
 """Shapes that are worth a thought: a quarter to three quarters of the FFN off, routed and pruned."""
 
 _TIMED = ("S2A2E8", "S1A1E8", "S2A0E8")
+_TRIES = 3  # of timing, before other programs are said to disturb it
 _HEAD = "head"
 _LAYER_BYTES = 384 << 20
 """Weights of layers that a stand-in has at least, if the model has so many. They do not fit in a processor's cache, and
@@ -128,12 +129,7 @@ def forecast(
     timed = _timed_shapes(config, shapes)
     found = []
     for file_type in types:
-        steps = _fit(config, timed, file_type, console)
-        if any(step.seconds(shape, config.num_hidden_layers) <= 0 for step in steps.values() for _, shape in shapes):
-            raise FactorLLMError(
-                "the times of llama.cpp contradict each other, for some shape would take none: stop other programs "
-                "that use this machine, and repeat the command"
-            )
+        steps = _fit(config, timed, [shape for _, shape in shapes], file_type, console)
         found += [_expected(config, one, *shape, file_type, steps) for one, shape in models]
     return found
 
@@ -163,7 +159,29 @@ def _brief_plan(config: PreTrainedConfig) -> Plan:
     return brief.within(config.max_position_embeddings)
 
 
-def _fit(config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, console: Console) -> dict[str, _Step]:
+def _fit(
+    config: PreTrainedConfig, timed: dict[str, Shape], shapes: list[Shape], file_type: str, console: Console
+) -> dict[str, _Step]:
+    """A token's seconds of prefill and of decoding, by which each shape takes some.
+
+    What another program disturbed for a moment is timed again.
+
+    Raises:
+        FactorLLMError: where some shape would take no time, however often it is timed.
+    """
+    for _ in range(_TRIES):
+        steps = _timed_steps(config, timed, file_type, console)
+        if all(step.seconds(shape, config.num_hidden_layers) > 0 for step in steps.values() for shape in shapes):
+            return steps
+    raise FactorLLMError(
+        "the times of llama.cpp contradict each other, for some shape would take none: stop other programs "
+        "that use this machine, and repeat the command"
+    )
+
+
+def _timed_steps(
+    config: PreTrainedConfig, shapes: dict[str, Shape], file_type: str, console: Console
+) -> dict[str, _Step]:
     """Time the stand-ins of one type, and settle a token's seconds of prefill and of decoding."""
     depth, plan = _depth(config), _brief_plan(config)
     body = with_layers(with_tokens(config, min(_FEW_TOKENS, config.vocab_size)), depth)
