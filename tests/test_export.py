@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -546,6 +547,21 @@ def test_an_export_that_is_done_is_not_repeated(tmp_path):
     assert export_gguf(str(tmp_path / "dense"), out, say=said.append).size == made.st_size
     assert said[-1].startswith("done already")
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [("README.md", True), ("additional_chat_templates/tools.jinja", True), ("factorllm.run.json", False)],
+)
+def test_an_export_is_done_while_what_is_in_the_file_is_the_same(changed, counts, tmp_path):
+    """The card's licence is in it, and so are the chat templates that have names; what a run took is not."""
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    path = tmp_path / "dense" / changed
+    path.parent.mkdir(exist_ok=True)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
+    path.write_text("{}")
+    with pytest.raises(FactorLLMError, match=r"made with other model .* add --overwrite") if counts else nullcontext():
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
 
 
 def test_nothing_but_the_output_takes_space(tmp_path, monkeypatch):

@@ -27,10 +27,9 @@ from factorllm.exporting.importance import TOKENS, Importance, read_importance, 
 from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
-from factorllm.report.summary import RUN_FILE
 from factorllm.runs.digest import digest_of
 from factorllm.runs.given import given
-from factorllm.runs.output import check_output, is_done, located, own_files
+from factorllm.runs.output import check_output, companions, is_done, located
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.stored import refuse_unquantisable
@@ -226,8 +225,8 @@ def _model_digest(model: str) -> str:
     if path.is_file():
         return digest_of([path])
     folder = path if path.is_dir() else download(model)
-    beside = [file for file in own_files(folder) if file.name != RUN_FILE]
-    return digest_of([*beside, *sorted(folder.glob("*.safetensors")), *adapter_files(folder)])
+    card = [file for file in (folder / "README.md",) if file.is_file()]  # its licence is in the file
+    return digest_of([*card, *companions(folder), *sorted(folder.glob("*.safetensors")), *adapter_files(folder)])
 
 
 def _writer(
