@@ -20,7 +20,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder to write to. Default: CHECKPOINT/report.", **IS_PATH)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
 ) -> None:
     """Write one HTML page, and its figures as PNG, on what a conversion cost and gained."""
     from factorllm.report import page

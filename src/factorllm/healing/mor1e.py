@@ -129,6 +129,6 @@ def plain_adapters(state: dict[str, Tensor], kinds: int) -> list[Adapter]:
 
     def of_kind(name: str, kind: int) -> LowRank:
         a, b, steps = (state[name + part].float() for part in (_A, _B, _ROUTING))
-        return LowRank(a, b @ (torch.eye(len(a)) + _STEP * steps[kind]).T)
+        return LowRank(a, b @ (torch.eye(len(a)).to(steps) + _STEP * steps[kind]).T)
 
     return [{name.removeprefix("base_model.model."): of_kind(name, kind) for name in names} for kind in range(kinds)]

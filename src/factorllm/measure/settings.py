@@ -28,7 +28,7 @@ class EvalSettings(BaseModel):
     """Questions of each task. Default: all."""
     run_generated_code: bool = False
     """Run programs that the models write, which humaneval asks for."""
-    device: str = "cpu"
+    device: str = "auto"
     """`auto`, `cpu`, `cuda` ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype that the models compute in."""
