@@ -353,12 +353,13 @@ def parsed(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_ollama_is_given_file_template_and_stops(dense):
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("m.content", "m.content[0].text")])
+def test_ollama_is_given_file_template_and_stops(template, dense):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dense)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     said = parsed(modelfile("made-q8_0.gguf", tokenizer))
     assert said["FROM"] == ["./made-q8_0.gguf"]
     assert said["TEMPLATE"] == [

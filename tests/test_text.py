@@ -20,6 +20,7 @@ from factorllm.runs.settings import Settings
 from factorllm.text import read_calibration_text
 from factorllm.text.calibration import read_documents
 from factorllm.text.parts import open_text
+from factorllm.text.sampling import chat_opening
 
 END = 257
 SMALL = Settings(tokens=512, held_out_tokens=128, length=32)
@@ -282,6 +283,22 @@ def test_conversations_need_a_chat_template_that_takes_them(tmp_path):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(FactorLLMError, match=r"holds no text: .*roles must alternate"):
         read(path, tokenizer=tokenizer)
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}</s>{% endfor %}"
+)
+"""As LLaVA, Idefics 3 and SmolVLM have them."""
+
+
+def test_a_chat_template_that_wants_contents_in_parts_gets_them(tmp_path):
+    """Of a plain text it writes nothing, and the calibration text was `user: </s>assistant: </s>`."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PARTS
+    text = write_records(tmp_path / "t.jsonl", [{"messages": CHAT}])
+    assert list(read_documents(text, tokenizer)) == ["user: hi</s>assistant: hello</s>"]
+    assert tokenizer.decode(chat_opening(tokenizer)) == "user: "
 
 
 def test_records_without_a_text_are_counted_and_that_is_said(tmp_path):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.runs.output import MADE
 from factorllm.runs.workspace import write_text
+from factorllm.text.conversations import as_text
 
 _SYSTEM, _USER, _ANSWER = "\ue000system\ue000", "\ue000user\ue000", "\ue000answer\ue000"
 
@@ -88,7 +89,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
 def _filled(tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]], opens: bool = False) -> str:
     conversation = [{"role": role, "content": content} for role, content in messages]
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opens)
+        return as_text(tokenizer, conversation, opens)
     except Exception as error:  # the template is the model's own, and may raise anything
         raise ValueError(str(error)) from None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError, refusing
+from factorllm.text.conversations import as_text
 
 TEXT_KEYS = ("text", "content", "extract", "article", "document")
 """Keys under which a record's text is looked for, in this order."""
@@ -87,7 +88,7 @@ class Documents:
             )
         try:
             with refusing("its chat template", "leave such conversations out"):
-                return self._tokenizer.apply_chat_template(turns, tokenize=False)
+                return as_text(self._tokenizer, turns)
         except FactorLLMError as error:  # templates refuse conversations that their models cannot have, one by one
             self._reason = self._reason or str(error)
             return None

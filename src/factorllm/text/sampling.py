@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.measure.generate import next_logits
 from factorllm.runs.memory import reuse_freed_memory
+from factorllm.text.conversations import as_text
 
 BATCH = 128
 """Sequences that are sampled at once."""
@@ -82,7 +83,7 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         )
     said = "FactorLLM"
     with refusing("the chat template", "leave --chat out"):
-        conversation = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False)
+        conversation = as_text(tokenizer, [{"role": "user", "content": said}])
     before, found, _ = conversation.partition(said)
     opening = tokenizer(before, add_special_tokens=False).input_ids
     if not found or not opening:
