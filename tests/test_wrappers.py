@@ -241,6 +241,29 @@ def test_older_names_are_read(tmp_path, text_file, small):
         assert relative_error(student(input_ids=tokens).logits, dense(input_ids=tokens).logits) < 1e-4
 
 
+def test_the_chat_template_of_an_older_processor_stays(tmp_path, text_file, small):
+    """Of before transformers 4.48: in a file of its own that tokenizers do not read, beside which they may have one."""
+    save_wrapped("llava", "llama", tmp_path / "dense")
+    text_only = (tmp_path / "dense/chat_template.jinja").read_text()
+    (tmp_path / "dense/chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    factorize(str(tmp_path / "dense"), tmp_path / "out", EXPERTS, text=str(text_file), settings=small)
+    assert json.loads((tmp_path / "out/chat_template.json").read_text()) == {"chat_template": "{{ messages }}"}
+    assert (tmp_path / "out/chat_template.jinja").read_text() == text_only
+
+
+def test_the_chat_template_of_an_older_processor_is_in_the_file(tmp_path):
+    save_wrapped("llava", "llama", tmp_path / "dense")
+    (tmp_path / "dense/chat_template.jinja").unlink()
+    path = tmp_path / "dense/chat_template.json"
+    path.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    path.write_text(json.dumps({"chat_template": [1]}))
+    with pytest.raises(FactorLLMError, match=r"chat_template.json cannot be used \(its chat_template is no text"):
+        open_model(str(tmp_path / "dense")).tokenizer()
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "recipe", "said"),
     [("llava", "llama", "S2A2E8", {}), ("qwen3_vl", "qwen3_vl_text", "S0A2E8", {"qwen3vlmoe.n_deepstack_layers": 2})],

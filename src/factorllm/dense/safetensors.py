@@ -17,7 +17,7 @@ from factorllm.dense.names import HEAD, embeddings, without_backbone
 from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.runs.output import companions, refuse_folder_of_checkpoints
+from factorllm.runs.output import PROCESSOR_TEMPLATE, companions, refuse_folder_of_checkpoints
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MOST_LABELS = 1 << 20  # transformers makes a name for each
@@ -257,10 +257,17 @@ def read_config(folder: Path, label: str) -> PreTrainedConfig:
 
 
 def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a transformers folder."""
+    """The tokenizer of a transformers folder, with the chat template of its processor where it has none itself."""
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FactorLLMError(f"{label} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); copy it there")
-    return load_tokenizer(folder, label)
+    tokenizer, path = load_tokenizer(folder, label), folder / PROCESSOR_TEMPLATE
+    if not tokenizer.chat_template and path.is_file():
+        with refusing(path, "mend it, or remove it"):
+            template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+            if not isinstance(template, str):
+                raise ValueError("its chat_template is no text")
+            tokenizer.chat_template = template
+    return tokenizer
 
 
 def _open_safetensors(path: Path) -> safe_open:

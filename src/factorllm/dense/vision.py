@@ -23,6 +23,7 @@ from factorllm.dense.sequences import Sequences
 from factorllm.dense.wrappers import WRAPPERS, Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.digest import digest_of
+from factorllm.runs.output import PROCESSOR_TEMPLATE
 from factorllm.runs.workspace import write_shard
 from factorllm.text.pictures import Picture, open_picture, words_of
 
@@ -32,7 +33,7 @@ SEEING = (
 """Vision-language models whose images are looked at, by transformers' `model_type`."""
 
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATES = ("chat_template.jinja", PROCESSOR_TEMPLATE)
 _CLOSE = 1e-3  # relative: both compute the same
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CLASSES
 
 from factorllm.dense.names import HEAD
+from factorllm.runs.output import PROCESSOR_TEMPLATE
 from factorllm.runs.workspace import shard_name, write_index, write_shard
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ _WITH_EXPERTS = {
 
 _DECODERS = ("model.language_model.", "language_model.model.", "model.text_model.")
 _HEADS = (HEAD, f"language_model.{HEAD}")
-_COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_COMPANIONS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", PROCESSOR_TEMPLATE
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
