@@ -23,7 +23,7 @@ from factorllm.dense.layer import LayerLoader
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import SEEING, Document, Front
 from factorllm.student.read import read_provenance
-from factorllm.text.pictures import Picture, parted, read_pictures
+from factorllm.text.pictures import Picture, open_picture, parted, read_pictures
 
 SIZE = {"height": 16, "width": 16}
 TEMPLATE = (
@@ -253,6 +253,17 @@ def test_held_out_images_are_others_and_no_image_counts_twice(pictures):
     assert {picture.path for picture in learned} | {picture.path for picture in held_out} == {p.path for p in found}
     assert not {picture.path for picture in learned} & {picture.path for picture in held_out}
     assert parted(found, seed=1, most_held_out=8)[1] != held_out
+
+
+def test_an_image_is_upright_as_transformers_loads_it(tmp_path):
+    """Phones write what the sensor saw, and beside it how it was held."""
+    image = Image.effect_noise((24, 16), 100)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    found = open_picture(tmp_path / "turned.png")
+    assert found.size == (16, 24)
+    assert found.tobytes() == transformers.image_utils.load_image(str(tmp_path / "turned.png")).tobytes()
 
 
 def no_processor(dense, pictures):

@@ -69,22 +69,22 @@ def words_of(picture: Picture, processor) -> str:
 
 
 def open_picture(path: Path):
-    """An image, decoded, in RGB.
+    """An image, decoded, in RGB, upright as its camera says: as transformers loads it for its processors.
 
     Raises:
         FactorLLMError: when it cannot be read, or Pillow is not there.
     """
-    image = _pillow()
+    image, operations = _pillow()
     with refusing(f"image {path}", "remove it, or fetch it again"), image.open(path) as opened:
-        return opened.convert("RGB")
+        return operations.exif_transpose(opened).convert("RGB")
 
 
 def _pillow():
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise FactorLLMError("--images needs Pillow: pip install 'factorllm[images]'") from error
-    return Image
+    return Image, ImageOps
 
 
 def _images(folder: Path) -> list[Path]:
