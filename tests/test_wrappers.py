@@ -190,6 +190,23 @@ def test_a_wrapped_student_heals(kind, text, recipe, tmp_path, text_file, small)
     assert not found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]
     assert with_image(kind, student).isfinite().all()
     assert untouched(tmp_path / "dense") == untouched(healed)
+    assert shapes(healed) == shapes(out)  # engines and exports read them from the files, not through transformers
+
+
+def test_experts_that_transformers_saved_are_refused_for_what_they_are(tmp_path, text_file, small):
+    """It reads them transposed and saves them as they are; when it does no more, the refusal can go."""
+    save_wrapped("qwen3_vl", "qwen3_vl_text", tmp_path / "dense")
+    factorize(str(tmp_path / "dense"), tmp_path / "out", "S0A2E8", text=str(text_file), settings=small)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    byte_tokenizer().save_pretrained(tmp_path / "again")
+    with pytest.raises(
+        FactorLLMError, match=r"experts\.down_proj with rows and columns in each other's place, .*; swap"
+    ):
+        export_gguf(str(tmp_path / "again"), tmp_path / "out.gguf", "f32")
+
+
+def shapes(folder) -> dict[str, torch.Size]:
+    return {name: t.shape for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 @pytest.mark.parametrize("parts", [4, 2])

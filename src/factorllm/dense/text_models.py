@@ -3,7 +3,8 @@ and run by the same calls as all others."""
 
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3VLMoeTextConfig, Qwen3VLTextConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
@@ -34,7 +35,21 @@ class Qwen3VLMoeForCausalLM(Qwen3VLForCausalLM):
 
 AutoModelForCausalLM.register(Qwen3VLTextConfig, Qwen3VLForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Qwen3VLMoeTextConfig, Qwen3VLMoeForCausalLM, exist_ok=True)
-# Its experts are transposed on disk.
+
+
+class _TransposedOnDisk(Transpose):
+    """As transformers has it for these experts, but also when they are saved: it would leave them as they are, for
+    their shapes are those that they had in the model."""
+
+    @property
+    def reverse_op(self) -> Transpose:
+        return Transpose(self.dim1, self.dim0)
+
+
 register_checkpoint_conversion_mapping(
-    Qwen3VLMoeForCausalLM.__name__, get_checkpoint_conversion_mapping("qwen3_vl_moe")
+    Qwen3VLMoeForCausalLM.__name__,
+    [
+        WeightConverter(name, name, operations=[_TransposedOnDisk(1, 2, check_dims=True)])
+        for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    ],
 )

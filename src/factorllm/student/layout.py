@@ -33,8 +33,20 @@ def check_layout(tensors: TensorFolder, config: PreTrainedConfig, host: MoeHost)
     if extra := sorted(have - needed.keys()):
         raise _refusal(tensors, f"{extra[0]} has no place in it and would be left out")
     for name in sorted(have):
-        if (shape := tensors.shape(name)) != needed[name]:
-            raise _refusal(tensors, f"{name} is {shape}, but the config says {needed[name]}")
+        shape, right = tensors.shape(name), needed[name]
+        if shape != right and len(shape) == 3 and shape == (right[0], right[2], right[1]) and _transposes(host):
+            raise FactorLLMError(
+                f"{tensors.label} has {name} with rows and columns in each other's place, as transformers' "
+                f"save_pretrained leaves the experts of {config.model_type}, and engines read them otherwise; swap the "
+                "last two dimensions of it and of its like in all layers"
+            )
+        if shape != right:
+            raise _refusal(tensors, f"{name} is {shape}, but the config says {right}")
+
+
+def _transposes(host: MoeHost) -> bool:
+    """Whether experts' matrices are transposed on disk."""
+    return bool(host.gguf_architecture) and any(stored.transposed for stored in host.gguf_ffn.values())
 
 
 def _refusal(tensors: TensorFolder, what: str) -> FactorLLMError:
