@@ -99,6 +99,7 @@ class Wrapper:
         said["text_config"]["architectures"] = text.architectures or _classes_of(text)
         said |= {"architectures": architecture}
         del said["model_type"]
+        said.pop("_name_or_path", None)  # where it lies on this machine
         return AutoConfig.for_model(kind, **said)
 
 
