@@ -250,6 +250,22 @@ def test_a_part_under_another_name_is_refused(plain, tmp_path):
         open_model(str(tmp_path / "alone.gguf"))
 
 
+def test_parts_of_two_splits_are_refused(plain, tmp_path):
+    """Which of two tensors of one name is the model's nobody knows; llama.cpp does not load them either."""
+    paths = split(Path(shutil.copy(plain, tmp_path / "whole.gguf")), 2)
+    other = gguf.GGUFWriter(paths[1], "llama")
+    other.add_uint16("split.no", 1)
+    other.add_uint16("split.count", 2)
+    for tensor in gguf.GGUFReader(tmp_path / "whole.gguf").tensors[1:]:
+        other.add_tensor(tensor.name, tensor.data * 2)
+    other.write_header_to_file()
+    other.write_kv_data_to_file()
+    other.write_tensors_to_file()
+    other.close()
+    with pytest.raises(FactorLLMError, match=r"of more than one split: blk\.0\.attn_q\.weight is in two of them"):
+        open_model(str(paths[0]))
+
+
 def test_a_file_of_another_byte_order_is_refused(plain, tmp_path):
     """gguf swaps what its header says, and would read other weights."""
     source = gguf.GGUFReader(plain)

@@ -6,6 +6,7 @@ import copy
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -252,8 +253,14 @@ def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
             f"{path} is one of {max(parts)} parts of a split model, but its name says that there are {count}; name the "
             "parts as they were: NAME-00001-of-00003.gguf, beside one another"
         )
-    if not any(reader.tensors for reader in readers.values()):
+    names = Counter(tensor.name for reader in readers.values() for tensor in reader.tensors)
+    if not names:
         raise FactorLLMError(f"{path} holds no tensors; {_AGAIN}")
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise FactorLLMError(
+            f"{path} and the parts beside it are of more than one split: {twice[0]} is in two of them; fetch all parts "
+            "of one model in one type, into a folder of their own"
+        )
     return readers
 
 
