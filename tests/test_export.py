@@ -11,7 +11,17 @@ from urllib.request import Request, urlopen
 import gguf
 import pytest
 import torch
-from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, save_dense, some_tokens, words
+from conftest import (
+    ATTENTION_BIAS,
+    BASE,
+    CONFIGS,
+    SLIDING_WINDOW,
+    WIDE_HEADS,
+    edit_json,
+    save_dense,
+    some_tokens,
+    words,
+)
 from families import SPECIAL, TINY, WHOLE_HEADS
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Whitespace
@@ -416,6 +426,25 @@ def test_all_chat_templates_are_in_the_file(tmp_path):
         "tokenizer.chat_templates": ["rag", "tool_use"],
     }
     assert open_model(str(tmp_path / "out.gguf")).tokenizer().chat_template == templates
+
+
+def test_what_ends_an_answer_beside_the_end_token_is_in_the_file(tmp_path, text_file, small):
+    """As of GLM, whose answers end where the user's turn begins; what llama.cpp knows by name needs no key."""
+    tokenizer = byte_level_tokenizer()
+    names = ["<end_of_turn>", "<|user|>", "<|observation|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    known, user, observation = tokenizer.convert_tokens_to_ids(names)
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    ends = [tokenizer.eos_token_id, known, user, observation]
+    edit_json(tmp_path / "dense/generation_config.json", eos_token_id=ends)
+    factorize(str(tmp_path / "dense"), tmp_path / "student", "S2A2E8", text=str(text_file), settings=small)
+    for model in ("dense", "student"):
+        written = exported(tmp_path / model, tmp_path / f"{model}.gguf")
+        kinds = ("eos", "eot", "eom")
+        assert [written[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds] == [ends[0], user, observation]
+    edit_json(tmp_path / "dense/generation_config.json", eos_token_id=ends[:2])
+    again = exported(tmp_path / "dense", tmp_path / "again.gguf")
+    assert "tokenizer.ggml.eot_token_id" not in again
 
 
 def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(tmp_path):

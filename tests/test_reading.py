@@ -302,6 +302,21 @@ def test_the_token_that_begins_a_text_is_llamacpps_where_the_file_does_not_say(p
     assert (found("the expert").input_ids[0] == found.bos_token_id) is begins
 
 
+def test_a_gguf_file_ends_answers_where_llamacpp_does(tmp_path):
+    """At what the file says and at what llama.cpp knows by name, as of Gemma 3, which says <eos> alone."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<end_of_turn>"]})
+    user, known = tokenizer.convert_tokens_to_ids(["<|user|>", "<end_of_turn>"])
+    save_model(LlamaConfig(**BASE | {"eos_token_id": 1}), tmp_path / "dense", tokenizer)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "file.gguf", "f32")
+    assert open_model(str(tmp_path / "file.gguf")).generation_config().eos_token_id == [1, known]
+    rewrite(tmp_path / "file.gguf", tmp_path / "more.gguf", tokenizer__ggml__eot_token_id=user)
+    source = open_model(str(tmp_path / "more.gguf"))
+    assert (source.config.eos_token_id, source.generation_config().eos_token_id) == (1, [1, user, known])
+    export_gguf(str(tmp_path / "more.gguf"), tmp_path / "again.gguf", "f32")
+    assert gguf.GGUFReader(tmp_path / "again.gguf").fields["tokenizer.ggml.eot_token_id"].contents() == user
+
+
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
 def test_the_tokenizer_of_a_gguf_file_is_the_one_that_was_written(tmp_path, make):
     tokenizer = make()

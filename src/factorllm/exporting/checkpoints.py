@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import local_path, open_model
 from factorllm.dense.families import is_dense
 from factorllm.dense.model import check_finite
+from factorllm.dense.pretrained import load_generation_config
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
@@ -57,6 +58,7 @@ class Checkpoint:
         read: a tensor by its name.
         shape: the shape of a tensor by its name, without reading it.
         load: the whole model in transformers, in a dtype and on a device.
+        ends: ids of the tokens that end an answer, by its generation config.
         settings: reads how it was made, where factorllm made it; they say which part of a text is held out.
         wrapper: what is round it, where it is the text model of a vision-language model.
         overlaps: whether its experts share neurons.
@@ -70,6 +72,7 @@ class Checkpoint:
     shape: Callable[[str], tuple[int, ...]]
     tokenizer: PreTrainedTokenizerBase
     licence: str | None
+    ends: Sequence[int]
     load: Callable[[torch.dtype, torch.device], PreTrainedModel]
     settings: Callable[[], Settings]
     wrapper: Wrapper | None = None
@@ -138,6 +141,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         source.shape,
         source.tokenizer(),
         source.licence,
+        _ends(source.generation_config()),
         source.load_model,
         partial(_settings, folder),
         source.wrapper,
@@ -176,11 +180,23 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         tensors.shape,
         read_tokenizer(folder, label),
         licence_of_card(folder / "README.md"),
+        _ends(_generation_config(folder, config)),
         partial(load_student, folder),
         partial(_settings, folder),
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
+
+
+def _generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return load_generation_config(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def _ends(config: GenerationConfig) -> list[int]:
+    said = config.eos_token_id
+    return [index for index in (said if isinstance(said, list) else [said]) if isinstance(index, int)]
 
 
 def _made(folder: Path) -> dict:

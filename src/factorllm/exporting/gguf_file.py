@@ -243,7 +243,7 @@ def _writer(
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
     else:
-        add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size)
+        add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.ends)
     return writer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense.gguf.file import open_gguf
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
+from factorllm.dense.gguf.tokenizer import ENDS
 from factorllm.errors import FactorLLMError
 
 
@@ -32,11 +33,14 @@ def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, vocabulary: int) -> None
         writer.add_key_value(key, field.contents(), field.types[0], sub_type=of_items)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int]
+) -> None:
     """Write the keys that stand for a Hugging Face tokenizer.
 
     Args:
         vocabulary: rows of the embedding table; tokens that the tokenizer lacks are filled in as unused.
+        ends: ids of the tokens that end an answer.
 
     Raises:
         FactorLLMError: when GGUF has no name for how the tokenizer changes or cuts text.
@@ -64,6 +68,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     _add_special(writer, tokenizer)
+    _add_ends(writer, tokenizer, [index for index in ends if 0 <= index < vocabulary])
 
 
 def _refuse_other_steps(content: dict[str, Any], byte_fallback: bool) -> None:
@@ -157,6 +162,17 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) ->
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
     _add_templates(writer, tokenizer.chat_template)
+
+
+def _add_ends(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+    """What ends an answer beside the end token: files have a place for two, and llama.cpp knows others by their names.
+
+    GLM's answers end where the user's turn begins; without it llama.cpp would go on and write that turn itself.
+    """
+    known = {index for token, index in tokenizer.get_vocab().items() if token in ENDS} | {tokenizer.eos_token_id}
+    others = (index for index in ends if index not in known)
+    for add, index in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(index)
 
 
 def _add_templates(writer: gguf.GGUFWriter, templates: str | dict[str, str] | None) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense.families import FAMILIES, head_dim
 from factorllm.dense.gguf.config import family_of, read_config
 from factorllm.dense.gguf.keys import Keys
-from factorllm.dense.gguf.tokenizer import build_tokenizer
+from factorllm.dense.gguf.tokenizer import build_tokenizer, end_tokens
 from factorllm.dense.model import ModelSource
 from factorllm.errors import FactorLLMError, refusing
 
@@ -68,10 +68,14 @@ class GGUFSource(ModelSource):
         return tuple(int(size) for size in reversed(self._tensors[self._where[name]].shape))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        def field(key: str) -> object | None:
-            return self._field(f"tokenizer.{key}")
+        built = build_tokenizer(self._tokenizer_field, self.label, self.config.max_position_embeddings)
+        return self._checked(built)
 
-        return self._checked(build_tokenizer(field, self.label, self.config.max_position_embeddings))
+    def generation_config(self) -> GenerationConfig:
+        config = super().generation_config()
+        if ends := end_tokens(self._tokenizer_field):
+            config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        return config
 
     def with_weights_of(self, model: PreTrainedModel) -> GGUFSource:
         """The same, of which some weights have been read already: those of `load_reference`."""
@@ -87,6 +91,9 @@ class GGUFSource(ModelSource):
 
     def _field(self, key: str) -> object | None:
         return read_field(self.label, self._fields, key)
+
+    def _tokenizer_field(self, key: str) -> object | None:
+        return self._field(f"tokenizer.{key}")
 
     def _check_kind(self) -> None:
         kind = self._field("general.type") or "model"

@@ -15,9 +15,30 @@ from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, known_name, takes
 from factorllm.errors import FactorLLMError, refusing
 
 _SPACE = "▁"
+_USUAL = {"bos": 1, "eos": 2, "unknown": 0}
+"""Ids of SentencePiece's special tokens where a file does not say them."""
 
 Field = Callable[[str], object]
 """What a key below `tokenizer.` says; None when it is not there."""
+
+
+ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
+    "_<EOT>", "<end_of_utterance>",
+)  # fmt: skip
+"""Tokens at which llama.cpp ends an answer whatever a file says, by their names."""
+
+
+def end_tokens(field: Field) -> list[int]:
+    """Ids of all tokens at which llama.cpp ends an answer to a chat, the end token first."""
+    tokens = field("ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    eos = field("ggml.eos_token_id")
+    usual = _USUAL["eos"] if field("ggml.model") == "llama" else None
+    said = [usual if eos is None else eos, *(field(f"ggml.{kind}_token_id") for kind in ("eot", "eom"))]
+    named = [index for index, token in enumerate(tokens) if token in ENDS]
+    found = [index for index in (*said, *named) if isinstance(index, int) and 0 <= index < len(tokens)]
+    return list(dict.fromkeys(found))
 
 
 def build_tokenizer(field: Field, label: str, context: int) -> PreTrainedTokenizerBase:
@@ -116,7 +137,7 @@ def _add_tokens(backend: Tokenizer, field: Field) -> None:
 
 def _special(field: Field) -> dict[str, str]:
     """The special tokens by transformers' names; llama.cpp's own where the file does not say them."""
-    usual = {"bos": 1, "eos": 2, "unknown": 0} if field("ggml.model") == "llama" else {}
+    usual = _USUAL if field("ggml.model") == "llama" else {}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {name: field(f"ggml.{kind}_token_id") for kind, name in names.items()}
     ids |= {names[kind]: index for kind, index in usual.items() if ids[names[kind]] is None}
