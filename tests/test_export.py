@@ -23,7 +23,7 @@ from conftest import (
     words,
 )
 from families import SPECIAL, TINY, WHOLE_HEADS
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -426,6 +426,26 @@ def test_all_chat_templates_are_in_the_file(tmp_path):
         "tokenizer.chat_templates": ["rag", "tool_use"],
     }
     assert open_model(str(tmp_path / "out.gguf")).tokenizer().chat_template == templates
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("folder", "strips", "name"),
+    [("small", True, "small (Phi-3)"), ("Phi-3-x", True, "Phi-3-x"), ("phi3", False, "phi 3")],
+)
+def test_llamacpp_takes_spaces_after_the_tokens_of_phi_3_alone(folder, strips, name, tmp_path):
+    """By the name of the model; without <|endoftext|> it does not load one that is named so."""
+    tokenizer = sentencepiece_tokenizer()
+    more = ["<|user|>", "<|end|>"]
+    tokenizer.add_tokens([AddedToken(token, rstrip=strips, normalized=False, special=True) for token in more])
+    if strips:
+        tokenizer.add_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    save_model(CONFIGS["mha"], tmp_path / folder, tokenizer)
+    assert exported(tmp_path / folder, tmp_path / "out.gguf")["general.name"] == name
+    text = "<|user|>\nthe router<|end|>\n<|user|>"
+    with EngineProcess("llamacpp", tmp_path / "out.gguf", Options(context=64)) as process:
+        ids = process.tokenize(text)
+    assert ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
 def test_what_ends_an_answer_beside_the_end_token_is_in_the_file(tmp_path, text_file, small):

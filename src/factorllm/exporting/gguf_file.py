@@ -26,7 +26,7 @@ from factorllm.exporting.header import start_file
 from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
 from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
-from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer
+from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, name_in_file
 from factorllm.runs.digest import digest_of
 from factorllm.runs.given import given
 from factorllm.runs.output import check_output, companions, is_done, located
@@ -238,7 +238,8 @@ def _writer(
     job: dict[str, Any],
 ) -> gguf.GGUFWriter:
     """All of the file but the tensors' data; nothing is on disk yet."""
-    writer = start_file(partial, checkpoint, file_type, plan)
+    named = replace(checkpoint, name=name_in_file(checkpoint.name, checkpoint.tokenizer))
+    writer = start_file(partial, named, file_type, plan)
     add_job(writer, job)
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)

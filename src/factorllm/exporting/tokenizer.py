@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,25 @@ from factorllm.dense.gguf.file import open_gguf
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
 from factorllm.dense.gguf.tokenizer import ENDS
 from factorllm.errors import FactorLLMError
+
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_NOT_STRIPPING = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
+
+def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name that a file gives a model.
+
+    By it alone llama.cpp knows a tokenizer as Phi-3's, whose special tokens take the spaces and line ends after them.
+    It does the same for any other model of such a name, or does not load it.
+    """
+    if _strips_as_phi3(tokenizer):
+        return name if _PHI3.search(name) else f"{name} (Phi-3)"
+    return _PHI3.sub("phi 3", name)
+
+
+def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
+    others = [token for token in tokenizer.added_tokens_decoder.values() if str(token) not in _NOT_STRIPPING]
+    return bool(others) and tokenizer.get_vocab().keys() >= _NOT_STRIPPING and all(token.rstrip for token in others)
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, vocabulary: int) -> None:
