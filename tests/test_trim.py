@@ -172,6 +172,17 @@ def test_text_stays_what_it_is_and_is_cut_as_before_where_its_tokens_stay(kind, 
     assert {True, False} == set(cut)
 
 
+def test_the_smallest_vocabulary_writes_spaces(text, tmp_path):
+    """The bytes of SentencePiece's mark would be read as the mark itself."""
+    before = with_decoder()
+    save_model(CONFIGS["mha"], tmp_path / "dense", before)
+    with pytest.raises(FactorLLMError, match="single bytes and special tokens alone are 260"):
+        trim(str(tmp_path / "dense"), tmp_path / "small", 259, str(text), settings=COUNTED)
+    trim(str(tmp_path / "dense"), tmp_path / "small", 260, str(text), settings=COUNTED)
+    after = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert after.decode(after("the  router\n", add_special_tokens=False).input_ids) == "the  router\n"
+
+
 @pytest.mark.parametrize(
     ("more", "stay"),
     [

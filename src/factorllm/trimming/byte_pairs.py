@@ -8,6 +8,9 @@ from typing import Any
 
 from factorllm.errors import FactorLLMError
 
+_SPACE = "▁"
+"""SentencePiece's mark of a space."""
+
 
 class BytePairs:
     """The byte pair encoding of a tokenizer.
@@ -47,6 +50,8 @@ class BytePairs:
                 f"the tokenizer of {label} has no tokens for single bytes, so text of tokens that are left out would "
                 "be lost; use the model with its whole vocabulary"
             )
+        if tokenizer["model"].get("byte_fallback") and _SPACE in self.ids:
+            found.add(_SPACE)  # written as bytes it would not become a space again
         return found
 
     def made_of(self, token: str) -> Iterator[str]:
