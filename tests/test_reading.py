@@ -385,6 +385,15 @@ def test_an_index_that_misses_a_tensor_and_misplaces_another(tmp_path):
     assert relative_error(logits_of(read, tokens), logits_of(dense, tokens)) < 1e-6
 
 
+def test_shards_without_their_index_are_not_said_to_be_pickles(tmp_path):
+    save_dense(CONFIGS["gqa-untied"], tmp_path / "dense", max_shard_size="60KB")
+    (tmp_path / "dense/model.safetensors.index.json").unlink()
+    with pytest.raises(
+        FactorLLMError, match=r"has model-00001-of-.* nor model\.safetensors\.index\.json.*fetch the whole"
+    ):
+        open_model(str(tmp_path / "dense"))
+
+
 def test_an_index_of_other_shards_is_refused(tmp_path):
     save_dense(CONFIGS["gqa-untied"], tmp_path / "dense", max_shard_size="60KB")
     path = tmp_path / "dense/model.safetensors.index.json"

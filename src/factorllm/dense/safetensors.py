@@ -135,6 +135,11 @@ class TensorFolder:
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
         if not path.is_file():
+            if others := sorted(self.folder.glob("*.safetensors")):
+                raise FactorLLMError(
+                    f"{self.label} has {others[0].name}, but neither {SINGLE} nor {INDEX}, which says where tensors "
+                    "are; fetch the whole checkpoint, or save the model with save_pretrained()"
+                )
             raise FactorLLMError(
                 f"{self.label} has no safetensors weights; pickled .bin files are never loaded: save the model with "
                 "save_pretrained(), which writes safetensors"
