@@ -338,6 +338,34 @@ def as_roberta():
     return tokenizer
 
 
+def with_vocabulary(change):
+    """A byte level tokenizer of another vocabulary."""
+    said = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    said["model"]["vocab"] = change(said["model"]["vocab"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)), bos_token="<s>", eos_token="</s>"
+    )
+
+
+def test_bytes_that_the_tokenizer_never_met_are_no_reason_to_refuse(text, tmp_path):
+    """SmolLM2 has no tokens for 21 of them; with all of its tokens they are lost too."""
+    before = with_vocabulary(lambda words: {word: i for i, word in enumerate(w for w in words if w not in ("ÿ", "ī"))})
+    assert len(before) == 298
+    save_model(CONFIGS["mha"], tmp_path / "dense", before)
+    assert trim(str(tmp_path / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED).vocabulary == (
+        302,
+        STAY,
+    )
+    after = AutoTokenizer.from_pretrained(tmp_path / "small")
+    for said in (OTHER, *TEXT[:5]):
+        old, new = (tokenizer.decode(tokenizer(said).input_ids) for tokenizer in (before, after))
+        assert new == old
+
+
+def without_a_byte():
+    return with_vocabulary(lambda words: {word if word != "ÿ" else "ÿÿ": index for word, index in words.items()})
+
+
 def without_bytes():
     tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -350,6 +378,7 @@ def without_bytes():
         (304, {}, "the model has 304 tokens, so none is left out"),
         (257, {}, "single bytes and special tokens alone are 258; choose a larger --vocabulary than 257"),
         (3, {"tokenizer": words_tokenizer}, r"is no byte pair encoding of bytes \(it is WordLevel\)"),
+        (STAY, {"tokenizer": without_a_byte}, "has no tokens for single bytes"),
         (3, {"tokenizer": without_bytes}, "has no tokens for single bytes, so text .* would be lost"),
         (STAY, {"tokenizer": as_roberta}, "puts tokens around text by RobertaProcessing"),
         (STAY, {"generation": {"pad_token_id": 304}}, "says token 304, but it has 304; mend it first"),

@@ -41,11 +41,14 @@ class BytePairs:
     def _bytes(self, tokenizer: Mapping[str, Any], label: str) -> set[str]:
         if tokenizer["model"].get("byte_fallback"):
             found = {f"<0x{byte:02X}>" for byte in range(256)}
+            needed = found
         elif "ByteLevel" in _kinds([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")]):
             found = {token for token in self.ids if len(token) == 1}
+            # SmolLM2 has none for bytes that it never met. They are lost with all of its tokens too.
+            needed = set("".join(self.ids.keys() - {token["content"] for token in tokenizer["added_tokens"]}))
         else:
-            found = set()
-        if len(found & self.ids.keys()) < 256:
+            found, needed = set(), set(self.ids)
+        if not needed <= found & self.ids.keys():
             raise FactorLLMError(
                 f"the tokenizer of {label} has no tokens for single bytes, so text of tokens that are left out would "
                 "be lost; use the model with its whole vocabulary"
