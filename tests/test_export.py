@@ -503,6 +503,23 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
         export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", tokenizer=tmp_path / "other.gguf")
 
 
+def test_as_many_tokens_of_another_model_are_refused(tmp_path):
+    """As two trimmed models have; ids of one would be read as words of the other."""
+    said = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    vocabulary = said["model"]["vocab"]
+    last = sorted(vocabulary, key=vocabulary.get)[-20:]
+    said["model"]["vocab"] = vocabulary | dict(zip(reversed(last), map(vocabulary.get, last), strict=True))
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)), bos_token="<s>", eos_token="</s>"
+    )
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    save_model(CONFIGS["mha"], tmp_path / "other", other)
+    export_gguf(str(tmp_path / "other"), tmp_path / "other.gguf", "f32")
+    with pytest.raises(FactorLLMError, match=r"other tokens than the model, 20 of 304: 280 is .*its own dense model"):
+        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", tokenizer=tmp_path / "other.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 @pytest.mark.parametrize("host", ["qwen2_moe", "glm4_moe"])
 def test_llama3_rope_is_refused_where_llamacpp_ignores_it(host, tmp_path, text_file, small):
     out = factorized(CONFIGS["llama3-rope"], tmp_path, text_file, small, host=host)

@@ -242,7 +242,7 @@ def _writer(
     writer = start_file(partial, named, file_type, plan)
     add_job(writer, job)
     if tokenizer:
-        copy_tokenizer(writer, tokenizer, checkpoint.config.vocab_size)
+        copy_tokenizer(writer, tokenizer, checkpoint.tokenizer, checkpoint.config.vocab_size)
     else:
         add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.ends)
     return writer

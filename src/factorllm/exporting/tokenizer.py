@@ -17,6 +17,7 @@ from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
 from factorllm.dense.gguf.tokenizer import ENDS
 from factorllm.errors import FactorLLMError
 
+_OTHERWISE = 0.01  # share of a model's tokens that its GGUF file may write otherwise
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _NOT_STRIPPING = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
@@ -37,20 +38,41 @@ def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(others) and tokenizer.get_vocab().keys() >= _NOT_STRIPPING and all(token.rstrip for token in others)
 
 
-def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, vocabulary: int) -> None:
+def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, own: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Copy the tokenizer of another GGUF file.
 
+    Args:
+        own: the model's.
+        vocabulary: rows of the embedding table.
+
     Raises:
-        FactorLLMError: when it has none, or one with another number of tokens.
+        FactorLLMError: when it has none, or one with another number of tokens or other tokens.
     """
     fields = {key: field for key, field in open_gguf(path).fields.items() if key.startswith("tokenizer.")}
-    tokens = fields.get("tokenizer.ggml.tokens")
-    if tokens is None or len(tokens.contents()) != vocabulary:
-        have = "no tokenizer" if tokens is None else f"a tokenizer of {len(tokens.contents())} tokens"
+    field = fields.get("tokenizer.ggml.tokens")
+    tokens = [] if field is None else field.contents()
+    if len(tokens) != vocabulary:
+        have = "no tokenizer" if field is None else f"a tokenizer of {len(tokens)} tokens"
         raise FactorLLMError(f"{path} has {have}, the model has {vocabulary}; give the GGUF of its own dense model")
+    _refuse_other_tokens(path, tokens, own)
     for key, field in fields.items():
         of_items = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(key, field.contents(), field.types[0], sub_type=of_items)
+
+
+def _refuse_other_tokens(path: Path, tokens: list[str], own: PreTrainedTokenizerBase) -> None:
+    """Refuse as many tokens of another model. A few of its own may be written otherwise, as special ones are."""
+    known = _by_id(own)
+    others = [
+        index
+        for index, token in enumerate(tokens)
+        if index in known and token.replace("▁", " ") != known[index].replace("▁", " ")
+    ]
+    if len(others) > _OTHERWISE * len(tokens):
+        raise FactorLLMError(
+            f"{path} has other tokens than the model, {len(others)} of {len(tokens)}: {others[0]} is "
+            f"{tokens[others[0]]!r} there and {known[others[0]]!r} here; give the GGUF of its own dense model"
+        )
 
 
 def add_tokenizer(
