@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -109,6 +110,26 @@ def test_the_kd_loss_falls_and_the_architecture_stays(student, healed):
     assert {n: (t.shape, t.dtype) for n, t in tensors(student).items()} == {
         n: (t.shape, t.dtype) for n, t in tensors(healed).items()
     }
+
+
+def test_what_the_caller_has_set_of_torch_changes_nothing_and_stays(student, healed, dense_folder, text_file, tmp_path):
+    text = str(text_file)
+    torch.set_default_dtype(torch.bfloat16)
+    before, drawn = torch.get_rng_state(), random.getstate()
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            factorize(str(dense_folder), tmp_path / "student", "S2A2E8", text=text, settings=MADE_WITH)
+            heal(student, str(dense_folder), tmp_path / "healed", text=text, settings=QUICK)
+            assert torch.is_inference_mode_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_default_device().type == "meta"
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == drawn
+    assert not changed(student, tmp_path / "student")
+    assert not changed(healed, tmp_path / "healed")
 
 
 def test_each_token_is_trained_on_in_each_epoch(student, dense_folder, text_file, tmp_path, monkeypatch):

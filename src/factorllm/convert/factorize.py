@@ -32,6 +32,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.hosts import StudentFFN
 from factorllm.recipe import ReadMe, Recipe, parse_read_me, parse_recipe
 from factorllm.report import ModelRow, Summary, read_summary
+from factorllm.runs.apart import apart
 from factorllm.runs.device import fast_products
 from factorllm.runs.finite import is_finite
 from factorllm.runs.given import given
@@ -42,6 +43,7 @@ from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance
 
 
+@apart()
 @torch.no_grad()
 def factorize(
     model: str | Path,

@@ -27,6 +27,7 @@ from factorllm.exporting.importance import TOKENS, Importance, read_importance, 
 from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, name_in_file
+from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
 from factorllm.runs.given import given
 from factorllm.runs.output import check_output, companions, is_done, located
@@ -57,6 +58,7 @@ class Exported:
     adapters: Sequence[Path] = ()
 
 
+@apart()
 def export_gguf(
     model: str | Path,
     out: str | Path,

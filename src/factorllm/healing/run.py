@@ -29,6 +29,7 @@ from factorllm.healing.trainer import FactorTrainer
 from factorllm.healing.training import micro_batch_of, train
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import model_card
+from factorllm.runs.apart import apart
 from factorllm.runs.given import given
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import PROVENANCE, is_own, located
@@ -61,6 +62,7 @@ class Healed:
     seconds: float | None
 
 
+@apart()
 def heal(
     student: str | Path,
     teacher: str | Path,

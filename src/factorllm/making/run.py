@@ -15,6 +15,7 @@ from factorllm.making.expected import expected_seconds
 from factorllm.making.plan_file import MakePlan, read_plan
 from factorllm.making.steps import Progress, Work
 from factorllm.planning.wish import Wish
+from factorllm.runs.apart import apart
 from factorllm.runs.course import Course
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.given import given
@@ -38,6 +39,7 @@ class Made:
     commands: list[str]
 
 
+@apart()
 def make(
     model: str | Path,
     out: str | Path,
@@ -92,6 +94,7 @@ def make(
     return make_planned(path, console=console)
 
 
+@apart()
 def make_planned(path: str | Path, out: str | Path | None = None, console: Console | None = None) -> Made:
     """Make what a `plan.yaml` says.
 

@@ -23,6 +23,7 @@ from factorllm.measure.score_cache import CACHE, digest_of_parts, follow_text, s
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import check_vocabularies
+from factorllm.runs.apart import apart
 from factorllm.runs.device import usable_device
 from factorllm.runs.given import given
 from factorllm.runs.progress import meter
@@ -49,6 +50,7 @@ class Evaluation:
     chain: ChainScore | None = None
 
 
+@apart()
 def evaluate(
     student: str | Path,
     *,

@@ -18,6 +18,7 @@ from factorllm.planning.pace import Pace
 from factorllm.planning.quality import Measured, known_quality
 from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
+from factorllm.runs.apart import apart
 from factorllm.runs.given import given
 from factorllm.runs.progress import minutes
 from factorllm.trimming import VOCABULARY
@@ -110,6 +111,7 @@ class Outlook:
         }
 
 
+@apart()
 def plan(
     model: str | Path,
     types: Sequence[str] = TYPES,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense import ModelSource, open_model
 from factorllm.errors import FactorLLMError
+from factorllm.runs.apart import apart
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.given import given
@@ -31,6 +32,7 @@ _SOURCE = "sampled"
 _LOWEST, _HIGHEST = 0.01, 100  # beyond, fp32 holds no probabilities but of one token, or of all alike
 
 
+@apart()
 def sample(
     model: str | Path,
     out: str | Path,

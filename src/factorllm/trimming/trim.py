@@ -18,6 +18,7 @@ from factorllm.dense.names import HEAD, LAYERS, embeddings, layer_prefix
 from factorllm.dense.pretrained import name_architecture
 from factorllm.errors import FactorLLMError
 from factorllm.report.template import read_template
+from factorllm.runs.apart import apart
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.given import given
 from factorllm.runs.identity import common_identity
@@ -62,6 +63,7 @@ class Trimmed:
     tokens: float
 
 
+@apart()
 def trim(
     model: str | Path,
     out: str | Path,

@@ -28,6 +28,7 @@ from factorllm.measure.speed.subjects import Subject, open_subject
 from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
+from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.given import given
@@ -54,6 +55,7 @@ class _Model:
     path: str
 
 
+@apart()
 def run_front(
     students: Sequence[str | Path],
     against: Sequence[str | Path],

@@ -14,6 +14,7 @@ from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import open_subjects
 from factorllm.measure.speed.table import as_json, speed_table, write_plot
 from factorllm.measure.speed.timing import measure_speed
+from factorllm.runs.apart import apart
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.given import given
 from factorllm.runs.output import check_own_files, located, read_json
@@ -22,6 +23,7 @@ from factorllm.runs.workspace import write_json
 _NUMBERS, _PLOT = "speed.json", "speed.png"
 
 
+@apart()
 def run_bench(
     student: str | Path,
     against: Sequence[str | Path],
