@@ -1,5 +1,6 @@
 """Healing: what learns and what does not, one result however the work is spread or interrupted, one architecture."""
 
+import gc
 import io
 import json
 import math
@@ -130,6 +131,18 @@ def test_what_the_caller_has_set_of_torch_changes_nothing_and_stays(student, hea
     assert random.getstate() == drawn
     assert not changed(student, tmp_path / "student")
     assert not changed(healed, tmp_path / "healed")
+
+
+def test_a_trainer_is_gone_before_others_are_loaded(student, dense_folder, text_file, tmp_path, monkeypatch):
+    alive, measure = [], run._measure
+
+    def measured(*arguments):
+        alive.extend(each for each in gc.get_objects() if isinstance(each, FactorTrainer))
+        return measure(*arguments)
+
+    monkeypatch.setattr(run, "_measure", measured)
+    heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=QUICK)
+    assert not alive
 
 
 def test_each_token_is_trained_on_in_each_epoch(student, dense_folder, text_file, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -110,6 +111,8 @@ def heal(
             _copy_student(job, folder)
         if not job.ranks.is_main:
             return None
+        del trainer
+        gc.collect()  # it refers to itself; its model and moments should be gone before others are loaded
         return _finish(job, folder, outcome, time.monotonic() - start)
 
 
