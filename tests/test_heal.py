@@ -398,6 +398,25 @@ def test_overlapping_experts_heal_too(gates, dense_folder, text_file, tmp_path):
     assert any(is_router(name) for name in changed(tmp_path / "student", tmp_path / "out"))
 
 
+def test_soft_gates_are_kept_only_where_they_are_better_and_stay_what_they_are(
+    student, dense_folder, text_file, tmp_path
+):
+    def soft(before, name: str, **changes) -> Path:
+        settings = QUICK.model_copy(update={"gates": "soft"} | changes)
+        heal(before, str(dense_folder), tmp_path / name, text=str(text_file), settings=settings)
+        return tmp_path / name
+
+    assert not changed(student, soft(student, "worse", learning_rate=1e-9))  # its gates became others all the same
+    better = soft(student, "better", epochs=4, patience=100)
+    assert told(better)["best_step"] > 0
+    again = soft(better, "again", learning_rate=1e-9)
+    assert losses(again, "eval_loss")[0] == pytest.approx(min(losses(better, "eval_loss")), rel=1e-4)
+    with pytest.raises(FactorLLMError, match="use --gates soft"):
+        soft(again, "nearly binary", gates="straight-through")
+    with pytest.raises(FactorLLMError, match="adapters of another student"):
+        soft(student, "adapters", train="mor1e")
+
+
 # What a process of its own is told, and the same settings for this one.
 OPTIONS = ["--batch", "4", "--tokens", "2048", "--epochs", "2", "--learning-rate", "0.0005", "--precision", "float32"]
 SAME = HealSettings(tokens=2048, epochs=2, batch=4, learning_rate=5e-4, precision="float32")

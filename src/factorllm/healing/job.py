@@ -23,7 +23,7 @@ from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.mor1e import check_whole, find_kinds
 from factorllm.healing.rounding import check_rounding
 from factorllm.healing.settings import HealSettings
-from factorllm.healing.students import check_learning
+from factorllm.healing.students import check_learning, has_soft_gates
 from factorllm.recipe import Recipe, Shape
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.digest import digest_of
@@ -60,6 +60,7 @@ class HealJob:
         licence: what the teacher states, if it states one.
         shape: of the recipe on this dense model.
         partitions: each layer's experts; empty for a static prune.
+        soft_gates: whether an earlier healing made the student's gates soft.
         made_with: the settings that the student was made with, on this machine's device.
         text: token sequences (n, length) by part: `train`, `validation` and `held_out`.
         ranks: the processes that heal together.
@@ -72,6 +73,7 @@ class HealJob:
     recipe: Recipe
     shape: Shape
     partitions: list[Partition]
+    soft_gates: bool
     teacher: ModelSource
     settings: HealSettings
     made_with: Settings
@@ -135,7 +137,8 @@ def open_heal_job(
     _check_teacher(student, made, source)
     shape = recipe.shape(ffn_width(source.config))
     check_shape(student, shape)
-    check_learning(settings, recipe)
+    soft_gates = has_soft_gates(made, recipe)
+    check_learning(settings, recipe, soft_gates)
     check_rounding(student, settings)
     refuse_adapters(student, "its own weights are those of the student that it was made of: heal that one")
     if settings.train == "mor1e":
@@ -159,8 +162,8 @@ def open_heal_job(
             tokens = _read_text(work, source, made, text, settings, made_with, console)
         origin = text_origin(text, cut=bool(tokens.pop("cut")))
         job = HealJob(
-            student, made, identity, source.licence, recipe, shape, partitions, source, settings, made_with, tokens,
-            origin, work, ranks, console,
+            student, made, identity, source.licence, recipe, shape, partitions, soft_gates, source, settings, made_with,
+            tokens, origin, work, ranks, console,
         )  # fmt: skip
         if ranks.is_main:
             _check_disk(job)

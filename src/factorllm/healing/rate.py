@@ -148,7 +148,9 @@ def _sweep(job: HealJob, train: Targets, few: Subset, lowest: float) -> tuple[fl
 
 
 class _Sweep(FactorTrainer):
-    """Each step's rate is `GROWTH` times that of the one before."""
+    """Each step's rate is `GROWTH` times that of the one before. What it did is told by a start with the same gates."""
+
+    starts_as_given = False
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: GROWTH**step)

@@ -202,6 +202,7 @@ def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Hea
             "held_out_tokens": job.text["held_out"].numel(),
             "text": job.text_origin,
             "settings": job.settings.model_dump(mode="json"),
+            "soft_gates": job.soft_gates or (job.settings.gates == "soft" and bool(job.partitions) and outcome.gained),
             **outcome.as_dict(),
         },
         "job": job.identity,

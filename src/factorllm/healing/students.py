@@ -20,11 +20,25 @@ _LEARNS = {
 }
 
 
-def check_learning(settings: HealSettings, recipe: Recipe) -> None:
+def has_soft_gates(made: dict, recipe: Recipe) -> bool:
+    """Whether an earlier healing gave a student ordinary soft gates, so that its routers are not flattened any more.
+
+    Args:
+        made: its `factorllm.json`.
+    """
+    healing = made.get("healing") or {}
+    became = healing.get("settings", {}).get("gates") == "soft" and bool(healing.get("best_step"))
+    return not recipe.is_prune and bool(healing.get("soft_gates", became))
+
+
+def check_learning(settings: HealSettings, recipe: Recipe, soft_gates: bool) -> None:
     """Refuse before the work what could not be trained.
 
+    Args:
+        soft_gates: whether the student's are so already.
+
     Raises:
-        FactorLLMError: when there would be nothing to learn, or peft is not installed.
+        FactorLLMError: when there would be nothing to learn, gates would be taken for others, or peft is not installed.
     """
     if settings.train in ("router", "experts") and recipe.is_prune:
         raise FactorLLMError(
@@ -35,6 +49,16 @@ def check_learning(settings: HealSettings, recipe: Recipe) -> None:
     if where and (settings.coordinate or settings.gates == "all-experts"):
         option = "--coordinate" if settings.coordinate else "--gates all-experts"
         raise FactorLLMError(f"no router learns {where}, so {option} has nothing to do; leave it out")
+    if soft_gates and settings.gates != "soft":
+        raise FactorLLMError(
+            "the student was healed with --gates soft, and its routers are no longer flattened, as --gates "
+            f"{settings.gates} takes them to be; use --gates soft"
+        )
+    if settings.train == "mor1e" and settings.gates == "soft" and not soft_gates and not recipe.is_prune:
+        raise FactorLLMError(
+            "--train mor1e leaves the student's own weights as they are, its routers' too, so --gates soft would train "
+            "adapters of another student; leave it out"
+        )
     if settings.has_adapters and find_spec("peft") is None:
         raise FactorLLMError(f"--train {settings.train} needs peft: pip install 'factorllm[train]'")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -54,7 +54,11 @@ class FactorTrainer(Trainer):
     Attributes:
         left_out: steps, counted from 1, whose batches are not trained on.
         writer: of its checkpoints.
+        starts_as_given: whether the start is measured with the student's own gates where soft ones are trained: what
+            comes out must not be worse than what went in.
     """
+
+    starts_as_given = True
 
     def __init__(
         self,
@@ -180,10 +184,12 @@ class FactorTrainer(Trainer):
             self._rounding.begin()
 
     def evaluate(self, *args, **options) -> dict[str, float]:
-        """The student is measured as the file that it will be."""
+        """The student is measured as the file that it will be, and the start as the one that it was."""
+        starts = self.state.global_step == 0 and self.accelerator.distributed_type in _UNSHARDED
         self._begin_rounding()
         try:
-            return super().evaluate(*args, **options)
+            with self.routers.as_given() if starts and self.starts_as_given else nullcontext():
+                return super().evaluate(*args, **options)
         finally:
             self._rounding.end()
 

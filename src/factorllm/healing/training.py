@@ -113,7 +113,7 @@ def new_trainer(
     routers, rounding = Routers(model), Rounding.of(model, job.student, settings.quantize)
     if routers.modules:
         use_autocast(model, job.device)
-    if settings.gates == "soft":
+    if settings.gates == "soft" and not job.soft_gates:
         routers.unflatten()
     elif settings.gates == "all-experts":
         learn_from_all_experts(model, routers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class Routers:
         self.modules = [module for module in model.modules() if type(module).__name__.endswith(_ROUTERS)]
         self.top_k = host_of(model.config).shape(model.config).top_k
         self._logits: list[Tensor] = []
+        self._unflattened = False
         for module in self.modules:
             _in_fp32(module)
             module.register_forward_hook(self._record)
@@ -62,6 +65,21 @@ class Routers:
         """Make the gate weights the ordinary soft ones."""
         for module in self.modules:
             router_weight(module).div_(FLATTEN)
+        self._unflattened = True
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        """In the block, routers that were unflattened are as they were before: a power of two takes no bit."""
+        weights = [router_weight(module) for module in self.modules] if self._unflattened else []
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(FLATTEN)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.div_(FLATTEN)
 
 
 def _unflattened(logits: Tensor) -> Tensor:
