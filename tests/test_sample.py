@@ -1,6 +1,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
@@ -118,6 +119,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, t
     again = sample(str(dense_folder), tmp_path / "again.jsonl", settings=SETTINGS)
     assert again.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "whole.jsonl"]
+
+
+def test_numbers_may_be_those_of_numpy(dense_folder, tmp_path):
+    made = [
+        sample(
+            dense_folder, tmp_path / "text.jsonl", temperature=temperature, chat=chat, settings=SETTINGS
+        ).read_bytes()
+        for temperature, chat in ((np.float32(0.5), np.bool_(False)), (0.5, False))
+    ]
+    assert made[0] == made[1]
 
 
 def test_refusals(dense_folder, tmp_path):

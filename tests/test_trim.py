@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, SMALL, byte_tokenizer, edit_json
@@ -288,6 +289,7 @@ def test_what_is_done_is_not_done_again_and_what_is_the_users_stays(trimmed, tex
     trim(*given, str(text), settings=COUNTED)
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
     assert trim(*given, str(text), settings=COUNTED) is None
+    assert trim(*given[:2], np.int64(STAY), str(text), settings=COUNTED) is None
     with pytest.raises(FactorLLMError, match="made with other vocabulary"):
         trim(str(trimmed / "dense"), tmp_path / "small", STAY + 1, str(text), settings=COUNTED)
     dense = shutil.copytree(trimmed / "dense", tmp_path / "dense")
@@ -375,6 +377,8 @@ def without_bytes():
 @pytest.mark.parametrize(
     ("vocabulary", "change", "said"),
     [
+        (str(STAY), {}, f"--vocabulary '{STAY}' is no whole number"),
+        (True, {}, "--vocabulary True is no whole number"),
         (304, {}, "the model has 304 tokens, so none is left out"),
         (257, {}, "single bytes and special tokens alone are 258; choose a larger --vocabulary than 257"),
         (3, {"tokenizer": words_tokenizer}, r"is no byte pair encoding of bytes \(it is WordLevel\)"),

@@ -29,7 +29,7 @@ from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, name_in_file
 from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_count
 from factorllm.runs.output import check_output, companions, is_done, located
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
@@ -104,6 +104,7 @@ def export_gguf(
     """
     model, text = given(model), given(text)
     tokenizer = None if tokenizer is None else Path(given(tokenizer))
+    tokens, top_k = given_count("--tokens", tokens), None if top_k is None else given_count("--top-k", top_k)
     _check_type(file_type, text, tokens, gptq)
     out, *beside = _outputs(located(out), text, [model, tokenizer])
     adapters = adapter_outputs(model, out)

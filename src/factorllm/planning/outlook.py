@@ -19,7 +19,7 @@ from factorllm.planning.quality import Measured, known_quality
 from factorllm.planning.stand_in import with_tokens
 from factorllm.planning.wish import Wish
 from factorllm.runs.apart import apart
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_count
 from factorllm.runs.progress import minutes
 from factorllm.trimming import VOCABULARY
 from factorllm.trimming.choose import check_trim
@@ -140,6 +140,7 @@ def plan(
     model = given(model)
     config, wrapper = read_dense_header(model)
     if vocabulary is not None:
+        vocabulary = given_count("--vocabulary", vocabulary)
         check_trim(model, config, wrapper, vocabulary)
     pace = Pace.measure()
     expected = forecast(config, tuple(types), vocabulary, console)

@@ -68,6 +68,7 @@ def sample(
         raise FactorLLMError(
             f"a temperature of {temperature} draws nothing that is of use; choose one between {_LOWEST} and {_HIGHEST}"
         )
+    temperature, chat = float(temperature), bool(chat)  # numpy's are no JSON
     check_output(out, SAMPLED, [model])
     source = open_model(model)
     settings = (settings or Settings()).resolve(source.config)
