@@ -11,10 +11,22 @@ import pytest
 import torch
 from conftest import BASE, CONFIGS, edit_json, save_dense
 from families import TINY
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig, NemotronHConfig, Starcoder2Config
 
-from factorllm import FactorLLMError
+from factorllm import (
+    EvalSettings,
+    FactorLLMError,
+    FrontPlan,
+    HealSettings,
+    MakePlan,
+    Plan,
+    Recipe,
+    ServeSettings,
+    Settings,
+    Wish,
+)
 from factorllm.baselines import layers_to_drop
 from factorllm.cli import main
 from factorllm.planning.forecast import forecast
@@ -211,6 +223,35 @@ def test_settings_that_cannot_be(refused, dense_folder):
     assert "device 'abacus' cannot be used" in refused(dense_folder, "--device", "abacus")
     assert "--dtype" in refused(dense_folder, "--dtype", "int3")
     assert "--memory-limit: Input should be greater" in refused(dense_folder, "--memory-limit", "-1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen", "says"),
+    [
+        (Settings, {"tokens": True}, "true is no number"),
+        (Settings, {"tune": "5"}, "'5' is text"),
+        (HealSettings, {"pa_weight": False}, "false is no number"),
+        (HealSettings, {"tokens": "1e5"}, "write a count as 100000, without quotes"),
+        (EvalSettings, {"limit": True}, "true is no number"),
+        (Plan, {"batches": [1, True]}, "true is no number"),
+        (FrontPlan, {"threads": "4"}, "'4' is text"),
+        (ServeSettings, {"port": "8080"}, "'8080' is text"),
+        (Wish, {"time": True}, "true is no number"),
+        (Recipe, {"shared": True, "active": 1, "parts": 4}, "true is no number"),
+        (MakePlan, {"model": "a", "recipe": "S2A2E8", "text": "b", "vocabulary": True}, "true is no number"),
+        (MakePlan, {"model": "a", "recipe": "S2A2E8", "sample": {"tokens": True}}, "true is no number"),
+    ],
+)
+def test_what_is_no_number_is_not_taken_for_one(settings, chosen, says):
+    with pytest.raises(ValidationError, match=says):
+        settings(**chosen)
+
+
+def test_numbers_are_those_of_python_numpy_and_yaml():
+    assert Settings(tokens=np.int64(5), baseline=False).tokens == 5
+    assert HealSettings(learning_rate="1e-4", pa_weight=np.float32(0.5), tokens=1e5).learning_rate == 1e-4
+    assert Plan(batches=np.array([1, 8])).batches == (1, 8)
+    assert Wish(time="60m", memory="1g", speed="1.5").time == 3600
 
 
 def test_text_too_short(refused, dense_folder, tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError
 from factorllm.runs.given import given
+from factorllm.runs.settings import Chosen
 
 _CMOE = re.compile(r"S(\d+)A(\d+)E(\d+)(?:N(\d+))?(?:D(\d+))?", re.IGNORECASE)
 _PAPER = re.compile(r"(\d+)R(\d+)E(\d+)K", re.IGNORECASE)
@@ -99,7 +100,7 @@ MOST_KINDS = 64
 _BLOCKS = (32, 16, 8)  # what llama.cpp quantises in; else, what is aligned in memory
 
 
-class Recipe(BaseModel):
+class Recipe(Chosen):
     """What to build from each FFN. Unknown keys are refused.
 
     The FFN is cut into `parts` equal parts: `shared` of them always run, the other `parts - shared` are routed

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from factorllm.engines.base import Options
-from factorllm.runs.settings import Threads
+from factorllm.runs.settings import Chosen, Threads
 from factorllm.serving.schedule import Policy
 
 
-class ServeSettings(BaseModel):
+class ServeSettings(Chosen):
     """How a model is served. Unknown keys are refused.
 
     Example:

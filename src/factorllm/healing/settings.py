@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from factorllm.recipe import Shape
-from factorllm.runs.settings import Passes, Sequences, Tokens
+from factorllm.runs.settings import Chosen, Passes, Sequences, Tokens
 
 Train = Literal["router", "experts", "ffn", "all", "lora", "mor1e"]
 
@@ -17,7 +17,7 @@ _LIGHT = 3 / 8  # FFN sparsity of a student with experts, in the middle of those
 _LIGHT_PRUNE = 1 / 8  # of a prune: at 25 % it gains by 5e-4, at 5 % that makes it worse from the first step on
 
 
-class HealSettings(BaseModel):
+class HealSettings(Chosen):
     """How a student is healed. Length, seed and held-out part of the text are those that the student was made with.
 
     Example:

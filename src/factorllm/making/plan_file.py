@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError, first_problem, refusing
 from factorllm.healing.settings import HealSettings
@@ -14,7 +14,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.plan import Plan
 from factorllm.runs.given import given
-from factorllm.runs.settings import Settings, Tokens
+from factorllm.runs.settings import Chosen, Settings, Tokens
 from factorllm.runs.workspace import write_text
 
 _HEAD = "# What factorllm makes here. Edit it, and `factorllm make {name}` makes that instead.\n"
@@ -23,7 +23,7 @@ Given = Annotated[str, BeforeValidator(lambda value: given(value) if isinstance(
 """A path or an id; written as text."""
 
 
-class SampleStep(BaseModel):
+class SampleStep(Chosen):
     """Text that the dense model says by itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,7 +33,7 @@ class SampleStep(BaseModel):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
-class ExportStep(BaseModel):
+class ExportStep(Chosen):
     """The GGUF file, and whether it is weighed by the text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +43,7 @@ class ExportStep(BaseModel):
     gptq: bool = False
 
 
-class MakePlan(BaseModel):
+class MakePlan(Chosen):
     """All steps from a dense model to one that is used. Unknown keys are refused.
 
     Attributes:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from factorllm.runs.given import given
+from factorllm.runs.settings import Chosen
 
 
-class EvalSettings(BaseModel):
+class EvalSettings(Chosen):
     """What models are asked, and how they compute.
 
     Example:

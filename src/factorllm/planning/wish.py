@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from factorllm.runs.settings import Chosen
 
 _TIME = {"s": 1, "m": 60, "h": 3600}
 _MEMORY = {"m": 1 << 20, "g": 1 << 30}
@@ -25,7 +27,7 @@ def _amount(units: dict[str, int], example: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-class Wish(BaseModel):
+class Wish(Chosen):
     """What a student is to be. Unknown keys are refused.
 
     Example:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from factorllm.errors import FactorLLMError
 
@@ -25,7 +25,29 @@ Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class Settings(BaseModel):
+class Chosen(BaseModel):
+    """What a user chooses, in Python or YAML. Pydantic takes True for 1, and text for the number in it: True is refused
+    where a number is wanted, and text where a count is. A rate may be text, for YAML takes 1e-4 for one."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, bool) and bool not in kinds and kinds & {int, float}:
+                raise ValueError(f"{str(each).lower()} is no number; give one")
+            if isinstance(each, str) and int in kinds:
+                raise ValueError(f"{each!r} is text; write a count as 100000, without quotes")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in a field's annotation."""
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
+
+
+class Settings(Chosen):
     """How a run is done. Unknown keys are refused.
 
     Example:

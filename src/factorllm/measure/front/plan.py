@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from factorllm.measure.speed.plan import Plan
-from factorllm.runs.settings import Threads, Tokens
+from factorllm.runs.settings import Chosen, Threads, Tokens
 
 
-class FrontPlan(BaseModel):
+class FrontPlan(Chosen):
     """What is measured of each file. Unknown keys are refused.
 
     Example:

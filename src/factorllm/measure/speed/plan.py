@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from factorllm.runs.settings import Sequences, Threads, Tokens
+from factorllm.runs.settings import Chosen, Sequences, Threads, Tokens
 
 SPARE = 16
 """Tokens of context that a model is given beside the longest sequence that is timed."""
 
 
-class Plan(BaseModel):
+class Plan(Chosen):
     """What is timed. Unknown keys are refused.
 
     Example:
