@@ -1,6 +1,6 @@
 """How far `factorllm plan` was off: what it foretells of whole models, and what `factorllm bench` then measures.
 
-    python benchmarks/forecast.py MODEL --text any.jsonl --work runs/forecast --out docs/speed.md
+    python benchmarks/forecast.py MODEL --text any.jsonl --work runs/forecast --out docs/speed.md --part forecast-qwen
 
 Speed does not depend on the weights, so students are made by the cheapest recipe: nothing is fitted. What the folder
 holds of an earlier run is not measured again.
@@ -38,7 +38,7 @@ def main() -> None:
     made = [factorized(options.model, options.work / one.name, one, options.text) for one in recipes]
     timed = Plan(rounds=options.rounds, prompts=(512,), batches=(1,))
     for kind in options.types:
-        said = {one.expected.name: one.expected for one in plan(options.model, (kind,), console).choices}
+        said = {one.expected.name: one.expected for one in plan(options.model, (kind,), console=console).choices}
         out = options.work / kind
         if not (out / "speed.json").exists():
             run_bench(made[0], [options.model, *made[1:]], "llamacpp", kind, timed, out, console)

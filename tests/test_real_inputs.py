@@ -1,6 +1,8 @@
-"""The real models and texts of the benchmarks: put together from parts, checked, and nothing of HumanEval in a text."""
+"""Benchmarks: real models and texts put together from parts and checked, nothing of HumanEval in a text, and what is
+asked of factorllm."""
 
 import hashlib
+import inspect
 import json
 import sys
 import zipfile
@@ -8,10 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from factorllm import plan
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import code_text
+import forecast
 import odd_problems
 import real_models
 
@@ -123,3 +129,21 @@ def test_the_same_environment_gives_the_same_text(tmp_path, monkeypatch, capsys)
     assert texts[0] == texts[1]
     assert all(json.loads(line).keys() == {"source", "text"} for line in texts[0].splitlines())
     assert "not checked" in capsys.readouterr().out
+
+
+def test_the_forecast_of_a_plan_is_of_the_model_as_it_is(tmp_path, monkeypatch):
+    asked = []
+
+    def told(*given, **named):
+        asked.append(inspect.signature(plan).bind(*given, **named).arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(forecast, "plan", told)
+    monkeypatch.setattr(forecast, "factorized", lambda model, out, recipe, text: str(out))
+    options = ["--text", "text.txt", "--work", str(tmp_path), "--out", "page.md", "--part", "here", "--types", "q8_0"]
+    monkeypatch.setattr(sys, "argv", ["forecast", "dense", *options])
+    with pytest.raises(SystemExit):
+        forecast.main()
+    [given] = asked
+    assert (given["model"], given["types"], given.get("vocabulary")) == ("dense", ("q8_0",), None)
+    assert isinstance(given["console"], Console)
