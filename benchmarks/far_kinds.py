@@ -15,7 +15,7 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ PAGE, SHORTEST = 2000, 1500
 MADE_FROM, UNSEEN = 160, 40
 """Documents of a kind."""
 
+INSTALLED = Path("/usr/share/doc")
 HANDBOOK = "usr/share/doc/debian-handbook/html/es-ES"
 CODE_FILES = 600
 ONE_EACH = ("python", "changelogs")
@@ -67,10 +68,14 @@ def handbook_page(path: Path) -> str:
     return "\n".join(line for line in lines if len(line) > 60)
 
 
-def changelogs() -> Iterator[str]:
-    for path in sorted(Path("/usr/share/doc").rglob("changelog*.gz")):
+def changelogs() -> list[str]:
+    """The longest of each package. Packages that were built of one source have the same one, which is taken once."""
+    longest: dict[Path, str] = {}
+    for path in sorted(INSTALLED.rglob("changelog*.gz")):
         if path.is_file() and not path.is_symlink():
-            yield gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
+            text = gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
+            longest[path.parent] = max(longest.get(path.parent, ""), text, key=len)
+    return list({text[:PAGE]: text for text in longest.values()}.values())
 
 
 def documents_of(kind: str, sources: list[str], chooser: random.Random) -> list[str]:
@@ -96,7 +101,7 @@ def main() -> None:
         "novels": list(novels(options.debian / AUSTEN)),
         "spanish": [handbook_page(path) for path in sorted((options.debian / HANDBOOK).glob("*.html"))],
         "python": list(islice(read_documents(options.code), CODE_FILES)),
-        "changelogs": list(changelogs()),
+        "changelogs": changelogs(),
     }
     chooser, together = random.Random(3), []
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Benchmarks: real models and texts put together from parts and checked, nothing of HumanEval in a text, and what is
 asked of factorllm."""
 
+import gzip
 import hashlib
 import inspect
 import json
@@ -17,6 +18,7 @@ from factorllm import plan
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import code_text
+import far_kinds
 import forecast
 import odd_problems
 import real_models
@@ -147,3 +149,14 @@ def test_the_forecast_of_a_plan_is_of_the_model_as_it_is(tmp_path, monkeypatch):
     [given] = asked
     assert (given["model"], given["types"], given.get("vocabulary")) == ("dense", ("q8_0",), None)
     assert isinstance(given["console"], Console)
+
+
+def test_a_package_gives_one_changelog_and_those_of_one_source_give_one(tmp_path, monkeypatch):
+    texts = {"libone/changelog.Debian": "one\n" * 9, "one-dev/changelog.Debian": "one\n" * 9}
+    texts |= {"two/changelog.Debian": "two\n", "two/changelog": "what is new in two\n", "three/changelog": "three\n"}
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.gz"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()))
+    monkeypatch.setattr(far_kinds, "INSTALLED", tmp_path)
+    assert far_kinds.changelogs() == ["one\n" * 9, "three\n", "what is new in two\n"]
