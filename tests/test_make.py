@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,11 +26,12 @@ from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, ma
 from factorllm.cli import main
 from factorllm.dense import open_model
 from factorllm.exporting.ready import as_gguf
+from factorllm.making.card import commands
 from factorllm.making.choose import choose_plan
 from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.run import _run
-from factorllm.making.steps import Progress, Work
+from factorllm.making.steps import Place, Progress, Work
 from factorllm.planning import forecast as forecasting
 from factorllm.student.read import read_provenance
 
@@ -90,6 +92,20 @@ def test_everything_is_there(made):
     card = (out / "README.md").read_text()
     assert f"factorllm chat {out}" in card
     assert "kept of the likeliest next tokens" in card
+
+
+def test_commands_run_as_they_are_said_whatever_the_folder_is_called(plan, tmp_path):
+    out = tmp_path / "Mine [v1] of März"
+    used = commands(plan.model_copy(update={"model": "a dense"}), Place(out, "q8_0"))
+    assert [shlex.split(each) for each in used] == [
+        ["factorllm", "chat", str(out)],
+        ["factorllm", "serve", str(out / f"{out.name}-q8_0.gguf")],
+        ["factorllm", "eval", str(out / "checkpoint"), "--against", "a dense"],
+        ["ollama", "create", "mine-v1-of-m-rz", "-f", str(out / "Modelfile")],
+    ]
+    plan.write(out.parent / "my plan.yaml")
+    head = (out.parent / "my plan.yaml").read_text().splitlines()[0]
+    assert f"`factorllm make '{out.parent / 'my plan.yaml'}'`" in head
 
 
 def test_killed_five_times_it_ends_with_the_same_bytes(plan, made, tmp_path):

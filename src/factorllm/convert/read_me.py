@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def _card(name: str, summary: Summary, recipe: ReadMe) -> str:
         f"{recipe.kinds} narrower models, each for one kind of text, each a checkpoint of its own "
         f"(loads in {', '.join(summary.engines)}). Which of them a request is for, `intuition.json` says.",
         "",
-        f"`factorllm serve {name}` serves them at one address.",
+        f"`factorllm serve {quote(name)}` serves them at one address.",
         "",
         f"Perplexity on {summary.held_out_tokens:,} held-out tokens, each kind by its own model:",
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 from factorllm.exporting.gguf_file import Exported, export_gguf
 from factorllm.runs.disk import IN_TMPDIR
@@ -33,7 +34,7 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
         return found[0]
     made = export_for_now(model, file_type, work, say)
-    say(f"exported as {file_type}; `factorllm export {model} -o FILE.gguf` keeps the file")
+    say(f"exported as {file_type}; `factorllm export {quote(str(model))} -o FILE.gguf` keeps the file")
     return made.path
 
 

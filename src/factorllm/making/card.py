@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +36,12 @@ def write_card(plan: MakePlan, at: Place) -> Path:
 
 
 def commands(plan: MakePlan, at: Place) -> list[str]:
-    """How to chat, serve and evaluate."""
-    return [
-        f"factorllm chat {at.out}",
-        f"factorllm serve {at.gguf}",
-        f"factorllm eval {at.checkpoint} --against {at.dense(plan)}",
-        f"ollama create {at.out.name.lower()} -f {at.out / 'Modelfile'}",
+    """How to chat, serve and evaluate, as a shell takes it."""
+    called = re.sub(r"[^a-z0-9._-]+", "-", at.out.name.lower()).strip("-.") or "made"  # what Ollama takes as a name
+    used = [
+        ["factorllm", "chat", at.out],
+        ["factorllm", "serve", at.gguf],
+        ["factorllm", "eval", at.checkpoint, "--against", at.dense(plan)],
+        ["ollama", "create", called, "-f", at.out / "Modelfile"],
     ]
+    return [shlex.join(map(str, words)) for words in used]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -105,7 +106,7 @@ class MakePlan(Chosen):
     def write(self, path: str | Path) -> None:
         """Write it, with every number that was chosen."""
         content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(Path(given(path)), _HEAD.format(name=path) + content)
+        write_text(Path(given(path)), _HEAD.format(name=quote(str(path))) + content)
 
 
 def read_plan(path: Path) -> MakePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -82,7 +83,8 @@ def make(
     path, before = out / PLAN, read_json(out / "steps" / "asked.json")
     if path.is_file() and before not in (None, asked):
         raise FactorLLMError(
-            f"{path} was written for another wish; edit it and run `factorllm make {path}`, or choose another -o"
+            f"{path} was written for another wish; edit it and run `factorllm make {quote(str(path))}`, or choose "
+            "another -o"
         )
     if not path.is_file():
         _check_free(out)

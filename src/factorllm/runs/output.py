@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.disk import explain_full_disk, nearest_existing
@@ -279,7 +280,7 @@ def refuse_folder_of_checkpoints(folder: Path) -> None:
     if (folder / KINDS).is_dir() and (folder / PROVENANCE).is_file() and not (folder / "config.json").exists():
         raise FactorLLMError(
             f"{folder} holds a model for each kind of text, each a checkpoint of its own; give one of them, such as "
-            f"{folder / KINDS / '0'} (`factorllm serve {folder}` serves all)"
+            f"{folder / KINDS / '0'} (`factorllm serve {quote(str(folder))}` serves all)"
         )
 
 
