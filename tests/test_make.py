@@ -346,6 +346,14 @@ def test_what_was_made_last_is_used_whatever_the_folder_is_called(made, tmp_path
     assert as_gguf(str(moved), "f16", tmp_path, print) == moved / "made-q8_0.gguf"
 
 
+def test_a_file_in_a_folder_with_brackets_is_found_and_no_other(tmp_path):
+    folder = tmp_path / "v[1]"
+    folder.mkdir()
+    for name in ("v1-q8_0.gguf", "v[1]-q4_0.gguf"):
+        (folder / name).touch()
+    assert as_gguf(str(folder), "f16", tmp_path, print) == folder / "v[1]-q4_0.gguf"
+
+
 # Ollama's grammar (parser/parser.go): a line a command, its arguments plain, in quotes, or in three quotes over lines.
 COMMAND = re.compile(r'(FROM|TEMPLATE|SYSTEM|PARAMETER \w+)\s+("""(?:.|\n)*?"""|"(?:[^"\\]|\\.)*"|[^\s"]\S*)\n|#.*\n')
 CHATML = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from shlex import quote
 
@@ -31,7 +32,7 @@ def as_gguf(model: str, file_type: str, work: Path, say: Callable[[str], None]) 
     refuse_adapters(path, "they would be left out here: use factorllm serve")
     if made_last := _named_by_make(path):
         return made_last
-    if found := sorted(path.glob(f"{path.resolve().name}-*.gguf")):
+    if found := sorted(path.glob(f"{escape(path.resolve().name)}-*.gguf")):
         return found[0]
     made = export_for_now(model, file_type, work, say)
     say(f"exported as {file_type}; `factorllm export {quote(str(model))} -o FILE.gguf` keeps the file")
