@@ -25,7 +25,7 @@ from factorllm.baselines.depth import shortened_cost
 from factorllm.convert.factorize import compare
 from factorllm.demo import demo_model
 from factorllm.dense import ModelSource, open_model
-from factorllm.measure.agreement import agreement
+from factorllm.measure.agreement import on_text
 from factorllm.measure.cost import Cost, cost_of, dense_shape
 from factorllm.measure.perplexity import perplexity
 from factorllm.measure.tasks import Score, check_tasks, retention, run_task
@@ -124,7 +124,7 @@ class Board:
     def _rate(self, model: PreTrainedModel) -> dict:
         ground = self.ground
         scores = {task: run_task(model, self._tokenizer, task, ground.data, ground.questions) for task in TASKS}
-        near = agreement(self._dense, model, ground.text.held_out)
+        _, near = on_text(self._dense, model, ground.text.held_out)
         return asdict(near) | {"scores": {task: asdict(score) for task, score in scores.items()}}
 
 

@@ -3,17 +3,21 @@ asked of factorllm."""
 
 import gzip
 import hashlib
+import importlib
 import inspect
 import json
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import CONFIGS, save_dense, some_tokens
 from rich.console import Console
 
 from factorllm import plan
+from factorllm.measure.tasks import Score
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -22,6 +26,9 @@ import far_kinds
 import forecast
 import odd_problems
 import real_models
+import scoreboard
+
+BENCHMARKS = Path(scoreboard.__file__).parent
 
 PROBLEM = {
     "task_id": "HumanEval/1",
@@ -160,3 +167,25 @@ def test_a_package_gives_one_changelog_and_those_of_one_source_give_one(tmp_path
         path.write_bytes(gzip.compress(text.encode()))
     monkeypatch.setattr(far_kinds, "INSTALLED", tmp_path)
     assert far_kinds.changelogs() == ["one\n" * 9, "three\n", "what is new in two\n"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
+def test_every_benchmark_finds_what_it_calls_and_says_its_options(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main()
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_the_scoreboard_rates_a_model_by_the_text_and_by_tasks(tmp_path, monkeypatch):
+    model = save_dense(CONFIGS["mha"], tmp_path / "dense")
+    text = SimpleNamespace(held_out=some_tokens(model.config))
+    score = Score(0.5, 0.1, 4)
+    monkeypatch.setattr(scoreboard, "run_task", lambda *_: score)
+    board = object.__new__(scoreboard.Board)
+    board._dense, board._tokenizer = model, None
+    board.ground = scoreboard.Ground(None, None, text, tmp_path, None)
+    rated = board._rate(model)
+    assert (rated["kl"], rated["top_1"]) == (0, 1)  # the dense model itself
+    assert rated["scores"] == dict.fromkeys(scoreboard.TASKS, asdict(score))
