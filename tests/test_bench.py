@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from test_export import factorized
 
-from factorllm import factorize
+from factorllm import FactorLLMError, factorize
+from factorllm.engines import process
 from factorllm.measure.cost import Cost
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.speed.plan import Plan
@@ -48,6 +49,15 @@ def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, smal
     assert dense_flops > student_flops > pruned_flops  # the router is what the student has more
     assert made["models"][1]["ratio_to_dense"]["decode x1"] == [1, 1, 1]
     assert (tmp_path / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_engine_is_refused_before_files_are_written(tmp_path, text_file, small, monkeypatch):
+    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    console = Console(record=True, width=200)
+    with pytest.raises(FactorLLMError, match=r"llamacpp is not installed; pip install 'factorllm\[llamacpp\]'"):
+        run_bench(str(student), [str(tmp_path / "dense")], console=console)
+    assert console.export_text() == ""
 
 
 def test_ratios_are_medians_over_the_rounds():

@@ -9,6 +9,7 @@ from conftest import CONFIGS, words
 from test_export import factorized
 
 from factorllm import FactorLLMError, factorize
+from factorllm.engines import process
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Point, Timed, ahead, decode_time, mean_score, mebibytes, plain_loss
 from factorllm.measure.front.run import run_front
@@ -116,6 +117,13 @@ def test_what_cannot_be_measured_is_refused_before_the_work(change, said, models
     paths = {name: [str(models / path) for path in given.pop(name)] for name in ("students", "against")}
     with pytest.raises(FactorLLMError, match=said):
         run_front(**paths, text=str(models / "text.txt"), out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_llamacpp_nothing_is_written(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    with pytest.raises(FactorLLMError, match=r"llamacpp is not installed; pip install 'factorllm\[llamacpp\]'"):
+        run_front([models / "student"], [models / "dense"], models / "text.txt", tmp_path / "out", TINY)
     assert not (tmp_path / "out").exists()
 
 

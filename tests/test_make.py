@@ -20,11 +20,12 @@ from forked import command, ended
 from rich.console import Console
 from test_export import save_model
 from test_plan import linear, run_and_timed_by, timed_by
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, Olmo2Config
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
 from factorllm.cli import main
 from factorllm.dense import open_model
+from factorllm.engines import process
 from factorllm.exporting.ready import as_gguf
 from factorllm.making.card import commands
 from factorllm.making.choose import choose_plan
@@ -32,6 +33,9 @@ from factorllm.making.modelfile import modelfile
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.run import _run
 from factorllm.making.steps import Place, Progress, Work
+from factorllm.measure.front.plan import FrontPlan
+from factorllm.measure.settings import EvalSettings
+from factorllm.measure.speed.plan import Plan
 from factorllm.planning import forecast as forecasting
 from factorllm.student.read import read_provenance
 
@@ -196,6 +200,43 @@ def test_what_decides_a_step_is_known_wherever_it_stands(tmp_path):
     before = keys(**given)
     recipe.write_text("{shared: 2, active: 1, parts: 8}")
     assert not set(before) & set(keys(**given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"export": ExportStep(type="q4_k_m")}, "no type 'q4_k_m'"),
+        ({"evaluate": EvalSettings(tasks=("other",))}, "unknown task 'other'"),
+        ({"front": FrontPlan(types=("other",))}, "no type 'other'"),
+        ({"recipe": "S4A0E8", "heal": HealSettings(train="router")}, "has no router to train"),
+        ({"heal": HealSettings(quantize="other")}, "no type 'other'"),
+        ({"recipe": "S0A4E8", "model": "olmo2"}, "it cannot: GGUF files of flex_olmo are not supported yet"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_the_first(changes, said, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "model" in changes:
+        save_model(Olmo2Config(**BASE | {"pad_token_id": 0}), tmp_path / "olmo2")
+    plan.model_copy(update=changes).write("plan.yaml")
+    with pytest.raises(FactorLLMError, match=said):
+        make_planned("plan.yaml", "made")
+    assert not Path("made").exists()
+    with pytest.raises(FactorLLMError, match=said):
+        make_planned("plan.yaml")
+    assert not Path("checkpoint").exists()
+
+
+def test_without_llamacpp_that_nothing_is_timed_is_said(dense, plan, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    console = Console(record=True, quiet=False, width=200)
+    chosen = choose_plan(str(dense), Wish(), str(text_file), console=console)
+    assert (chosen.bench, chosen.front) == (None, None)
+    assert (
+        "nothing will be timed: llamacpp is not installed; pip install 'factorllm[llamacpp]'" in console.export_text()
+    )
+    plan.model_copy(update={"bench": Plan()}).write(tmp_path / "plan.yaml")
+    with pytest.raises(FactorLLMError, match=r"bench: llamacpp is not installed.*or write `bench: null` in the plan"):
+        make_planned(tmp_path / "plan.yaml")
 
 
 def test_where_healing_is_taken_out_of_a_plan_and_put_in_again(tmp_path, monkeypatch):

@@ -51,6 +51,16 @@ def installed(engine: str) -> bool:
     return find_spec(ENGINES[engine]) is not None or (engine == "vllm" and bool(os.environ.get(VLLM_PYTHON)))
 
 
+def check_installed(engine: str) -> None:
+    """Refuse before the work where an engine is missing.
+
+    Raises:
+        FactorLLMError: saying how to get it.
+    """
+    if not installed(engine):
+        raise FactorLLMError(f"{engine} is not installed; {how_to_install(engine)}")
+
+
 def python_of(engine: str) -> str:
     """The Python that has the engine."""
     return os.environ.get(VLLM_PYTHON, sys.executable) if engine == "vllm" else sys.executable
@@ -64,8 +74,7 @@ class EngineProcess:
     """
 
     def __init__(self, engine: str, model: str | Path, options: Options | None = None):
-        if not installed(engine):
-            raise FactorLLMError(f"{engine} is not installed; {how_to_install(engine)}")
+        check_installed(engine)
         self._engine, self._model = engine, model
         self._folder = Path(tempfile.mkdtemp(prefix="factorllm-engine-"))
         # The package alone, not what is installed beside it, is shown to the environments of other engines.

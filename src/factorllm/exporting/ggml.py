@@ -23,16 +23,24 @@ ONLY_GGML = frozenset({Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, 
 WEIGHTED = ONLY_GGML | {Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1}
 """Types for which ggml heeds importance weights."""
 
+_MISSING = (
+    "ggml, which quantises to K-quants, IQ4 and by importance, is not installed; pip install 'factorllm[llamacpp]'"
+)
 _AT_ONCE = 1 << 20  # numbers that a thread quantises and compares
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
-def check_ggml() -> None:
+def check_ggml(instead: str = "") -> None:
     """Refuse before the work when there is no ggml.
+
+    Args:
+        instead: what else can be done.
 
     Raises:
         FactorLLMError: saying how to get it.
     """
+    if find_spec("xllamacpp") is None:
+        raise FactorLLMError(f"{_MISSING}{instead}")
     _library()
 
 
@@ -144,10 +152,7 @@ def _library() -> ctypes.CDLL:
     spec = find_spec("xllamacpp")  # only located: its own module starts what is not needed here
     places = spec.submodule_search_locations if spec else None
     if not places:
-        raise FactorLLMError(
-            "ggml, which quantises to K-quants, IQ4 and by importance, is not installed; pip install "
-            "'factorllm[llamacpp]', or export another --type without --text"
-        )
+        raise FactorLLMError(_MISSING)
     files = [path for place in places for path in Path(place).glob("xllamacpp*")]
     found = sorted(path for path in files if path.suffix in (".so", ".pyd"))
     try:

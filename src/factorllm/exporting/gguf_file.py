@@ -105,7 +105,7 @@ def export_gguf(
     model, text = given(model), given(text)
     tokenizer = None if tokenizer is None else Path(given(tokenizer))
     tokens, top_k = given_count("--tokens", tokens), None if top_k is None else given_count("--top-k", top_k)
-    _check_type(file_type, text, tokens, gptq)
+    check_type(file_type, text, tokens, gptq)
     out, *beside = _outputs(located(out), text, [model, tokenizer])
     adapters = adapter_outputs(model, out)
     for path in adapters:
@@ -150,8 +150,12 @@ def _open(model: str, top_k: int | None, made_with: Settings | None) -> Checkpoi
     return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
 
 
-def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> None:
-    """Refuse a type that there is not, or that cannot be quantised to here."""
+def check_type(file_type: str, text: str | None, tokens: int = TOKENS, gptq: bool = False) -> None:
+    """Refuse a type that there is not, or that cannot be quantised to here.
+
+    Raises:
+        FactorLLMError: with what to do instead.
+    """
     check_file_type(file_type)
     if tokens < 1:
         raise FactorLLMError(f"--tokens {tokens} is no number of tokens to run; give at least 1")
@@ -161,7 +165,7 @@ def _check_type(file_type: str, text: str | None, tokens: int, gptq: bool) -> No
             f"--gptq makes the errors of 4-bit rounding good on a text: give --text, and --type {' or '.join(_GPTQ)}"
         )
     if kind in ONLY_GGML or (text is not None and kind in WEIGHTED):
-        check_ggml()
+        check_ggml(", or export another --type without --text")
 
 
 def _outputs(out: Path, text: str | None, inputs: list[str | Path | None]) -> list[Path]:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from factorllm.dense import open_model
 from factorllm.dense.headers import read_dense_config, read_dense_header
-from factorllm.engines import installed
 from factorllm.errors import FactorLLMError
 from factorllm.healing.settings import HealSettings
+from factorllm.making.check import check_plan, reason_against_timing
 from factorllm.making.plan_file import ExportStep, MakePlan, SampleStep
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.speed.plan import Plan
@@ -90,7 +90,7 @@ def choose_plan(
 
     Raises:
         FactorLLMError: when no shape is what is wished for, or the time is too short for any; when the vocabulary is to
-            be trimmed without a text, or trimming alone is fast enough.
+            be trimmed without a text, or trimming alone is fast enough; when a step of the plan cannot be done here.
     """
     if effort not in EFFORTS:
         raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
@@ -103,7 +103,10 @@ def choose_plan(
         work = replace(work, healed=_affordable(model, parse_recipe(recipe), work, wish.time))
     if text is not None:
         work = work.within(_tokens_in(text, model, work.text_tokens))
-    return MakePlan(
+    untimed = reason_against_timing(model)
+    if untimed and console:
+        console.print(f"nothing will be timed: {untimed}", soft_wrap=True, highlight=False, markup=False)
+    plan = MakePlan(
         model=model,
         recipe=recipe,
         text=text,
@@ -112,9 +115,11 @@ def choose_plan(
         factorize=Settings(tokens=work.calibrated, held_out_tokens=work.held_out, tune=work.tune),
         heal=HealSettings(tokens=work.healed) if work.healed else None,
         export=ExportStep(type=file_type),
-        bench=_bench(model, work.rounds) if installed("llamacpp") else None,
-        front=_front(model, work) if work.front and installed("llamacpp") else None,
+        bench=None if untimed else _bench(model, work.rounds),
+        front=_front(model, work) if work.front and not untimed else None,
     )
+    check_plan(plan)
+    return plan
 
 
 def _check_vocabulary(model: str, vocabulary: int, text: str | None) -> None:

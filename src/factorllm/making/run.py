@@ -11,6 +11,7 @@ from rich.console import Console
 
 from factorllm.errors import FactorLLMError
 from factorllm.making.card import commands, numbers
+from factorllm.making.check import check_plan
 from factorllm.making.choose import Effort, choose_plan
 from factorllm.making.expected import expected_seconds
 from factorllm.making.plan_file import MakePlan, read_plan
@@ -120,6 +121,7 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
     plan, out = read_plan(path), located(out) if out else path.parent
     if out != path.parent and not (out / PLAN).exists():
         _check_free(out)
+        check_plan(plan)
         out.mkdir(parents=True, exist_ok=True)
         plan.write(out / PLAN)
     elif out != path.parent and read_plan(out / PLAN) != plan:
@@ -138,6 +140,7 @@ def _run(work: Work, console: Console) -> None:
     if not missing:
         console.print("made already, by the same plan")
         return
+    check_plan(work.plan)
     course = Course(expected_seconds(work.plan, [step.name for step in missing]))
     with show_course(console, "all steps", course):
         for step in missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -175,8 +175,9 @@ def definition(task: str, local: bool) -> dict:
     return known | {key: value for key, value in local_task(task, Path()).items() if key != "dataset_kwargs"}
 
 
-def check_tasks(tasks: Iterable[str], data: Path | None, run_generated_code: bool = False) -> None:
-    """Refuse unknown tasks, unreadable files and programs that may not be run before a model is loaded."""
+def check_tasks(tasks: Sequence[str], data: Path | None, run_generated_code: bool = False) -> None:
+    """Refuse unknown tasks, unreadable files, programs that may not be run and a missing lm-eval before a model is
+    loaded."""
     for task in tasks:
         if task not in TASKS:
             raise FactorLLMError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
@@ -187,6 +188,8 @@ def check_tasks(tasks: Iterable[str], data: Path | None, run_generated_code: boo
             _check_file(data / f"{task}.jsonl", task)
         elif task in _LOCAL_ONLY:
             raise FactorLLMError(f"{task} has local files only; give the folder of {task}.jsonl with --data")
+    if tasks:
+        need_lm_eval()
 
 
 def _check_programs(task: str, allowed: bool) -> None:

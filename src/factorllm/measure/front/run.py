@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from factorllm.dense.families import is_dense
+from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import FILE_TYPES
 from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
@@ -169,6 +170,7 @@ def _name(path: str) -> str:
 
 def _check(out: Path, plan: FrontPlan, settings: EvalSettings) -> None:
     """Refuse before the work what cannot be measured or written."""
+    check_installed("llamacpp")
     for kind in plan.types:
         if kind not in FILE_TYPES:
             raise FactorLLMError(f"no type {kind!r}; types: {', '.join(FILE_TYPES)}")

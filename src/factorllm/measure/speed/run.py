@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from factorllm.engines import engine_name
+from factorllm.engines import check_installed, engine_name
 from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.subjects import open_subjects
 from factorllm.measure.speed.table import as_json, speed_table, write_plot
@@ -50,6 +50,7 @@ def run_bench(
         ['speed.json', 'speed.png']
     """
     engine, plan, console = engine_name(engine), plan or Plan(), console or Console(quiet=True)
+    check_installed(engine)
     if out:
         out = located(out)
         check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
