@@ -10,6 +10,7 @@ import torch
 from conftest import BASE, CONFIGS, some_tokens, words
 from families import TINY
 from gguf import GGMLQuantizationType as Type
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_export import PROMPTS, save_model
 from transformers import LlamaConfig, Qwen3Config
@@ -20,7 +21,9 @@ from factorllm.engines import EngineProcess, Options
 from factorllm.exporting import FILE_TYPES, export_gguf, ggml
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.ggml import ONLY_GGML, WEIGHTED, quantize
+from factorllm.exporting.grams import Grams
 from factorllm.exporting.importance import read_importance
+from factorllm.exporting.tensors import gguf_tensors
 from factorllm.runs.settings import Settings
 from factorllm.student.read import load_student, read_provenance
 from factorllm.text.calibration import hold_out
@@ -305,6 +308,22 @@ def test_what_goes_into_experts_without_a_gate_and_into_layers_without_an_ffn(tm
     ran, into, inner = experts_by_hand(model.model.layers[3].mixer.experts, hidden, picks)
     for name, wanted in (("up", ran.T @ into), ("down", torch.einsum("te,teh->eh", ran, inner))):
         torch.testing.assert_close(sums[f"blk.3.ffn_{name}_exps.weight"], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_columns_that_the_file_has_in_another_order_are_weighed_in_it(tmp_path, long_text):
+    """Value heads of Qwen3.5, which `ssm_out` reads."""
+    save_model(TINY["qwen3_5_text"], tmp_path / "dense")
+    checkpoint = open_checkpoint(str(tmp_path / "dense"))
+    model, name = checkpoint.load(torch.float32, torch.device("cpu")), "blk.0.ssm_out.weight"
+    matrix = model.model.layers[0].linear_attn.out_proj.weight.detach()
+    order = torch.cdist(dict(gguf_tensors(checkpoint))[name].T, matrix.T).argmin(1)
+    assert sorted(order.tolist()) == list(range(64)) != order.tolist()
+    inputs = seen_by_hand(model, tokens_of(tmp_path / "dense", long_text, Settings()))
+    seen = inputs["model.layers.0.linear_attn.out_proj"][0].flatten(0, -2)[:, order]
+    sums = read_importance(checkpoint, str(long_text), TOKENS).sums[name]
+    torch.testing.assert_close(sums, seen.double().square().sum(0)[None], rtol=1e-3, atol=1e-6)
+    grams = Grams(checkpoint, str(long_text), TOKENS, Console(quiet=True))
+    torch.testing.assert_close(grams.of(name), (seen.T @ seen)[None], rtol=1e-3, atol=1e-3)
 
 
 def test_the_importance_file_is_llamacpps(dense, long_text, tmp_path):

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS
-from test_export import factorized
+from families import TINY
+from test_export import factorized, save_model
 from test_heal import changed, losses, told
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from factorllm import FactorLLMError, export
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.rounded import as_in_file, types_in_file
+from factorllm.exporting.tensors import gguf_tensors
 from factorllm.healing.rounding import Rounding
 from factorllm.healing.run import heal
 from factorllm.healing.settings import HealSettings
@@ -63,16 +65,29 @@ def test_weights_are_rounded_as_the_file_has_them(name, options, text_file, tmp_
     for file_type in ("q8_0", "q4_k", "q4_0", "iq4_nl", "bf16"):
         file = export(str(out), tmp_path / f"{file_type}.gguf", file_type).path
         held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        for name, parameter, kind in types_in_file(model, checkpoint, file_type):
+        for name, parameter, kind, columns in types_in_file(model, checkpoint, file_type):
             assert held[name].tensor_type == kind
             wanted = gguf.quants.dequantize(held[name].data, kind)
-            got = as_in_file(name, parameter.data, kind).numpy()
+            got = as_in_file(name, parameter.data, kind, columns).numpy()
             if len(got.flatten()) == 2 * len(wanted.flatten()):
                 got = got[..., got.shape[-2] // 2 :, :]  # of gate and up, which are one
             if name.endswith(("attn_q.weight", "attn_k.weight")):  # some are written with their rows in another order
                 got, wanted = (rows[np.lexsort(rows.T)] for rows in (got, wanted))
             assert np.array_equal(got, wanted.reshape(got.shape)), (file_type, name)
             assert file_type == "bf16" or not np.array_equal(got, parameter.data.numpy())
+
+
+def test_blocks_are_of_the_columns_that_the_file_has_together(tmp_path):
+    """Value heads of Qwen3.5 have 16 columns each, stand in another order in the file, and two of them are a block."""
+    save_model(TINY["qwen3_5_text"], tmp_path / "dense")
+    checkpoint, name = open_checkpoint(str(tmp_path / "dense")), "blk.0.ssm_out.weight"
+    model = checkpoint.load(torch.float32, torch.device("cpu"))
+    file = export(str(tmp_path / "dense"), tmp_path / "q4_0.gguf", "q4_0").path
+    held = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == name)
+    matrix = next(matrix for matrix in types_in_file(model, checkpoint, "q4_0") if matrix[0] == name)
+    order = torch.cdist(dict(gguf_tensors(checkpoint))[name].T, matrix[1].detach().T).argmin(1)
+    Rounding([matrix]).begin()
+    assert np.array_equal(matrix[1].detach()[:, order].numpy(), gguf.quants.dequantize(held.data, held.tensor_type))
 
 
 def test_the_student_is_measured_and_taught_as_its_file(student, text_file, tmp_path):

@@ -19,10 +19,13 @@ from factorllm.exporting.watch import OUT_OF_EXPERTS, linears
 _FLOATS = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
-def types_in_file(
-    model: PreTrainedModel, checkpoint: Checkpoint, file_type: str
-) -> list[tuple[str, nn.Parameter, Type]]:
-    """The matrices that are rounded in a file, each with its name there and the type that it takes.
+InFile = tuple[str, nn.Parameter, Type, Tensor | None]
+"""A matrix that is rounded in a file: its name there, what it is made of, the type that it takes, and the order of its
+columns there, as `GGUFForm.gguf_columns` has it."""
+
+
+def types_in_file(model: PreTrainedModel, checkpoint: Checkpoint, file_type: str) -> list[InFile]:
+    """The matrices that are rounded in a file.
 
     Args:
         model: the checkpoint in transformers.
@@ -39,8 +42,14 @@ def types_in_file(
             f"{checkpoint.name} cannot be healed as the file that it will be: nothing is known here of {missing[0]}; "
             "leave out --quantize"
         )
-    once = {id(parameter): (name, parameter, wanted[name]) for name, parameter in found.items()}
+    once = {
+        id(parameter): (name, parameter, wanted[name], _columns(name, checkpoint)) for name, parameter in found.items()
+    }
     return list(once.values())  # tied weights and the parts of a fused matrix are one
+
+
+def _columns(name: str, checkpoint: Checkpoint) -> Tensor | None:
+    return checkpoint.form.gguf_columns(name.split(".", 2)[-1], checkpoint.config)
 
 
 def _matrices(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[tuple[str, nn.Parameter]]:
@@ -57,14 +66,17 @@ def _matrices(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[tuple[
                 yield f"blk.{index}.{name}", experts.down_proj if name == OUT_OF_EXPERTS else inward
 
 
-def as_in_file(name: str, tensor: Tensor, kind: Type) -> Tensor:
+def as_in_file(name: str, tensor: Tensor, kind: Type, columns: Tensor | None = None) -> Tensor:
     """What a file holds of a tensor (..., d), read again: fp32, of the same shape, on its device.
 
     Args:
         name: for messages.
         kind: the type that it takes, by `types_in_file`; without importance weights.
+        columns: their order in the file, by `types_in_file`, which decides what is in a block together.
     """
     if kind in _FLOATS:
         return tensor.to(_FLOATS[kind]).float()
+    if columns is not None:
+        return as_in_file(name, tensor[..., columns], kind)[..., columns.argsort()]
     back = round_trip(name, tensor.detach().float().cpu().contiguous().numpy(), kind)
     return torch.from_numpy(back).to(tensor.device)

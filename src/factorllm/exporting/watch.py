@@ -29,7 +29,7 @@ class Watcher(Protocol):
     """Who is shown inputs."""
 
     def see(self, name: str, row: int, rows: int, inputs: Tensor) -> None:
-        """Inputs (..., d) of one of the `rows` matrices of a tensor."""
+        """Inputs (..., d) of one of the `rows` matrices of a tensor, in the order of its columns in the file."""
 
     def see_idle(self, prefix: str, expert: int, experts: int, inner: Callable[[], Tensor]) -> None:
         """What would go into an expert's down projection if all tokens ran it: (tokens, width), computed when called.
@@ -75,7 +75,8 @@ def _watching(
                 module.top_k = checkpoint.host.shape(checkpoint.config).top_k  # of `with_top_k`
         if index in layers:
             for name, module in linears(layer, index, checkpoint).items():
-                hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}")))
+                columns = checkpoint.form.gguf_columns(name, checkpoint.config)
+                hooks.append(module.register_forward_pre_hook(_hook(watcher, f"blk.{index}.{name}", columns)))
     if prefixes:
         ffn = checkpoint.host.gguf_ffn_of(checkpoint.config)
         experts = _Experts(prefixes, [name for name in INTO_EXPERTS if name in ffn], watcher)
@@ -88,9 +89,9 @@ def _watching(
             hook.remove()
 
 
-def _hook(watcher: Watcher, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _hook(watcher: Watcher, name: str, columns: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        watcher.see(name, 0, 1, inputs[0])
+        watcher.see(name, 0, 1, inputs[0] if columns is None else inputs[0][..., columns])
 
     return see
 

@@ -18,7 +18,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import open_checkpoint, refuse_unwritable
 from factorllm.exporting.ggml import check_ggml
 from factorllm.exporting.plan import check_file_type
-from factorllm.exporting.rounded import as_in_file, types_in_file
+from factorllm.exporting.rounded import InFile, as_in_file, types_in_file
 from factorllm.healing.settings import HealSettings
 
 
@@ -52,7 +52,7 @@ class Rounding:
         matrices: as `types_in_file` gives them; none where nothing is rounded.
     """
 
-    def __init__(self, matrices: list[tuple[str, nn.Parameter, Type]]):
+    def __init__(self, matrices: list[InFile]):
         self._matrices = matrices
         self._exact: list[Tensor] = []
         self._frozen: dict[int, Tensor] = {}
@@ -69,20 +69,20 @@ class Rounding:
         """Round; nothing is done where it is rounded already."""
         if self._exact:
             return
-        for name, parameter, kind in self._matrices:
+        for name, parameter, kind, columns in self._matrices:
             self._exact.append(parameter.data)
-            parameter.data = self._rounded(name, parameter, kind)
+            parameter.data = self._rounded(name, parameter, kind, columns)
 
     def end(self) -> None:
         """Have the exact weights back."""
         if self._exact:
-            for (_, parameter, _), exact in zip(self._matrices, self._exact, strict=True):
+            for (_, parameter, *_), exact in zip(self._matrices, self._exact, strict=True):
                 parameter.data = exact
             self._exact = []
 
-    def _rounded(self, name: str, parameter: nn.Parameter, kind: Type) -> Tensor:
+    def _rounded(self, name: str, parameter: nn.Parameter, kind: Type, columns: Tensor | None) -> Tensor:
         if parameter.requires_grad:
-            return as_in_file(name, parameter.data, kind)
+            return as_in_file(name, parameter.data, kind, columns)
         if id(parameter) not in self._frozen:
-            self._frozen[id(parameter)] = as_in_file(name, parameter.data, kind)
+            self._frozen[id(parameter)] = as_in_file(name, parameter.data, kind, columns)
         return self._frozen[id(parameter)]

@@ -77,6 +77,14 @@ class GGUFForm:
         """
         return tensor
 
+    def gguf_columns(self, name: str, config: PreTrainedConfig) -> Tensor | None:
+        """Which column of a layer's matrix each one in the file is, (d,), int64; None where they are in one order.
+
+        Args:
+            name: in the file, without the prefix of the layer.
+        """
+        return None
+
 
 class Host(GGUFForm, ABC):
     """An architecture of transformers that a student can be written in.

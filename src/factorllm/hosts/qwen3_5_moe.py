@@ -85,6 +85,12 @@ class Qwen35MoeHost(MoeHost):
             return tensor.float() + 1  # of a norm that is centred at 0
         return _grouped(name, tensor, config) if name.startswith("linear_attn.") else tensor
 
+    def gguf_columns(self, name: str, config: PreTrainedConfig) -> Tensor | None:
+        if name != "ssm_out.weight":
+            return None
+        columns = torch.arange(config.linear_num_value_heads * config.linear_value_head_dim)
+        return _grouped("linear_attn.out_proj", columns[None], config)[0]
+
 
 def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
     """What llama.cpp has not of a Qwen3.5, with experts or without."""
