@@ -12,7 +12,7 @@ from families import TINY
 from gguf import GGMLQuantizationType as Type
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_export import PROMPTS, save_model
+from test_export import PROMPTS, save_model, varied
 from transformers import LlamaConfig, Qwen3Config
 
 from factorllm import FactorLLMError, factorize
@@ -250,12 +250,18 @@ def test_a_student_keeps_best_what_its_text_uses(file_type, student, text_file, 
         assert errors[1] < errors[0], name
 
 
+def of_qwen3_vl(**changes):
+    """Experts of 64 neurons: those of 16 would be half as wide as the stream, and refused."""
+    return varied("qwen3_vl_text", **changes | {"head_dim": 16, "intermediate_size": 256})
+
+
 HOSTED = [
     ("llama", LlamaConfig, "mixtral", "S0A2E4"),
     ("llama", LlamaConfig, "granitemoeshared", "S1A1E4"),
     ("llama", LlamaConfig, "qwen2_moe", "S1A1E4"),
     ("qwen3", Qwen3Config, "qwen3_moe", "S0A2E4"),
     ("qwen3", Qwen3Config, "glm4_moe", "S1A1E4"),
+    ("qwen3_vl_text", of_qwen3_vl, "qwen3_vl_moe_text", "S0A2E4"),
 ]
 
 

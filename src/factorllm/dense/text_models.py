@@ -32,6 +32,10 @@ class Qwen3VLMoeForCausalLM(Qwen3VLForCausalLM):
     inner = Qwen3VLMoeTextModel
     _no_split_modules = ("Qwen3VLMoeTextDecoderLayer",)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for a decorator in the file of the class, and sets nothing where it has none
+
 
 AutoModelForCausalLM.register(Qwen3VLTextConfig, Qwen3VLForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(Qwen3VLMoeTextConfig, Qwen3VLMoeForCausalLM, exist_ok=True)
