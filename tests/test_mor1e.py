@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, save_dense, served, words
@@ -164,6 +165,18 @@ def test_generation_goes_on_in_the_kinds_of_its_prompt(made):
             following[..., 257] = -torch.inf  # min_new_tokens
             whole = torch.cat([whole, following.argmax(-1)], 1)
     assert torch.equal(said, whole)
+
+
+def test_a_score_hangs_on_nothing_that_is_asked_beside(made, monkeypatch):
+    """What fills a shorter row up has no kind: the tokenizer's token 0 is an exclamation mark."""
+    from factorllm.measure.harness import Harness
+
+    monkeypatch.setattr(Intuition, "probabilities", lambda self, text: np.array([1.0, 0.0] if "!" in text else [0, 1]))
+    harness = Harness(pretrained=load_student(made / "out"), tokenizer=read_tokenizer(made / "out", "out"))
+    asked = [(("", ""), list(range(70, 70 + count)), [90, 91]) for count in (8, 40)]
+    together = harness._loglikelihood_tokens(asked, disable_tqdm=True)
+    apart = [harness._loglikelihood_tokens([one], disable_tqdm=True)[0] for one in asked]
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in apart], abs=1e-4)
 
 
 def test_a_killed_run_goes_on(made, text, tmp_path, monkeypatch):

@@ -56,8 +56,10 @@ class Harness(HFLM):
 
     def _log_probabilities(self, batch: list[tuple[int, ...]], first: int) -> Tensor:
         """Of the tokens after each position from `first` on: (sequences, longest - first, vocabulary), fp32."""
-        # Padding comes after what is scored, so it needs no mask.
-        inputs = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True).to(self.device)
+        # Padding comes after what is scored, so it needs no mask. It is not of the document, by whose kinds adapters
+        # are mixed.
+        rows = [torch.tensor(tokens) for tokens in batch]
+        inputs = pad_sequence(rows, batch_first=True, padding_value=self.eot_token_id or 0).to(self.device)
         with torch.inference_mode():
             return self.model(inputs, logits_to_keep=len(batch[0]) - first).logits.float().log_softmax(-1)
 
