@@ -7,7 +7,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, relative_error, some_tokens
+from conftest import byte_tokenizer, edit_json, relative_error, some_tokens
 from families import TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -241,6 +241,14 @@ def test_predictors_of_more_tokens_are_left_out_and_said(tmp_path, text_file, sm
     out = tmp_path / "out"
     factorize(str(tmp_path / "dense"), out, EXPERTS, text=str(text_file), settings=small)
     assert "mtp.fc.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_a_whole_model_that_says_it_is_quantised_is_refused(tmp_path):
+    """As a text model is; a student would say so too, and could not be loaded."""
+    save_wrapped("llava", "llama", tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(FactorLLMError, match=r"is quantised \(bitsandbytes\) and cannot be read tensor by tensor"):
+        open_model(str(tmp_path))
 
 
 def test_older_names_are_read(tmp_path, text_file, small):

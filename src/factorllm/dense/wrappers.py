@@ -121,6 +121,8 @@ def unwrapped(config: PreTrainedConfig, names: Collection[str]) -> tuple[PreTrai
     # Wrappers do not agree on which of both configs says it.
     text.tie_word_embeddings = head not in names
     text.dtype = text.dtype or config.dtype
+    if quantised := getattr(config, "quantization_config", None):
+        text.quantization_config = quantised
     return text, Wrapper(config, decoder, head)
 
 
