@@ -34,10 +34,19 @@ TINYLLAMA = LlamaConfig(
     dtype="bfloat16",
 )
 
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+
 
 def random_dense(folder: Path, text: str, config: LlamaConfig = TINYLLAMA) -> Path:
-    """A random model with a tokenizer of its size."""
-    if (folder / "config.json").exists():
+    """A random model with a tokenizer of its size.
+
+    Raises:
+        SystemExit: when the folder holds one of another shape.
+    """
+    if (folder / "tokenizer.json").exists():
+        kept = LlamaConfig.from_pretrained(folder)
+        if any(getattr(kept, key) != getattr(config, key) for key in SHAPE):
+            raise SystemExit(f"{folder} holds a model of another shape; remove it, or choose another --work")
         return folder
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -55,9 +64,8 @@ def random_dense(folder: Path, text: str, config: LlamaConfig = TINYLLAMA) -> Pa
 def factorized(model: Path, out: Path, recipe: Recipe, text: str) -> str:
     """A checkpoint of the right shape, made without fitting anything."""
     cheap = recipe.model_copy(update={"partition": "contiguous", "router": "random", "restore": "none"})
-    if not out.exists():
-        settings = Settings(tokens=512, held_out_tokens=64, length=64, baseline=False)
-        factorize(str(model), out, cheap, text=text, settings=settings, console=Console())
+    settings = Settings(tokens=512, held_out_tokens=64, length=64, baseline=False)
+    factorize(str(model), out, cheap, text=text, settings=settings, console=Console())  # refused over another model's
     return str(out)
 
 

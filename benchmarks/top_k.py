@@ -52,8 +52,8 @@ def main() -> None:
     found = {}
     for name, recipe in recipes.items():
         folder = arguments.work / name.replace(",", "").replace(" ", "-")
-        if not folder.exists():
-            factorize(arguments.model, folder, recipe, text=arguments.text, settings=settings, console=Console())
+        # Done already where the same was asked before, and refused where it was something else.
+        factorize(arguments.model, folder, recipe, text=arguments.text, settings=settings, console=Console())
         found[name] = [perplexity_at(folder, top_k, held_out) for top_k in counts]
 
     rows = []

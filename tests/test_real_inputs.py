@@ -16,7 +16,7 @@ import pytest
 from conftest import CONFIGS, save_dense, some_tokens
 from rich.console import Console
 
-from factorllm import plan
+from factorllm import FactorLLMError, parse_recipe, plan
 from factorllm.measure.tasks import Score
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -27,6 +27,7 @@ import forecast
 import odd_problems
 import real_models
 import scoreboard
+import speed
 
 BENCHMARKS = Path(scoreboard.__file__).parent
 
@@ -167,6 +168,19 @@ def test_a_package_gives_one_changelog_and_those_of_one_source_give_one(tmp_path
         path.write_bytes(gzip.compress(text.encode()))
     monkeypatch.setattr(far_kinds, "INSTALLED", tmp_path)
     assert far_kinds.changelogs() == ["one\n" * 9, "three\n", "what is new in two\n"]
+
+
+def test_what_was_made_of_another_model_is_not_timed_as_this_ones(tmp_path, text_file):
+    for name in ("one", "other"):
+        save_dense(CONFIGS["mha"], tmp_path / name, seed=len(name))
+    given = tmp_path / "made", parse_recipe("S4A0E8"), str(text_file)
+    assert speed.factorized(tmp_path / "one", *given) == speed.factorized(tmp_path / "one", *given)
+    with pytest.raises(FactorLLMError, match="another"):
+        speed.factorized(tmp_path / "other", *given)
+    config = CONFIGS["mha"]
+    assert speed.random_dense(tmp_path / "one", "", config) == tmp_path / "one"
+    with pytest.raises(SystemExit, match="a model of another shape"):
+        speed.random_dense(tmp_path / "one", "", CONFIGS["odd-sizes"])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
