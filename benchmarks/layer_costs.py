@@ -37,6 +37,10 @@ def main() -> None:
     options = parser.parse_args()
     source = open_model(options.dense)
     rows = document_starts(source.tokenizer(), options.text, 2 * options.documents, LENGTH, LENGTH)
+    if len(rows) < 2 * options.documents:
+        raise SystemExit(
+            f"{options.text} has {len(rows)} documents of {LENGTH} tokens; give more, or fewer --documents"
+        )
     chosen_on, measured_on = torch.tensor(rows).split(options.documents)
     model = source.load_model(torch.float32, torch.device("cpu"))
     layers = decoder_layers(model)

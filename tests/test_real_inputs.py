@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CONFIGS, save_dense, some_tokens
+from conftest import CONFIGS, save_dense, some_tokens, words
 from rich.console import Console
 
 from factorllm import FactorLLMError, parse_recipe, plan
@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import code_text
 import far_kinds
 import forecast
+import layer_costs
 import odd_problems
 import real_models
 import scoreboard
@@ -181,6 +182,15 @@ def test_what_was_made_of_another_model_is_not_timed_as_this_ones(tmp_path, text
     assert speed.random_dense(tmp_path / "one", "", config) == tmp_path / "one"
     with pytest.raises(SystemExit, match="a model of another shape"):
         speed.random_dense(tmp_path / "one", "", CONFIGS["odd-sizes"])
+
+
+def test_layers_are_not_measured_on_fewer_documents_than_was_said(tmp_path, monkeypatch):
+    save_dense(CONFIGS["mha"], tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(words(60, seed) for seed in range(3)))
+    monkeypatch.setattr(sys, "argv", ["layer_costs", str(tmp_path / "dense"), str(text), "--documents", "2"])
+    with pytest.raises(SystemExit, match="has 3 documents of 256 tokens; give more, or fewer --documents"):
+        layer_costs.main()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
