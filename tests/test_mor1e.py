@@ -28,6 +28,8 @@ from factorllm.healing.mor1e import lora_config
 from factorllm.healing.run import heal
 from factorllm.healing.trainer import FactorTrainer
 from factorllm.making.plan_file import MakePlan
+from factorllm.measure.checkpoint_subject import CheckpointSubject
+from factorllm.measure.settings import EvalSettings
 from factorllm.runs.settings import Settings
 from factorllm.serving.adapters import Mixed
 from factorllm.student.adapters import LowRank, Mixture, spans, write_adapters
@@ -177,6 +179,22 @@ def test_a_score_hangs_on_nothing_that_is_asked_beside(made, monkeypatch):
     together = harness._loglikelihood_tokens(asked, disable_tqdm=True)
     apart = [harness._loglikelihood_tokens([one], disable_tqdm=True)[0] for one in asked]
     assert [score for score, _ in together] == pytest.approx([score for score, _ in apart], abs=1e-4)
+
+
+def test_no_question_is_answered_in_the_kinds_of_the_one_before(made, monkeypatch):
+    monkeypatch.setattr(Intuition, "probabilities", lambda self, text: np.array([1.0, 0.0] if "!" in text else [0, 1]))
+    subject = CheckpointSubject.of_student(made / "out", EvalSettings())
+
+    def said(*texts: str) -> torch.Tensor:
+        with subject.answering() as ask:
+            for text in texts:
+                found = ask._logits(subject.tokenizer(text).input_ids)
+        return found
+
+    before, question = "An example. What is it?", "An example. Stop!"
+    alone = said(question)
+    assert torch.allclose(said(before, question), alone, atol=1e-5)
+    assert not torch.allclose(said(before[:12] + "Stop."), alone, atol=1e-3)
 
 
 def test_a_killed_run_goes_on(made, text, tmp_path, monkeypatch):

@@ -31,12 +31,14 @@ class CheckpointSubject:
     Attributes:
         fingerprint: of its config, its weights, its tokenizer, how it generates, and of the precision.
         vocabulary: its tokens.
+        mixes: whether it has adapters that are mixed by what a prompt says.
     """
 
     fingerprint: tuple[str, ...]
     vocabulary: Vocabulary
     tokenizer: PreTrainedTokenizerBase
     load: Callable[[], PreTrainedModel]
+    mixes: bool = False
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -49,20 +51,21 @@ class CheckpointSubject:
 
     @contextmanager
     def answering(self) -> Iterator[Ask]:
-        yield LoadedAnswers(self.model, self.tokenizer)
+        yield LoadedAnswers(self.model, self.tokenizer, self.mixes)
 
     @classmethod
     def of_student(cls, folder: Path, settings: EvalSettings) -> CheckpointSubject:
         tokenizer, (config, _, _) = read_tokenizer(folder, str(folder)), open_folder(folder, str(folder))
         generation = folder / "generation_config.json"
-        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors")), *adapter_files(folder)])
+        adapters = adapter_files(folder)
+        weights = digest_of([folder / "config.json", *sorted(folder.glob("*.safetensors")), *adapters])
         said = digest_of([generation] if generation.exists() else [])
 
         def load() -> PreTrainedModel:
             return load_student(folder, getattr(torch, settings.dtype), settings.device)
 
         key = (weights, _digest(tokenizer), said, *_computed_in(settings))
-        return cls(key, Vocabulary.of(config.vocab_size, tokenizer.get_vocab()), tokenizer, load)
+        return cls(key, Vocabulary.of(config.vocab_size, tokenizer.get_vocab()), tokenizer, load, bool(adapters))
 
     @classmethod
     def of_dense(cls, model: str, settings: EvalSettings) -> CheckpointSubject:

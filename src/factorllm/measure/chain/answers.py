@@ -38,10 +38,14 @@ class LoadedAnswers:
     """Of a model that is loaded in transformers: the tokens that llama.cpp's grammar would let through, by their text.
 
     What the cache holds of the prompt before is kept, where the cache can be cut.
+
+    Args:
+        mixes: whether the model has adapters that are mixed by what a prompt says. What one prompt has in the cache is
+            then not what another one would.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mixes: bool = False):
+        self._model, self._tokenizer, self._mixes = model, tokenizer, mixes
         self._context: int = model.config.get_text_config().max_position_embeddings
         self._special = special_tokens(tokenizer)
         self._texts = texts_of_tokens(tokenizer)
@@ -99,6 +103,8 @@ class LoadedAnswers:
         """After all tokens: (vocabulary,), fp32."""
         plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         kept = _common(self._held, tokens[:-1]) if plain else 0
+        if self._mixes and kept < len(self._held):
+            kept = 0
         if not kept:
             self._cache = DynamicCache(config=self._model.config)
         elif kept < len(self._held):
