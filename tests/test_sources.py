@@ -1,12 +1,15 @@
 import json
+import shutil
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
+from huggingface_hub.utils import filter_repo_objects
 
 from factorllm.dense import open_model
+from factorllm.dense.hub import download
 from factorllm.text.calibration import read_documents
 
 DOCUMENTS = ["first document", "second one", "the third"]
@@ -39,6 +42,24 @@ def test_the_loaded_model_is_the_one_that_transformers_loads(name, tmp_path):
     tokens = some_tokens(config)
     with torch.no_grad():
         assert relative_error(loaded(tokens).logits, model(tokens).logits) < 1e-6
+
+
+def test_of_a_hub_model_named_chat_templates_are_fetched_and_no_other_folder(tmp_path, monkeypatch):
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    names = ["config.json", "model.safetensors", "onnx/config.json", "additional_chat_templates/rag.jinja"]
+    for name in names:
+        (hub / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub / name).write_text("")
+
+    def fetch(hub_id, **patterns):
+        for name in filter_repo_objects(names, **patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    folder = download("me/tiny")
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {*names} - {names[2]}
 
 
 def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
