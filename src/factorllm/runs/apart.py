@@ -4,18 +4,24 @@ numbers that others draw too."""
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Of threads: torch's default dtype is all theirs, and transformers puts other functions in the place of its own while
+it loads a model."""
+
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Compute as in a process of its own. Default dtype and device, gradients, inference mode and autocast are torch's
-    in the block, whatever the caller has set; after it they are the caller's again, and so are random numbers."""
-    with ExitStack() as stack:
+    """Compute as in a process of its own, and one thread at a time. Default dtype and device, gradients, inference mode
+    and autocast are torch's in the block, whatever the caller has set; after it they are the caller's again, and so are
+    random numbers."""
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         _keep_random_numbers(stack)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
