@@ -45,6 +45,8 @@ def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, smal
         }
         assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in model["tokens_per_second"].values())
         assert model["peak_memory_bytes"] > 10 << 20
+        # Its own config does not say what share of the dense FFN runs.
+        assert model["cost"].keys() == {"total_parameters", "active_parameters", "flops_per_token"}
     student_flops, dense_flops, pruned_flops = (model["cost"]["flops_per_token"] for model in made["models"])
     assert dense_flops > student_flops > pruned_flops  # the router is what the student has more
     assert made["models"][1]["ratio_to_dense"]["decode x1"] == [1, 1, 1]

@@ -9,6 +9,7 @@ from statistics import median
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from factorllm.measure.cost import Cost
 from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.timing import Measure
 
@@ -56,7 +57,7 @@ def as_json(measures: list[Measure], plan: Plan, engine: str) -> dict:
                 "bytes": measure.subject.size,
                 "peak_memory_bytes": measure.peak_memory,
                 "threads": measure.threads,
-                "cost": asdict(measure.subject.cost),
+                "cost": _cost(measure.subject.cost),
                 "ideal_ratio": measure.subject.ideal_over(dense.subject),
                 "tokens_per_second": measure.speeds,
                 "first_token_seconds": measure.first_token(min(plan.prompts)),
@@ -65,6 +66,12 @@ def as_json(measures: list[Measure], plan: Plan, engine: str) -> dict:
             for measure in measures
         ],
     }
+
+
+def _cost(cost: Cost) -> dict[str, int]:
+    """All but the FFN sparsity: how wide the dense FFN was, the config of a prune does not say, nor one of experts that
+    overlap."""
+    return {key: value for key, value in asdict(cost).items() if key != "ffn_sparsity"}
 
 
 def write_plot(measures: list[Measure], plan: Plan, title: str, path: Path) -> None:
