@@ -2,6 +2,7 @@
 
 import json
 import sys
+from inspect import unwrap
 from itertools import product
 from pathlib import Path
 
@@ -195,7 +196,7 @@ def student(models, tmp_path_factory):
 
 def test_a_student_and_its_dense_model(models, student, tmp_path, monkeypatch, capsys):
     chain, out = write_chain(tmp_path), tmp_path / "found.json"
-    monkeypatch.setitem(evaluate.__kwdefaults__, "cache", tmp_path / "c")
+    monkeypatch.setitem(unwrap(evaluate).__kwdefaults__, "cache", tmp_path / "c")
     words = ["eval", str(student), "--against", str(models / "dense"), "--chain", str(chain), "-o", str(out)]
     monkeypatch.setattr(sys, "argv", ["factorllm", *words])
     with pytest.raises(SystemExit) as stop:

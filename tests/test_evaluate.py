@@ -6,6 +6,7 @@ import os
 import shutil
 import string
 import sys
+from inspect import unwrap
 
 import pytest
 import torch
@@ -422,7 +423,7 @@ def test_the_command_refuses_on_one_line(options, says, student, data, monkeypat
 
 def test_a_task_that_is_named_twice_is_asked_once(student, data, tmp_path, monkeypatch):
     found, out = scored(monkeypatch), tmp_path / "found.json"
-    monkeypatch.setitem(evaluate.__kwdefaults__, "cache", tmp_path / "c")
+    monkeypatch.setitem(unwrap(evaluate).__kwdefaults__, "cache", tmp_path / "c")
     words = ["eval", str(student), "--data", str(data), "--tasks", "piqa,piqa", "-o", str(out)]
     monkeypatch.setattr(sys, "argv", ["factorllm", *words])
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import suppress
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def test_eval_report_and_inspect(student, dense, tmp_path, text):
 
 def test_a_task_that_is_scored(student, dense, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setitem(factorllm.measure.scores.evaluate.__kwdefaults__, "cache", tmp_path / "cache")
+    monkeypatch.setitem(unwrap(factorllm.measure.scores.evaluate).__kwdefaults__, "cache", tmp_path / "cache")
     question = {"query": "the router", "choices": ["a token", "an expert"], "gold": 0}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copa.jsonl").write_text("\n".join([json.dumps(question)] * 4))
@@ -229,7 +230,7 @@ def test_a_task_that_is_scored(student, dense, tmp_path, monkeypatch):
 def test_programs_of_a_model_are_not_run_unless_it_is_said(student, dense, traps, tmp_path, monkeypatch):
     """Whatever the model would write: the test of the problem itself leaves the marker."""
     pytest.importorskip("lm_eval")
-    monkeypatch.setitem(factorllm.measure.scores.evaluate.__kwdefaults__, "cache", tmp_path / "cache")
+    monkeypatch.setitem(unwrap(factorllm.measure.scores.evaluate).__kwdefaults__, "cache", tmp_path / "cache")
     trap = f"open({str(traps.marker)!r}, 'w').write('a program was run')"
     problem = {"prompt": f"{trap}\ndef f():\n", "test": trap, "entry_point": "f"}
     (tmp_path / "data").mkdir()

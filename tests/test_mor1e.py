@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.exporting import export_gguf
+from factorllm.healing import run
 from factorllm.healing.mor1e import lora_config
 from factorllm.healing.run import heal
 from factorllm.healing.trainer import FactorTrainer
@@ -123,8 +124,8 @@ def sure(probabilities):
 def test_what_was_trained_is_what_was_written(made, text, tmp_path, monkeypatch):
     """The validation loss after the last step is that of the checkpoint's adapters."""
     kept = {}
-    real = heal.__globals__["_save"]
-    monkeypatch.setitem(heal.__globals__, "_save", lambda job, trainer, folder: kept.update(
+    real = run._save
+    monkeypatch.setattr(run, "_save", lambda job, trainer, folder: kept.update(
         model=trainer.model.eval(), tokens=job.text["held_out"]) or real(job, trainer, folder))  # fmt: skip
     heal(made / "student", str(made / "dense"), tmp_path / "out", text=text, settings=SETTINGS)
     written = load_student(tmp_path / "out")
@@ -183,7 +184,7 @@ def test_a_score_hangs_on_nothing_that_is_asked_beside(made, monkeypatch):
 
 def test_no_question_is_answered_in_the_kinds_of_the_one_before(made, monkeypatch):
     monkeypatch.setattr(Intuition, "probabilities", lambda self, text: np.array([1.0, 0.0] if "!" in text else [0, 1]))
-    subject = CheckpointSubject.of_student(made / "out", EvalSettings())
+    subject = CheckpointSubject.of_student(made / "out", EvalSettings(device="cpu"))
 
     def said(*texts: str) -> torch.Tensor:
         with subject.answering() as ask:

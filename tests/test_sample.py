@@ -102,19 +102,18 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, t
     whole = sample(str(dense_folder), tmp_path / "whole.jsonl", settings=SETTINGS)
     assert len(list(read_documents(str(whole)))) > BATCH
 
-    def interrupted(*args, **options):
-        rows = sample_from_model(*args, **options)
-        monkeypatch.setattr(module, "sample_from_model", stop)
-        return rows
+    calls = []
 
-    def stop(*args, **options):
-        raise KeyboardInterrupt
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return sample_from_model(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "sample_from_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sample(str(dense_folder), tmp_path / "again.jsonl", settings=SETTINGS)
-    monkeypatch.setattr(module, "sample_from_model", sample_from_model)
     assert not (tmp_path / "again.jsonl").exists()
     again = sample(str(dense_folder), tmp_path / "again.jsonl", settings=SETTINGS)
     assert again.read_bytes() == whole.read_bytes()
