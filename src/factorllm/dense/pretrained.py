@@ -175,6 +175,17 @@ def parameter_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return dict(structure(config).shapes)
 
 
+def read_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """The generation config of a transformers folder, or the one that follows from the model's config.
+
+    Raises:
+        FactorLLMError: when transformers cannot use it.
+    """
+    if (folder / "generation_config.json").exists():
+        return load_generation_config(folder)
+    return GenerationConfig.from_model_config(config)
+
+
 def load_generation_config(folder: Path) -> GenerationConfig:
     """The generation config of a transformers folder that has one.
 

@@ -14,7 +14,7 @@ from factorllm.dense.config_checks import check_depth, check_family
 from factorllm.dense.hub import INDEX, SINGLE
 from factorllm.dense.model import ModelSource
 from factorllm.dense.names import HEAD, embeddings, without_backbone
-from factorllm.dense.pretrained import load_config, load_generation_config, load_pretrained, load_tokenizer
+from factorllm.dense.pretrained import load_config, load_pretrained, load_tokenizer, read_generation_config
 from factorllm.dense.wrappers import Wrapper, unwrapped
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.output import PROCESSOR_TEMPLATE, companions, refuse_folder_of_checkpoints
@@ -194,9 +194,7 @@ class SafetensorsSource(ModelSource):
         return self._checked(read_tokenizer(self.folder, self.label))
 
     def generation_config(self) -> GenerationConfig:
-        if (self.folder / "generation_config.json").exists():
-            return load_generation_config(self.folder)
-        return super().generation_config()
+        return read_generation_config(self.folder, self.config)
 
     def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
         # From the files, not from the tensors that are read here: that is what is to be compared.

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from factorllm.dense import local_path, open_model
 from factorllm.dense.families import is_dense
 from factorllm.dense.model import check_finite
-from factorllm.dense.pretrained import load_generation_config
+from factorllm.dense.pretrained import read_generation_config
 from factorllm.dense.safetensors import TensorFolder, licence_of_card, open_folder, read_tokenizer, ties_embeddings
 from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
@@ -180,18 +180,12 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         tensors.shape,
         read_tokenizer(folder, label),
         licence_of_card(folder / "README.md"),
-        _ends(_generation_config(folder, config)),
+        _ends(read_generation_config(folder, config)),
         partial(load_student, folder),
         partial(_settings, folder),
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
-
-
-def _generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        return load_generation_config(folder)
-    return GenerationConfig.from_model_config(config)
 
 
 def _ends(config: GenerationConfig) -> list[int]:

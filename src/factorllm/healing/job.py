@@ -21,7 +21,7 @@ from factorllm.dense.families import ffn_width
 from factorllm.dense.pretrained import load_generation_config
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.healing.mor1e import check_whole, find_kinds
-from factorllm.healing.rounding import check_rounding
+from factorllm.healing.rounding import check_rounded
 from factorllm.healing.settings import HealSettings
 from factorllm.healing.students import check_learning, has_soft_gates
 from factorllm.recipe import Recipe, Shape
@@ -139,7 +139,7 @@ def open_heal_job(
     check_shape(student, shape)
     soft_gates = has_soft_gates(made, recipe)
     check_learning(settings, recipe, soft_gates)
-    check_rounding(student, settings)
+    check_rounded(student, settings)
     refuse_adapters(student, "its own weights are those of the student that it was made of: heal that one")
     if settings.train == "mor1e":
         check_whole(student)

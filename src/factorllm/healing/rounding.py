@@ -22,8 +22,8 @@ from factorllm.exporting.rounded import InFile, as_in_file, types_in_file
 from factorllm.healing.settings import HealSettings
 
 
-def check_rounding(student: Path, settings: HealSettings) -> None:
-    """Refuse before the work what cannot be rounded while it learns.
+def check_rounding(settings: HealSettings) -> None:
+    """Refuse before the work what cannot be rounded while it learns, whatever the student.
 
     Raises:
         FactorLLMError: with the reason and what to do instead.
@@ -42,7 +42,13 @@ def check_rounding(student: Path, settings: HealSettings) -> None:
             "or in several without them"
         )
     check_ggml()
-    refuse_unwritable(open_checkpoint(str(student)), str(student))
+
+
+def check_rounded(student: Path, settings: HealSettings) -> None:
+    """As `check_rounding`, of a student that is there: one that is rounded must be one that can be exported."""
+    check_rounding(settings)
+    if settings.quantize:
+        refuse_unwritable(open_checkpoint(str(student)), str(student))
 
 
 class Rounding:

@@ -6,9 +6,9 @@ from factorllm.dense.families import ffn_width
 from factorllm.dense.headers import read_dense_config
 from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
-from factorllm.exporting.ggml import check_ggml
 from factorllm.exporting.gguf_file import check_type
 from factorllm.exporting.plan import check_file_type
+from factorllm.healing.rounding import check_rounding
 from factorllm.healing.students import check_learning
 from factorllm.hosts import HOSTS, choose_host
 from factorllm.making.plan_file import MakePlan
@@ -31,9 +31,7 @@ def check_plan(plan: MakePlan) -> None:
         )
     if plan.heal:
         check_learning(plan.heal, recipe, soft_gates=False)
-        if plan.heal.quantize:
-            check_file_type(plan.heal.quantize)
-            check_ggml()
+        check_rounding(plan.heal)
     check_tasks(asked.tasks, asked.data, asked.run_generated_code)
     for name in ("bench", "front"):
         if getattr(plan, name) and (reason := reason_against_timing(plan.model)):
