@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -30,23 +31,50 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def heal_words(made: Path, out: Path, *how: object) -> tuple:
+    given = (made / "student", "--teacher", made / "dense", "--text", made / "text.txt", *SHORT)
+    return ("heal", *given, "-o", out, *how)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A dense model, a text, and a student that was made on the CPU."""
     folder = tmp_path_factory.mktemp("other-device")
-    save_model(CONFIGS["gqa-tied"], folder / "dense")
+    config = deepcopy(CONFIGS["gqa-tied"])
+    config.max_position_embeddings = 256  # few long sequences: each operation costs, not each token
+    save_model(config, folder / "dense")
     (folder / "text.txt").write_text("\n\n".join(words(40, seed) for seed in range(120)))
     factorize(folder / "dense", folder / "student", "S2A2E8", text=folder / "text.txt", settings=SETTINGS)
     return folder
 
 
-def test_a_conversion_is_that_of_the_cpu(made, tmp_path):
-    given = ("--recipe", "S2A2E8", "--text", made / "text.txt", *FEW)
-    on_other_device(("factorize", made / "dense", "-o", tmp_path / "student", *given))
-    found, wanted = weights(tmp_path / "student"), weights(made / "student")
+@pytest.fixture(scope="module")
+def there(made):
+    """What the commands of `make test` made there, in one process, for starting it costs as much as a command."""
+    out, dense, student, text = made / "there", made / "dense", made / "student", made / "text.txt"
+    out.mkdir()
+    against = ("--against", dense)
+    on_other_device(
+        ("factorize", dense, "-o", out / "student", "--recipe", "S2A2E8", "--text", text, *FEW),
+        ("sample", dense, "-o", out / "sampled.jsonl", "--tokens", 128, "--length", 64),
+        ("eval", student, *against, "--text", text, "--tasks", "", "-o", out / "scores.json"),
+        ("report", student, *against, "-o", out / "report"),
+        heal_words(made, out / "healed", "--train", "mor1e", "--kinds", 2),
+    )
+    return out
+
+
+def test_a_conversion_is_that_of_the_cpu(made, there):
+    found, wanted = weights(there / "student"), weights(made / "student")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():  # sums are rounded otherwise, which a router's fit makes more of
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0.01 * tensor.abs().max().item())
+
+
+def test_models_are_sampled_measured_and_healed_there(there):
+    made = {path.name for path in there.iterdir()}
+    assert made == {"student", "sampled.jsonl", "scores.json", "report", "healed"}
+    assert json.loads((there / "healed" / "factorllm.json").read_text())["healing"]["settings"]["train"] == "mor1e"
 
 
 @pytest.mark.slow
@@ -57,26 +85,15 @@ def test_all_kinds_of_students_are_made_there(recipe, made, tmp_path):
     assert (tmp_path / "out" / "factorllm.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(("--gates", "all-experts", "--coordinate"), marks=pytest.mark.slow),
-        pytest.param(("--gates", "soft", "--quantize", "q4_0"), marks=pytest.mark.slow),
-        pytest.param(("--train", "lora"), marks=pytest.mark.slow),
-        ("--train", "mor1e", "--kinds", 2),
+        ("--gates", "all-experts", "--coordinate"),
+        ("--gates", "soft", "--quantize", "q4_0"),
+        ("--train", "lora"),
     ],
 )
 def test_students_heal_there(how, made, tmp_path):
-    given = (made / "student", "--teacher", made / "dense", "--text", made / "text.txt", *SHORT)
-    on_other_device(("heal", *given, "-o", tmp_path / "healed", *how))
+    on_other_device(heal_words(made, tmp_path / "healed", *how))
     assert (tmp_path / "healed" / "factorllm.json").exists()
-
-
-def test_models_are_sampled_and_measured_there(made, tmp_path):
-    student, against = made / "student", ("--against", made / "dense")
-    on_other_device(
-        ("sample", made / "dense", "-o", tmp_path / "sampled.jsonl", "--tokens", 128, "--length", 64),
-        ("eval", student, *against, "--text", made / "text.txt", "--tasks", "", "-o", tmp_path / "scores.json"),
-        ("report", student, *against, "-o", tmp_path / "report"),
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {"sampled.jsonl", "scores.json", "report"}
