@@ -21,7 +21,7 @@ TINY = Plan(rounds=2, prompts=(8, 16), context=8, steps=2, batches=(1, 2), threa
 
 
 def subject(name: str, flops: int = 100) -> Subject:
-    return Subject(name, None, Cost(0.5, 1, 1, flops), 1, 64)
+    return Subject(name, name, None, Cost(0.5, 1, 1, flops), 1, 64)
 
 
 @pytest.mark.engine
@@ -37,6 +37,7 @@ def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, smal
 
     made = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [model["name"] for model in made["models"]] == ["student", "dense", "pruned"]
+    assert [model["path"] for model in made["models"]] == [str(student), *against]  # no file that is gone by now
     for model in made["models"]:
         assert set(model["tokens_per_second"]) == {
             "prefill 8",

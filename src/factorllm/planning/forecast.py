@@ -234,7 +234,7 @@ def _subject(name: str, model: StandIn, file_type: str, work: Path) -> Subject:
     path, size = work / f"{name}.gguf", model.file_size(file_type)
     require_space(path, size, IN_TMPDIR)
     model.write(path, file_type)
-    return Subject(name, path, model.cost(), size, model.config.max_position_embeddings)
+    return Subject(name, name, path, model.cost(), size, model.config.max_position_embeddings)
 
 
 def _expected(

@@ -23,13 +23,15 @@ class Subject:
 
     Attributes:
         name: `student`, `dense` or `pruned`, and a number where there are more.
-        path: what the engine loads.
+        model: what it was made of, as it was given.
+        path: what the engine loads; a file that was written for the occasion does not stay.
         cost: its parameters and FLOPs by formula.
         size: bytes on disk.
         context: tokens that it reads at most.
     """
 
     name: str
+    model: str
     path: Path
     cost: Cost
     size: int
@@ -85,4 +87,4 @@ def open_subject(
     elif not path.is_dir():
         raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    return Subject(name, path, cost, size, checkpoint.config.max_position_embeddings)
+    return Subject(name, model, path, cost, size, checkpoint.config.max_position_embeddings)

@@ -53,7 +53,7 @@ def as_json(measures: list[Measure], plan: Plan, engine: str) -> dict:
         "models": [
             {
                 "name": measure.subject.name,
-                "path": str(measure.subject.path),
+                "path": measure.subject.model,
                 "bytes": measure.subject.size,
                 "peak_memory_bytes": measure.peak_memory,
                 "threads": measure.threads,
