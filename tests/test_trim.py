@@ -328,6 +328,22 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(trimmed, text, tmp_pa
     ] == []
 
 
+@pytest.mark.parametrize("check", ["check_tokenizer", "open_model"])
+def test_what_is_refused_at_the_end_leaves_nothing(trimmed, text, tmp_path, monkeypatch, check):
+    before = getattr(module, check)
+
+    def refuses_what_is_trimmed(*given):
+        if check == "open_model" and given[0] == str(trimmed / "dense"):
+            return before(*given)
+        assert (tmp_path / "small.partial/trimmed/tokenizer.json").exists()
+        raise FactorLLMError("it is not what it was")
+
+    monkeypatch.setattr(module, check, refuses_what_is_trimmed)
+    with pytest.raises(FactorLLMError, match="it is not what it was"):
+        trim(str(trimmed / "dense"), tmp_path / "small", STAY, str(text), settings=COUNTED)
+    assert list(tmp_path.iterdir()) == []
+
+
 def words_tokenizer():
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "the": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

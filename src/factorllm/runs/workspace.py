@@ -41,7 +41,9 @@ from factorllm.runs.ranks import Ranks
 _PUBLISHING = "publishing.json"
 """Names the finished checkpoint and its files, while they are moved into an output folder that was there before."""
 
-_STREAMS = "streams"  # of a conversion that has begun with its first layer
+_REFUSED_WITH = ("streams", "trimmed")
+"""Folders of a conversion that has begun with its first layer, and of a model that was trimmed and is looked over."""
+
 _CHEAP = ("lock", JOB, f"{JOB}.tmp", "tokens.safetensors", "tokens.tmp")
 """What is there before the first result: a workspace that holds nothing else keeps no work."""
 
@@ -131,7 +133,8 @@ class Workspace:
         """
         if self._leads:
             refused = isinstance(error, FactorLLMError) and not self.journal
-            if self.folder.exists() and (self._is_idle() or (refused and (self.folder / _STREAMS).exists())):
+            keeps_none = refused and any((self.folder / name).exists() for name in _REFUSED_WITH)
+            if self.folder.exists() and (self._is_idle() or keeps_none):
                 _remove(self.folder)
             self._lock.close()
 
