@@ -1,17 +1,37 @@
-"""What the scripts share: tables in the pages of docs/, and unseen documents as tokens."""
+"""What the scripts share: tables in the pages of docs/, unseen documents as tokens, and how a refusal is told."""
 
 from __future__ import annotations
 
 import itertools
 import subprocess
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from factorllm.errors import FactorLLMError, one_line
 from factorllm.runs.workspace import write_text
 from factorllm.text.documents import read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def in_one_line(main: Callable[[], None]) -> Callable[[], None]:
+    """A script's `main` that tells a refusal of factorllm as its commands do, on stderr and without a traceback."""
+
+    @wraps(main)
+    def told() -> None:
+        try:
+            main()
+        except FactorLLMError as error:
+            raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        except ValidationError as error:
+            raise SystemExit(f"error: {one_line(error)}") from None
+
+    return told
 
 
 def replace_part(page: Path, mark: str, content: str) -> None:

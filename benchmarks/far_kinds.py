@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 
+from common import in_one_line
 from mixed_text import AUSTEN, novels, pages
 
 from factorllm.runs.workspace import write_text
@@ -91,6 +92,7 @@ def write(path: Path, documents: Iterable[str]) -> None:
     write_text(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debian", type=Path, required=True, help="folder that the packages were unpacked into")

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 from speed import TINYLLAMA, factorized, random_dense
 from transformers import LlamaConfig
 
@@ -32,6 +32,7 @@ NARROW = {
 CONTEXT = 128
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="any text, to train the tokenizer on")

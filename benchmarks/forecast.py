@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 from rich.console import Console
 from speed import factorized
 
@@ -21,6 +21,7 @@ from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.run import run_bench
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a dense model")

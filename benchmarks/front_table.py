@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import markdown_table, replace_part
+from common import in_one_line, markdown_table, replace_part
 
 from factorllm.measure.front.show import front_head, front_row, read_front
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("front", type=Path)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from common import document_starts, markdown_table
+from common import document_starts, in_one_line, markdown_table
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ from factorllm.dense.modules import decoder_layers
 LENGTH = 256  # tokens of a document
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")

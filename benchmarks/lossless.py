@@ -17,7 +17,7 @@ import json
 import time
 from pathlib import Path
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 
 from factorllm.engines import lossless
 from factorllm.engines.base import Options
@@ -29,6 +29,7 @@ from factorllm.text.documents import read_documents
 BEGINNING = 120  # characters of a document that a prompt has
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["time", "same", "table"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 from rich.console import Console
 
 from factorllm import Recipe
@@ -67,6 +67,7 @@ def table(rows: list[ModelRow], layers: dict[str, list[dict]]) -> str:
     return f"Dense perplexity: {dense:.2f}.\n\n" + markdown_table(head, lines)
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=demo_model())

@@ -20,6 +20,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common import in_one_line
+
 from factorllm.demo import demo_text
 from factorllm.text.calibration import read_documents
 
@@ -81,6 +83,7 @@ def choose(documents: Iterator[str], characters: int, chooser: random.Random) ->
     return chosen
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debian", type=Path, required=True, help="folder that the packages were unpacked into")

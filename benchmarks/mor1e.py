@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import document_starts, markdown_table
+from common import document_starts, in_one_line, markdown_table
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
@@ -40,6 +40,7 @@ Model = Callable[[Tensor], Tensor]
 Divergences = NDArray[np.float64]
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from common import in_one_line
 
 from factorllm.engines.settings import ServeSettings
 from factorllm.serving.schedule import Load, Schedule, Start
@@ -189,6 +190,7 @@ def ask_all(port: int, arrivals: list[tuple[float, int]], answer: int, front) ->
     return hits / len(arrivals), loads, p50, p95, longest, time.monotonic() - start
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -19,7 +19,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server, server_params
@@ -64,6 +64,7 @@ KNOWN = [
 WAYS = {"closed": "none", "always": "all four", "yes": "where yes beats no", "kept": "as served"}
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ask", "table"])

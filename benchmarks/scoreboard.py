@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -220,6 +220,7 @@ def plot(models: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=demo_model())

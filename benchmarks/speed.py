@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from common import in_one_line
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -69,6 +70,7 @@ def factorized(model: Path, out: Path, recipe: Recipe, text: str) -> str:
     return str(out)
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="any text, to train the tokenizer on")

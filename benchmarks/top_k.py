@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +27,7 @@ from factorllm.text import read_calibration_text
 from factorllm.text.calibration import public_name
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=demo_model())

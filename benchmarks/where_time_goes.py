@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from common import commit, markdown_table, replace_part
+from common import commit, in_one_line, markdown_table, replace_part
 
 from factorllm.engines import EngineProcess, Options
 
@@ -35,6 +35,7 @@ KINDS = {
 """What a function does, by a pattern of its name and its library; the first that fits."""
 
 
+@in_one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="GGUF files, the dense one first")

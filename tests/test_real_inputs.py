@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
 import sys
 import zipfile
 from dataclasses import asdict, replace
@@ -191,6 +192,22 @@ def test_layers_are_not_measured_on_fewer_documents_than_was_said(tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["layer_costs", str(tmp_path / "dense"), str(text), "--documents", "2"])
     with pytest.raises(SystemExit, match="has 3 documents of 256 tokens; give more, or fewer --documents"):
         layer_costs.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("front_table", ["missing.json", "--out", "page.md", "--mark", "here"], "missing.json"),
+        ("layer_costs", ["missing", "text.txt"], "missing"),
+        ("top_k", ["--text", "missing.txt", "--out", "page.md", "--work", "work", "--tokens", "0"], "tokens: Input"),
+    ],
+)
+def test_a_refusal_is_one_line(name, words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main()
+    assert re.fullmatch(f"error: .*{said}.*", end.value.code)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "common"))
