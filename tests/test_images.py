@@ -255,6 +255,13 @@ def test_held_out_images_are_others_and_no_image_counts_twice(pictures):
     assert parted(found, seed=1, most_held_out=8)[1] != held_out
 
 
+def test_an_image_of_too_many_pixels_is_not_called_damaged(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 4)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+    with pytest.raises(FactorLLMError, match=r"large\.png has more pixels than Pillow opens, 30; scale it down"):
+        open_picture(tmp_path / "large.png")
+
+
 def test_an_image_is_upright_as_transformers_loads_it(tmp_path):
     """Phones write what the sensor saw, and beside it how it was held."""
     image = Image.effect_noise((24, 16), 100)

@@ -75,8 +75,16 @@ def open_picture(path: Path):
         FactorLLMError: when it cannot be read, or Pillow is not there.
     """
     image, operations = _pillow()
-    with refusing(f"image {path}", "remove it, or fetch it again"), image.open(path) as opened:
-        return operations.exif_transpose(opened).convert("RGB")
+    try:
+        with refusing(f"image {path}", "remove it, or fetch it again"), image.open(path) as opened:
+            return operations.exif_transpose(opened).convert("RGB")
+    except FactorLLMError as error:
+        if not isinstance(error.__cause__, image.DecompressionBombError):
+            raise
+        raise FactorLLMError(
+            f"image {path} has more pixels than Pillow opens, {2 * image.MAX_IMAGE_PIXELS:,}; scale it down, or "
+            "remove it"
+        ) from None
 
 
 def _pillow():
