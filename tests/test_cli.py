@@ -59,6 +59,7 @@ OUT_OF_RANGE = [
     ("bench", "--experts", "many"),
     *(("serve", option, n) for option in ("--port", "--context", "--parallel", "--threads") for n in (0, 10**20)),
     ("serve", "--port", 65_536),
+    ("serve", "--context", 1),
     ("export", "--top-k", 10**20),
     *(("inspect", "--layer", n) for n in (-1, 10**20)),
     ("report", "--device", "meta"),

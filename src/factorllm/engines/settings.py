@@ -23,7 +23,7 @@ class ServeSettings(Chosen):
     """Address to listen on."""
     port: int = Field(default=8080, ge=1, le=65_535)
     """Port to listen on."""
-    context: int = Field(default=4096, ge=1, le=1 << 22)
+    context: int = Field(default=4096, ge=2, le=1 << 22)  # llama.cpp ends the process where there is room for one
     """Tokens of a conversation."""
     parallel: int = Field(default=1, ge=1, le=256)
     """Conversations at once (llama.cpp)."""
