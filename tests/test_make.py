@@ -454,6 +454,15 @@ def test_a_conversation_in_the_terminal_with_both_models(made, dense):
     assert said.stdout.count("[student]") == said.stdout.count("[dense]") == 2
 
 
+def test_a_conversation_without_llamacpp_is_refused_before_files_are_written(made, monkeypatch, capsys):
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["factorllm", "chat", str(made.out / "checkpoint")])
+    with pytest.raises(SystemExit):
+        main()
+    error = "error: llama.cpp is not installed; pip install 'factorllm[llamacpp]'\n"
+    assert capsys.readouterr() == ("", error)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlavaConfig
 from factorllm import FactorLLMError, Wish, export, factorize
 from factorllm.cli import main
 from factorllm.dense.headers import read_dense_config
+from factorllm.engines import process
 from factorllm.measure.cost import dense_shape
 from factorllm.planning import forecast as forecasting
 from factorllm.planning.outlook import Choice, Outlook, plan
@@ -165,6 +166,13 @@ def test_times_that_stay_such_are_refused(monkeypatch):
     config = LlamaConfig(**BASE | {"num_hidden_layers": 12, "intermediate_size": 512})
     with pytest.raises(FactorLLMError, match=r"contradict each other.*repeat the command"):
         forecasting.forecast(config, ("q8_0",))
+
+
+def test_without_llamacpp_no_stand_in_is_written(monkeypatch):
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    monkeypatch.setattr(StandIn, "write", lambda *_: pytest.fail("it is of no use"))
+    with pytest.raises(FactorLLMError, match=r"llamacpp is not installed; pip install 'factorllm\[llamacpp\]'"):
+        forecasting.forecast(CONFIGS["mha"])
 
 
 def test_a_config_without_weights_is_enough(tmp_path):

@@ -24,9 +24,11 @@ def chat(
 ) -> None:
     """Talk to a MODEL in the terminal, and on demand to its dense model at the same time."""
     from factorllm.engines.chat import Chat
+    from factorllm.engines.llamacpp import require_llamacpp
     from factorllm.exporting.ready import as_gguf
 
     settings = ServeSettings(**chosen)
+    require_llamacpp()
     with tempfile.TemporaryDirectory(prefix="factorllm-chat-") as work:
         files = {"student": as_gguf(str(model), file_type, Path(work), terminal.say)}
         if against:

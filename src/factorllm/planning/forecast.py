@@ -19,6 +19,7 @@ from scipy.optimize import nnls
 from transformers import PreTrainedConfig
 
 from factorllm.dense.families import ffn_layers, ffn_width, head_dim, key_value_heads
+from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
 from factorllm.measure.cost import dense_shape
 from factorllm.measure.speed.plan import Plan
@@ -123,6 +124,7 @@ def forecast(
         raise FactorLLMError(
             f"its speed in llama.cpp cannot be foretold: {reason}; factorize it, and measure with factorllm bench"
         )
+    check_installed("llamacpp")
     fewer = config if vocabulary is None else with_tokens(config, vocabulary)
     rest = shapes[1:] if vocabulary is None else shapes  # the trimmed model is one beside the dense one
     models = [(config, shapes[0]), *((fewer, shape) for shape in rest)]
