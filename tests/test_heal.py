@@ -22,6 +22,7 @@ import forked
 import pytest
 import torch
 from conftest import CONFIGS, relative_error, save_dense, some_tokens
+from families import TINY
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -399,6 +400,33 @@ def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
     settings = QUICK.model_copy(update={"train": "router"})
     with pytest.raises(FactorLLMError, match="static prune has no router"):
         heal(tmp_path / "prune", str(dense_folder), tmp_path / "no", text=str(text_file), settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "more"),
+    [
+        ("seed_oss", "S2A2E8", {}),  # its own config says a tenth
+        ("seed_oss", "S4A0E8", {}),
+        ("stablelm", "S4A0E8", {"hidden_dropout": 0.1}),
+    ],
+)
+def test_what_learns_is_the_whole_student_and_its_config_stays(family, recipe, more, text_file, tmp_path):
+    """Dropout would train others, of which the teacher says nothing."""
+    save_dense(type(TINY[family]).from_dict(TINY[family].to_dict() | more), tmp_path / "dense")
+    made_with = MADE_WITH.model_copy(update={"tokens": 1024})
+    factorize(str(tmp_path / "dense"), tmp_path / "student", recipe, text=str(text_file), settings=made_with)
+    settings, given = QUICK.model_copy(update={"tokens": 1024}), (tmp_path / "student", str(tmp_path / "dense"))
+    with open_heal_job(*given, tmp_path / "out", str(text_file), settings, False, None) as job:
+        targets = _ask_teacher(job)
+        arguments = common_arguments(job, 1e-3, 1, "probe", save_strategy="no", report_to=[])
+        trainer = new_trainer(job, arguments, targets["train"], targets["validation"])
+    tokens = some_tokens(trainer.model.config)
+    with torch.no_grad():
+        assert torch.equal(trainer.model.train()(tokens).logits, load_student(tmp_path / "student")(tokens).logits)
+    said = json.loads((tmp_path / "student/config.json").read_text())
+    drops = {key for key in said if key.endswith("dropout")}
+    assert max(said[key] for key in drops) == 0.1
+    assert {key: getattr(trainer.model.config, key) for key in drops} == {key: said[key] for key in drops}
 
 
 @pytest.mark.parametrize("gates", ["straight-through", "all-experts"])

@@ -63,6 +63,17 @@ def check_learning(settings: HealSettings, recipe: Recipe, soft_gates: bool) -> 
         raise FactorLLMError(f"--train {settings.train} needs peft: pip install 'factorllm[train]'")
 
 
+def drop_nothing(model: nn.Module) -> None:
+    """Let a model compute the same while it learns as it does otherwise: some families' configs ask for dropout, and
+    the teacher's words, which are learned from, are those of a whole model."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, int | float):
+                setattr(module, name, 0.0)
+
+
 def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     """Freeze what shall not learn; for `lora`, add the adapters.
 

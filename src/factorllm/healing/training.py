@@ -26,7 +26,7 @@ from factorllm.healing.memory import MicroBatch
 from factorllm.healing.mor1e import with_routing
 from factorllm.healing.rounding import Rounding
 from factorllm.healing.spikes import Spike, SpikedError, SpikeGuard, Spikes
-from factorllm.healing.students import set_learning
+from factorllm.healing.students import drop_nothing, set_learning
 from factorllm.healing.targets import Targets
 from factorllm.healing.trainer import BestCallback, FactorTrainer, ProgressCallback
 from factorllm.runs.progress import meter, minutes
@@ -110,6 +110,7 @@ def new_trainer(
     settings = job.settings
     torch.manual_seed(job.made_with.seed)
     model = job.load(job.student)
+    drop_nothing(model)
     routers, rounding = Routers(model), Rounding.of(model, job.student, settings.quantize)
     if routers.modules:
         use_autocast(model, job.device)
