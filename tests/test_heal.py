@@ -40,15 +40,17 @@ from factorllm.healing import rate, run
 from factorllm.healing.experts import _padded, use_autocast
 from factorllm.healing.job import open_heal_job
 from factorllm.healing.losses import balance_loss, hidden_loss, kd_loss, label_loss, matched_streams, top_log_probs
+from factorllm.healing.mor1e import lora_config
 from factorllm.healing.outcome import Outcome
 from factorllm.healing.rate import FRACTION, STEPS, choose, typical_weight
 from factorllm.healing.run import _ask_teacher, heal
 from factorllm.healing.settings import HealSettings, usual_rate
-from factorllm.healing.students import set_learning
+from factorllm.healing.students import set_learning, with_adapters_of
 from factorllm.healing.trainer import SKIPPED, BestCallback, FactorTrainer
 from factorllm.healing.training import common_arguments, new_trainer
+from factorllm.hosts import choose_host
 from factorllm.measure.perplexity import perplexity
-from factorllm.recipe import parse_recipe
+from factorllm.recipe import Shape, parse_recipe
 from factorllm.report.terminal import show_healed
 from factorllm.runs.settings import Settings
 from factorllm.student.read import load_student
@@ -390,6 +392,32 @@ def test_what_is_frozen_does_not_change(train, student, dense_folder, text_file,
     assert not any("embed" in name or "norm" in name for name in names)
     if train == "experts":
         assert not any("shared" in name for name in names)
+
+
+def adapted(family: str, host: str, shape: Shape, train: str) -> tuple[set[str], set[str], set[str]]:
+    """The linear layers of a student, those with an adapter, and the parameters of others that have one."""
+    config = choose_host(host, TINY[family], shape).config(TINY[family], shape)
+    model = AutoModelForCausalLM.from_config(config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if train == "lora":
+        learner = set_learning(model, QUICK.model_copy(update={"train": "lora"}))
+    else:
+        learner = with_adapters_of(model, lora_config(model, 4))
+    found = {name for name in linear if hasattr(learner.get_submodule(f"base_model.model.{name}"), "lora_A")}
+    return linear, found, set(learner.peft_config["default"].target_parameters or ())
+
+
+@pytest.mark.parametrize("train", ["lora", "mor1e"])
+@pytest.mark.parametrize(
+    ("family", "host"),
+    [("llama", "glm4_moe"), ("ernie4_5", "auto"), ("cohere2", "auto"), ("qwen2", "auto")],
+)
+def test_adapters_are_where_they_are_said_to_be(family, host, train):
+    """peft takes a shared expert's `gate_proj` for those of the routed ones. An FFN that is whole has only LoRA's."""
+    shape = Shape(64, 16, 3, 16, 1, leading_dense=int(host == "glm4_moe" and train == "lora"))
+    linear, found, parameters = adapted(family, host, shape, train)
+    assert found == {name for name in linear if name.endswith("_proj")}
+    assert parameters == ({"experts.gate_up_proj", "experts.down_proj"} if train == "lora" else set())
 
 
 def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from factorllm.dense.names import place_in_layers
 from factorllm.dense.safetensors import open_folder
 from factorllm.errors import FactorLLMError
+from factorllm.healing.students import with_adapters_of
 from factorllm.hosts import host_of
 from factorllm.student.adapters import Adapter, LowRank, Mixture, spans
 from factorllm.text.intuition import Intuition
@@ -91,11 +92,10 @@ def with_routing(model: PreTrainedModel, rank: int, mixture: Mixture) -> nn.Modu
 
     Routed experts have none: engines have no LoRA for them.
     """
-    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
     mixture.watch(model)
-    learner = get_peft_model(model, lora_config(model, rank))
+    learner = with_adapters_of(model, lora_config(model, rank))
     for layer in learner.modules():
         if isinstance(layer, LoraLayer):
             layer.lora_A["default"] = RoutedA(layer.lora_A["default"], mixture)

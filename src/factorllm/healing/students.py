@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +15,9 @@ from factorllm.healing.settings import HealSettings
 from factorllm.hosts import host_of
 from factorllm.recipe import Recipe
 from factorllm.student.routers import is_router
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _LEARNS = {
     "router": is_router,
@@ -89,8 +95,33 @@ def set_learning(model: PreTrainedModel, settings: HealSettings) -> nn.Module:
     return model
 
 
+def with_adapters_of(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    """The model with adapters of what peft's config names, and of nothing else."""
+    from peft import get_peft_model
+
+    with _names_as_they_are():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """peft takes `gate_proj` and its like, wherever they are, for what routed experts were called before transformers
+    5, and adapts those: the shared expert and whole FFNs of some hosts would have no adapters, without a word."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # older ones take every name as it is
+        yield
+        return
+    translate = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = translate
+
+
 def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     experts = {
@@ -108,4 +139,4 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
         target_parameters=sorted(experts) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    return with_adapters_of(model, config)
