@@ -410,7 +410,7 @@ def adapted(family: str, host: str, shape: Shape, train: str) -> tuple[set[str],
 @pytest.mark.parametrize("train", ["lora", "mor1e"])
 @pytest.mark.parametrize(
     ("family", "host"),
-    [("llama", "glm4_moe"), ("ernie4_5", "auto"), ("cohere2", "auto"), ("qwen2", "auto")],
+    [("llama", "glm4_moe"), ("ernie4_5", "auto"), ("cohere2", "auto"), ("hunyuan_v1_dense", "auto"), ("qwen2", "auto")],
 )
 def test_adapters_are_where_they_are_said_to_be(family, host, train):
     """peft takes a shared expert's `gate_proj` for those of the routed ones. An FFN that is whole has only LoRA's."""
@@ -418,6 +418,18 @@ def test_adapters_are_where_they_are_said_to_be(family, host, train):
     linear, found, parameters = adapted(family, host, shape, train)
     assert found == {name for name in linear if name.endswith("_proj")}
     assert parameters == ({"experts.gate_up_proj", "experts.down_proj"} if train == "lora" else set())
+
+
+@pytest.mark.parametrize("train", ["lora", "mor1e"])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("gemma4_text", Shape(64, 0, 4, 16, 2)), ("hunyuan_v1_dense", Shape(64, 16, 3, 16, 1))]
+)
+def test_routers_that_are_linear_layers_have_no_adapters(family, shape, train):
+    """A step of an adapter would be a thousand times as large as their weights bear."""
+    linear, found, _ = adapted(family, "auto", shape, train)
+    routers = {name for name in linear if is_router(f"{name}.weight")}
+    assert len(routers) == 3
+    assert not found & routers
 
 
 def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):

@@ -23,6 +23,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.healing.students import with_adapters_of
 from factorllm.hosts import host_of
 from factorllm.student.adapters import Adapter, LowRank, Mixture, spans
+from factorllm.student.routers import is_router
 from factorllm.text.intuition import Intuition
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ def _targets(model: PreTrainedModel) -> list[str]:
 
     def has_adapter(name: str) -> bool:
         place = place_in_layers(name)
-        is_attention = place is not None and place[1] == "self_attn"
-        return (is_attention or host.is_of_ffn(name, model.config)) and not name.endswith("shared_expert_gate")
+        if is_router(f"{name}.weight") or name.endswith("shared_expert_gate"):
+            return False
+        return (place is not None and place[1] == "self_attn") or host.is_of_ffn(name, model.config)
 
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return sorted({".".join(name.split(".")[-2:]) for name in filter(has_adapter, names)})

@@ -123,7 +123,11 @@ def _names_as_they_are() -> Iterator[None]:
 def _with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
     from peft import LoraConfig
 
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_router(f"{name}.weight")
+    }
     experts = {
         ".".join(name.split(".")[-2:])
         for name, parameter in model.named_parameters()
