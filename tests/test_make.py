@@ -18,8 +18,9 @@ import yaml
 from conftest import BASE, save_dense, served
 from forked import command, ended
 from rich.console import Console
-from test_export import save_model
+from test_export import byte_level_tokenizer, save_model
 from test_plan import linear, run_and_timed_by, timed_by
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, LlamaConfig, Olmo2Config
 
 from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
@@ -211,12 +212,16 @@ def test_what_decides_a_step_is_known_wherever_it_stands(tmp_path):
         ({"recipe": "S4A0E8", "heal": HealSettings(train="router")}, "has no router to train"),
         ({"heal": HealSettings(quantize="other")}, "no type 'other'"),
         ({"recipe": "S0A4E8", "model": "olmo2"}, "it cannot: GGUF files of flex_olmo are not supported yet"),
+        ({"model": "words"}, "it cannot, so use factorllm factorize, .* the tokenizer cuts text in a way that is none"),
     ],
 )
 def test_what_a_later_step_would_refuse_is_refused_before_the_first(changes, said, plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "model" in changes:
         save_model(Olmo2Config(**BASE | {"pad_token_id": 0}), tmp_path / "olmo2")
+        tokenizer = byte_level_tokenizer()
+        tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+        save_model(LlamaConfig(**BASE), tmp_path / "words", tokenizer)
     plan.model_copy(update=changes).write("plan.yaml")
     with pytest.raises(FactorLLMError, match=said):
         make_planned("plan.yaml", "made")

@@ -19,6 +19,7 @@ from factorllm.errors import FactorLLMError
 
 _OTHERWISE = 0.01  # share of a model's tokens that its GGUF file may write otherwise
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_COPY = "give the GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
 _NOT_STRIPPING = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
@@ -87,15 +88,7 @@ def add_tokenizer(
     Raises:
         FactorLLMError: when GGUF has no name for how the tokenizer changes or cuts text.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend else {"model": {}}
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise FactorLLMError(
-            "the tokenizer is not a fast BPE tokenizer, the only kind that is written; give the GGUF of the dense "
-            "model with --tokenizer, whose tokenizer is then copied"
-        )
-    _refuse_other_steps(content, bool(model.get("byte_fallback")))
+    model = check_tokenizer(tokenizer)["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
@@ -113,6 +106,31 @@ def add_tokenizer(
     _add_ends(writer, tokenizer, [index for index in ends if 0 <= index < vocabulary])
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Refuse a Hugging Face tokenizer that no GGUF file can stand for.
+
+    Returns:
+        What `tokenizer.json` says.
+
+    Raises:
+        FactorLLMError: saying why.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend else {"model": {}}
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise FactorLLMError(f"the tokenizer is not a fast BPE tokenizer, the only kind that is written; {_COPY}")
+    _refuse_other_steps(content, bool(model.get("byte_fallback")))
+    if not model.get("byte_fallback"):
+        _pre_name(tokenizer)
+        if not model["merges"]:
+            raise FactorLLMError(
+                "the tokenizer merges no bytes, and llama.cpp loads no byte-level tokenizer without merges; serve the "
+                "model with transformers or vLLM"
+            )
+    return content
+
+
 def _refuse_other_steps(content: dict[str, Any], byte_fallback: bool) -> None:
     """Refuse what a tokenizer does to text that llama.cpp would not do.
 
@@ -125,8 +143,7 @@ def _refuse_other_steps(content: dict[str, Any], byte_fallback: bool) -> None:
         steps += _steps(content.get("pre_tokenizer"))
     if other := next((step for step in steps if not _is_done(step, byte_fallback)), None):
         raise FactorLLMError(
-            f"the tokenizer changes or cuts text by {other['type']}, which GGUF files cannot say; give the GGUF of the "
-            "dense model with --tokenizer, whose tokenizer is then copied"
+            f"the tokenizer changes or cuts text by {other['type']}, which GGUF files cannot say; {_COPY}"
         )
 
 
@@ -155,8 +172,7 @@ def _pre_name(tokenizer: PreTrainedTokenizerBase) -> str:
     if name is None:
         raise FactorLLMError(
             f"the tokenizer cuts text in a way that is none of those written ({', '.join(PRE_TOKENIZERS)}), or takes "
-            "words whole that llama.cpp would merge, or merges words that it would take whole (ignore_merges); give "
-            "the GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
+            f"words whole that llama.cpp would merge, or merges words that it would take whole (ignore_merges); {_COPY}"
         )
     return name
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from factorllm.dense import open_model
 from factorllm.dense.families import ffn_width
 from factorllm.dense.headers import read_dense_config
 from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.gguf_file import check_type
 from factorllm.exporting.plan import check_file_type
+from factorllm.exporting.tokenizer import check_tokenizer
 from factorllm.healing.rounding import check_rounding
 from factorllm.healing.students import check_learning
 from factorllm.hosts import HOSTS, choose_host
@@ -29,6 +31,7 @@ def check_plan(plan: MakePlan) -> None:
             f"make writes a GGUF file, and of {plan.model} as {recipe.name} it cannot: {reason}; use factorllm "
             "factorize, and serve that with transformers or vLLM"
         )
+    _check_tokenizer(plan.model)
     if plan.heal:
         check_learning(plan.heal, recipe, soft_gates=False)
         check_rounding(plan.heal)
@@ -46,6 +49,17 @@ def _reason_against_file(plan: MakePlan, recipe: Recipe) -> str | None:
     shape = recipe.shape(ffn_width(config))
     host = choose_host(plan.factorize.host, config, shape) if shape.experts else HOSTS["dense"]
     return host.reason_against_gguf(config)
+
+
+def _check_tokenizer(model: str) -> None:
+    tokenizer = open_model(model).tokenizer()
+    try:
+        check_tokenizer(tokenizer)
+    except FactorLLMError as error:
+        raise FactorLLMError(
+            f"make writes a GGUF file, and of {model} it cannot, so use factorllm factorize, then export or serve: "
+            f"{error}"
+        ) from None
 
 
 def reason_against_timing(model: str) -> str | None:
