@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from urllib.request import Request, urlopen
@@ -24,7 +25,7 @@ from conftest import (
 )
 from families import SPECIAL, TINY, WHOLE_HEADS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Whitespace
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
@@ -413,6 +414,50 @@ def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
     with pytest.raises(FactorLLMError, match=r"merges no bytes, .* serve the model with transformers or vLLM"):
         export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def marking_spaces(place: str) -> PreTrainedTokenizerFast:
+    """Llama 2's tokenizer, as transformers makes it: where a space is, none is put before it."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace("▁", place, split=False)
+    return tokenizer
+
+
+def with_token(build=byte_level_tokenizer, **how: bool) -> PreTrainedTokenizerFast:
+    tokenizer = build()
+    tokenizer.add_tokens([AddedToken("<|go|>", **{"normalized": False} | how)])
+    return tokenizer
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("build", "said", "text"),
+    [
+        (sentencepiece_tokenizer, None, " router</s> router</s>router"),
+        (partial(marking_spaces, "never"), None, " router</s> router</s>router"),
+        (
+            partial(marking_spaces, "first"),
+            "with this tokenizer, before a text alone, and none where",
+            "router</s>router",
+        ),
+        (partial(marking_spaces, "always"), "with this tokenizer, there too, and none where one is", " router"),
+        (with_token, None, "the <|go|> router<|go|>"),
+        (partial(with_token, normalized=True), None, "the <|go|> router<|go|>"),
+        (partial(with_token, rstrip=True), "finds '<|go|>' in a text wherever", "<|go|> router"),
+        (partial(with_token, lstrip=True), "finds '<|go|>' in a text wherever", "the <|go|>"),
+        (partial(with_token, single_word=True), "finds '<|go|>' in a text wherever", "the<|go|>router"),
+        (partial(with_token, sentencepiece_tokenizer, normalized=True), "finds '<|go|>' in a text", "the<|go|>"),
+    ],
+)
+def test_what_llamacpp_cuts_otherwise_is_said(tmp_path, build, said, text):
+    tokenizer, messages = build(), []
+    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32", say=messages.append)
+    assert [said in message for message in messages] == ([True] if said else [])
+    with EngineProcess("llamacpp", tmp_path / "out.gguf", Options(context=64)) as process:
+        same = process.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids
+    assert same is (said is None)
 
 
 def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):

@@ -26,7 +26,7 @@ from factorllm.exporting.header import start_file
 from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
 from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
 from factorllm.exporting.tensors import gguf_tensors
-from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, name_in_file
+from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, cut_otherwise, name_in_file
 from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
 from factorllm.runs.given import given, given_count
@@ -89,7 +89,8 @@ def export_gguf(
         tokenizer: a GGUF file to copy the tokenizer from, instead of building it.
         top_k: experts that run for a token, for hosts that let it be changed.
         overwrite: replace a GGUF file at `out`.
-        say: is told of tensors that take a larger type, before anything is written.
+        say: is told of tensors that take a larger type, and of text that llama.cpp cuts otherwise, before anything is
+            written.
         console: where progress is shown.
         when_full: what to do when the disk is too small.
         weigh: how the model is run on the text; `WeighOnce` for files of several types of one model.
@@ -121,6 +122,7 @@ def export_gguf(
     plan = plan_tensors(checkpoint, out, file_type, when_full)
     partial = unfinished(out)
     writer = _writer(checkpoint, partial, file_type, tokenizer, plan, job)
+    _say(say, [] if tokenizer else cut_otherwise(checkpoint.tokenizer))
     importance = None if text is None else weigh(checkpoint, text, tokens, console)
     if importance is not None:
         _say(say, _seen(importance))

@@ -21,6 +21,8 @@ _OTHERWISE = 0.01  # share of a model's tokens that its GGUF file may write othe
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _COPY = "give the GGUF of the dense model with --tokenizer, whose tokenizer is then copied"
 _NOT_STRIPPING = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+_SPACES = {"first": "before a text alone", "always": "there too"}
+"""Where SentencePiece's marks of spaces are put, by `prepend_scheme`."""
 
 
 def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,6 +131,30 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
                 "model with transformers or vLLM"
             )
     return content
+
+
+def cut_otherwise(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is said of a tokenizer that is written: what GGUF files cannot say of it, and llama.cpp cuts otherwise."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    said = [
+        "llama.cpp puts a space before a text and after each special token, as SentencePiece does; transformers, with "
+        f"this tokenizer, {_SPACES[place]}, and none where one is: tokens there may differ"
+        for step in _steps(content.get("pre_tokenizer"))
+        if (place := step.get("prepend_scheme")) in _SPACES
+    ]
+    prepends = any(step["type"] == "Prepend" for step in _steps(content.get("normalizer")))
+    heeded = [
+        token["content"]
+        for token in content["added_tokens"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or (prepends and token["normalized"])
+    ]
+    if heeded and not _strips_as_phi3(tokenizer):
+        more = f" and {len(heeded) - 1} more" if len(heeded) > 1 else ""
+        said.append(
+            f"llama.cpp finds {heeded[0]!r}{more} in a text wherever it stands, and takes no spaces with it; "
+            "transformers heeds lstrip, rstrip, single_word and normalized: tokens beside it may differ"
+        )
+    return said
 
 
 def _refuse_other_steps(content: dict[str, Any], byte_fallback: bool) -> None:
