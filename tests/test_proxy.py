@@ -13,8 +13,9 @@ import openai
 import pytest
 from conftest import comes_true
 
-from factorllm.errors import FactorLLMError
-from factorllm.serving.proxy import Front, Proxy, UnavailableError
+from factorllm import FactorLLMError, serve
+from factorllm.engines.settings import ServeSettings
+from factorllm.serving.proxy import Front, Proxy, UnavailableError, check_free, url_of
 
 
 class Engine(BaseHTTPRequestHandler):
@@ -241,10 +242,28 @@ def test_a_port_that_is_taken_is_refused(address, front):
         Proxy("127.0.0.1", port, front)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "::1", "no..name"])
+@pytest.mark.engine
+@pytest.mark.parametrize("form", [{}, {"lossless": "dense"}, {"dense_prompt": "dense"}])
+def test_a_port_that_is_taken_is_refused_before_the_model_is_made_ready(form, address):
+    settings = ServeSettings(port=int(address.rpartition(":")[2]))
+    with pytest.raises(FactorLLMError, match=r"listen on 127.0.0.1:\d+: .*; use another --port"):
+        serve("not even looked for", "llamacpp", settings=settings, **form)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no..name"])
 def test_a_host_that_is_not_here_is_refused(host, front):
     with pytest.raises(FactorLLMError, match=f"listen on {host}:8080: .*; use another --host"):
         Proxy(host, 8080, front)
+
+
+def test_addresses_of_ipv6(front):
+    try:
+        check_free("::1", 0)
+    except FactorLLMError:
+        pytest.skip("no IPv6 here")
+    assert url_of("::1", 8080) == "http://[::1]:8080"
+    with running(Proxy("::1", 0, front)) as found:
+        assert ask(f"http://[::1]:{found.rpartition(':')[2]}", "GET", "/health")[0] == 200
 
 
 def test_a_client_that_resets_the_connection_leaves_no_traceback(address, capsys):

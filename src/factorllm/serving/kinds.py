@@ -18,7 +18,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
-from factorllm.serving.proxy import Front, UnavailableError, serve_front, text_of
+from factorllm.serving.proxy import Front, UnavailableError, check_free, serve_front, text_of
 from factorllm.serving.schedule import Load, Schedule, Start
 from factorllm.text.intuition import Intuition
 
@@ -120,6 +120,7 @@ def serve_kinds(folder: Path, file_type: str, settings: ServeSettings, say: Call
     """
     require_llamacpp()
     intuition = Intuition.load(folder)
+    check_free(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as work:
         checkpoints = [folder / KINDS / str(kind) for kind in range(intuition.kinds)]
         files = [as_gguf(str(checkpoint), file_type, Path(work), say) for checkpoint in checkpoints]

@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
-from socket import MSG_PEEK, socket
+from socket import AF_INET, AF_INET6, MSG_PEEK, SO_REUSEADDR, SOL_SOCKET, AddressFamily, socket
 from urllib.parse import urlsplit
 
 from factorllm.errors import FactorLLMError
@@ -68,6 +68,33 @@ class Front(ABC):
         return ""
 
 
+def check_free(host: str, port: int) -> None:
+    """Refuse an address at which nothing can listen, before what is to be served there is made.
+
+    Raises:
+        FactorLLMError: saying what to do instead.
+    """
+    try:
+        with socket(_family(host)) as tried:
+            tried.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # what was served there a moment ago is no hindrance
+            tried.bind((host, port))
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if _family(host) is AF_INET6 else f"http://{host}:{port}"
+
+
+def _family(host: str) -> AddressFamily:
+    return AF_INET6 if ":" in host else AF_INET
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> FactorLLMError:
+    wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+    return FactorLLMError(f"nothing can listen on {host}:{port}: {error.strerror}; use another {wrong}")
+
+
 class Proxy(ThreadingHTTPServer):
     """Listens on an address; `serve_forever` answers, each request in a thread of its own.
 
@@ -79,14 +106,11 @@ class Proxy(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, front: Front):
-        self.front = front
+        self.front, self.address_family = front, _family(host)
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            wrong = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-            raise FactorLLMError(
-                f"nothing can listen on {host}:{port}: {error.strerror}; use another {wrong}"
-            ) from None
+            raise _cannot_listen(host, port, error) from None
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no fault."""
@@ -104,7 +128,7 @@ def serve_front(front: Front, host: str, port: int, served: str | Path, say: Cal
         FactorLLMError: when nothing can listen there.
     """
     with Proxy(host, port, front) as proxy:
-        say(f"serving {served} at http://{host}:{port}/v1; stop with Ctrl-C")
+        say(f"serving {served} at {url_of(host, port)}/v1; stop with Ctrl-C")
         with suppress(KeyboardInterrupt):
             proxy.serve_forever()
 
