@@ -143,6 +143,7 @@ def test_serve(pair, monkeypatch):
             messages = [{"role": "user", "content": PROMPT}]
             chat = client.chat.completions.create(model="any", messages=messages, max_tokens=8, temperature=0)
             assert chat.usage.prompt_tokens_details.cached_tokens == chat.usage.prompt_tokens - 1
+            assert chat.model == "student.gguf"
             for more in ({"n": 2}, {"prompt": ["a", "b"]}, {"prompt": "x" * 300}):
                 with pytest.raises(openai.BadRequestError):
                     complete(**{"prompt": PROMPT} | more)

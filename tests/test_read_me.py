@@ -262,6 +262,7 @@ def test_it_is_served_at_one_address(made):
 
         def ask(prompt: str) -> str:
             answer = client.completions.create(model=model, prompt=prompt, max_tokens=4, temperature=0)
+            assert answer.model == model
             return answer.choices[0].text
 
         first = [ask(prompt) for prompt in asked[:3]]

@@ -232,14 +232,14 @@ def _serve_dense_prompt(
     check_free(settings.host, settings.port)
     with tempfile.TemporaryDirectory(prefix="factorllm-serve-") as folder:
         handed = Path(tempfile.mkdtemp(dir=folder))
-        servers = []
+        servers, name = [], Path(model).resolve().name
         for each in (dense, model):
             path = as_gguf(each, file_type, Path(tempfile.mkdtemp(dir=folder)), say)
             params = server_params(str(path), settings.options, handed)
-            params.ui = False
+            params.ui, params.model_alias = False, {name}
             servers.append(start_server(params, f"load {each}"))
         behind, answering = (server.listening_address for server in servers)
-        reader, name = DensePrompt(behind, answering, handed), Path(model).resolve().name
+        reader = DensePrompt(behind, answering, handed)
         say(f"{dense} reads each prompt, {model} answers it")
         front = DensePromptFront(reader, answering, name, settings.parallel)
         serve_front(front, settings.host, settings.port, model, say)

@@ -1,5 +1,5 @@
 """A llama.cpp server in a process of its own, so that one is loaded while others answer, and its memory is given back
-when it ends: `python -m factorllm.serving.backend GGUF OPTIONS`."""
+when it ends: `python -m factorllm.serving.backend GGUF OPTIONS NAME`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from factorllm.errors import FactorLLMError
 class Backend:
     """A model that is loaded and answers at `address`.
 
+    Args:
+        name: of the model, in its answers.
+
     Raises:
         FactorLLMError: when llama.cpp cannot load it.
     """
 
-    def __init__(self, gguf_file: Path, options: Options):
-        command = [sys.executable, "-m", "factorllm.serving.backend", str(gguf_file), json.dumps(asdict(options))]
+    def __init__(self, gguf_file: Path, options: Options, name: str):
+        command = [sys.executable, "-m", "factorllm.serving.backend", str(gguf_file)]
+        command += [json.dumps(asdict(options)), name]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         try:
             self._process = subprocess.Popen(command, **pipes, text=True, env=os.environ | STARTED_WITH)
@@ -52,7 +56,7 @@ def main() -> None:
     said = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     params = server_params(sys.argv[1], Options(**json.loads(sys.argv[2])))
-    params.ui = False
+    params.ui, params.model_alias = False, {sys.argv[3]}
     try:
         server = start_server(params, f"load {sys.argv[1]}")
     except FactorLLMError as error:

@@ -96,7 +96,7 @@ class KindFront(Front):
 
     def _load(self, kind: int) -> None:
         try:
-            backend = Backend(self._files[kind], self._settings.options)
+            backend = Backend(self._files[kind], self._settings.options, self._name)
         except FactorLLMError as error:
             with self._lock:
                 for ticket in self._schedule.failed(kind):
