@@ -406,7 +406,7 @@ def test_words_that_llamacpp_would_take_otherwise_are_refused(tmp_path, pre, who
 
 
 def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
-    """llama.cpp does not load a file of it."""
+    """gguf leaves an empty list out, and llama.cpp does not load a file without it."""
     tokenizer = byte_level_tokenizer()
     letters = {token: index for index, token in enumerate(["<s>", "</s>", *sorted(ByteLevel.alphabet())])}
     tokenizer.backend_tokenizer.model = models.BPE(letters, [])

@@ -127,8 +127,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         _pre_name(tokenizer)
         if not model["merges"]:
             raise FactorLLMError(
-                "the tokenizer merges no bytes, and llama.cpp loads no byte-level tokenizer without merges; serve the "
-                "model with transformers or vLLM"
+                "the tokenizer merges no bytes, and a GGUF file without merges is loaded by nothing; serve the model "
+                "with transformers or vLLM"
             )
     return content
 
