@@ -55,6 +55,15 @@ def test_a_stand_in_is_laid_out_as_the_model_itself(name, recipe, tmp_path, text
     assert model.file_size("q8_0") == sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "real.gguf").tensors)
 
 
+@pytest.mark.parametrize("types", ["q9", "Q8_0", "q8_0,q9", ","])
+def test_types_that_there_are_not_are_refused_before_a_model_is_read(types, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["factorllm", "plan", str(tmp_path / "none"), "--types", types])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = "() has no types of files; types: f32," if types == "," else f"no type {types.split(',')[-1]!r}; types: f32,"
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def timed_by(law):
     """`measure_speed`, with the seconds of a token that a law says of a stand-in's shape and layers."""
 

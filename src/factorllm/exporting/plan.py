@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,11 +70,24 @@ class Planned:
 
 def check_file_type(file_type: str) -> None:
     """Refuse a type that there is not."""
-    if file_type not in FILE_TYPES:
+    if file_type not in list(FILE_TYPES):
         raise FactorLLMError(
-            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. For others write f16, with --text for the "
-            "importance-matrix file, and run llama-quantize"
+            f"no type {file_type!r}; types: {', '.join(FILE_TYPES)}. Files of others are made by llama-quantize, from "
+            "the f16 file and the importance-matrix file of factorllm export --text"
         )
+
+
+def file_types(types: Iterable[str]) -> tuple[str, ...]:
+    """Types of several files.
+
+    Raises:
+        FactorLLMError: where there is none, or for one that there is not.
+    """
+    if not isinstance(types, Iterable) or not (found := tuple(types)):
+        raise FactorLLMError(f"{types!r} has no types of files; types: {', '.join(FILE_TYPES)}")
+    for kind in found:
+        check_file_type(kind)
+    return found
 
 
 def plan_tensors(checkpoint: Checkpoint, out: Path, file_type: str, when_full: str) -> dict[str, Planned]:

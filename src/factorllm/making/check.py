@@ -8,7 +8,7 @@ from factorllm.dense.headers import read_dense_config
 from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.gguf_file import check_type
-from factorllm.exporting.plan import check_file_type
+from factorllm.exporting.plan import file_types
 from factorllm.exporting.tokenizer import check_tokenizer
 from factorllm.healing.rounding import check_rounding
 from factorllm.healing.students import check_learning
@@ -39,8 +39,8 @@ def check_plan(plan: MakePlan) -> None:
     for name in ("bench", "front"):
         if getattr(plan, name) and (reason := reason_against_timing(plan.model)):
             raise FactorLLMError(f"{name}: {reason}; or write `{name}: null` in the plan")
-    for kind in plan.front.types if plan.front else ():
-        check_file_type(kind)
+    if plan.front:
+        file_types(plan.front.types)
 
 
 def _reason_against_file(plan: MakePlan, recipe: Recipe) -> str | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from factorllm.dense.headers import read_dense_header
 from factorllm.errors import FactorLLMError
+from factorllm.exporting.plan import file_types
 from factorllm.planning import TYPES
 from factorllm.planning.forecast import Expected, forecast
 from factorllm.planning.pace import Pace
@@ -130,20 +131,20 @@ def plan(
 
     Raises:
         FactorLLMError: for a model that cannot be read, none of whose shapes llama.cpp has, or whose vocabulary cannot
-            be trimmed so.
+            be trimmed so; for a type that there is not.
 
     Example:
         >>> outlook = plan("dense", types=("q8_0",))
         >>> outlook.choices[0].expected.name
         'dense'
     """
-    model = given(model)
+    model, types = given(model), file_types(types)
     config, wrapper = read_dense_header(model)
     if vocabulary is not None:
         vocabulary = given_count("--vocabulary", vocabulary)
         check_trim(model, config, wrapper, vocabulary)
     pace = Pace.measure()
-    expected = forecast(config, tuple(types), vocabulary, console)
+    expected = forecast(config, types, vocabulary, console)
     made = config if vocabulary is None else with_tokens(config, vocabulary)
     choices = [_choice(made, model, pace, one) for one in expected]
     return Outlook(model, choices, config.vocab_size, vocabulary, text_alone=wrapper is None)
