@@ -26,6 +26,18 @@ from factorllm import (
     ServeSettings,
     Settings,
     Wish,
+    bench,
+    evaluate,
+    export,
+    factorize,
+    front,
+    heal,
+    make,
+    make_planned,
+    parse_recipe,
+    sample,
+    serve,
+    trim,
 )
 from factorllm.baselines import layers_to_drop
 from factorllm.cli import main
@@ -252,6 +264,48 @@ def test_numbers_are_those_of_python_numpy_and_yaml():
     assert HealSettings(learning_rate="1e-4", pa_weight=np.float32(0.5), tokens=1e5).learning_rate == 1e-4
     assert Plan(batches=np.array([1, 8])).batches == (1, 8)
     assert Wish(time="60m", memory="1g", speed="1.5").time == 3600
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: factorize("m", "o", "S2A2E8", settings={"tokens": 5}),
+            "{'tokens': 5} is no Settings; give one",
+        ),
+        (lambda: factorize("m", "o", "S2A2E8", settings=HealSettings()), "is no Settings; give one"),
+        (lambda: factorize("m", "o", {"shared": 2}), "{'shared': 2} is neither a path nor a name"),
+        (lambda: factorize("m", "o", "S2A2E8", images=5), "5 is neither a path nor a name"),
+        (lambda: factorize("m", "a\0b", "S2A2E8"), "it is no path that can be there"),
+        (lambda: heal("s", "m", "o", settings=Settings()), "is no HealSettings; give one"),
+        (lambda: heal(None, "m", "o"), "None is neither a path nor a name"),
+        (lambda: heal("s", "m", None), "None is neither a path nor a name"),
+        (lambda: sample("m", "o.jsonl", settings=(1, 2)), "(1, 2) is no Settings; give one"),
+        (lambda: sample("m", "o.jsonl", temperature="hot"), "--temperature 'hot' is no number"),
+        (lambda: trim("m", "o", 300, None), "None is neither a path nor a name"),
+        (lambda: trim("m", "o", 300, "t.txt", settings={}), "{} is no Settings; give one"),
+        (lambda: evaluate("s", settings={"tasks": ()}), "{'tasks': ()} is no EvalSettings; give one"),
+        (lambda: evaluate("s", chain=b"c.yaml"), "b'c.yaml' is neither a path nor a name"),
+        (lambda: export("s", "o.gguf", ["q8_0"]), "no type ['q8_0']"),
+        (lambda: export("s", "o.gguf", made_with={"seed": 1}), "{'seed': 1} is no Settings; give one"),
+        (lambda: bench("s", ["m"], plan=FrontPlan()), "is no Plan; give one"),
+        (lambda: bench("s", "m"), "against is 'm', and a list of models is wanted"),
+        (lambda: bench("s", ["m"], None), "no engine 'none'"),
+        (lambda: front("s", ["m"], "t.txt", "o"), "students is 's', and a list of models is wanted"),
+        (lambda: front(["s"], [], "t.txt", "o"), "against is [], and a list of models is wanted"),
+        (lambda: front(["s"], ["m"], "t.txt", "o", {"rounds": 2}), "{'rounds': 2} is no FrontPlan; give one"),
+        (lambda: serve("m", settings={"port": 80}), "{'port': 80} is no ServeSettings; give one"),
+        (lambda: make("m", "o", wish={"speed": 2}), "{'speed': 2} is no Wish; give one"),
+        (lambda: make("m", "o", effort=["best"]), "no effort ['best']"),
+        (lambda: make_planned(5), "5 is neither a path nor a name"),
+        (lambda: parse_recipe(2), "2 is neither a path nor a name"),
+    ],
+)
+def test_the_python_api_refuses_what_is_of_another_kind(call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FactorLLMError, match=re.escape(says)):
+        call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_too_short(refused, dense_folder, tmp_path):

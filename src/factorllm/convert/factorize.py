@@ -35,7 +35,7 @@ from factorllm.report import ModelRow, Summary, read_summary
 from factorllm.runs.apart import apart
 from factorllm.runs.device import fast_products
 from factorllm.runs.finite import is_finite
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_if_any, given_settings
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import located
 from factorllm.runs.progress import Clock, Meter, meter
@@ -81,9 +81,10 @@ def factorize(
         >>> [row.name for row in summary.rows]
         ['dense', 'student', 'pruned']
     """
-    model, text, settings = given(model), given(text), settings or Settings()
-    if isinstance(recipe, str | Path):
-        recipe = parse_read_me(str(recipe)) or parse_recipe(recipe)
+    model, text, images = given(model), given_if_any(text), given_if_any(images)
+    settings = given_settings(settings, Settings())
+    if not isinstance(recipe, Recipe | ReadMe):
+        recipe = parse_read_me(given(recipe)) or parse_recipe(recipe)
     if isinstance(recipe, ReadMe):
         return _factorize_kinds(model, out, recipe, text, images, settings, overwrite, console)
     recipes = {"student": recipe}

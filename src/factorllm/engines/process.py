@@ -41,7 +41,8 @@ def engine_name(name: str) -> str:
     Raises:
         FactorLLMError: when there is no such engine.
     """
-    name = _ALIASES.get(name.lower(), name.lower())
+    name = str(name).lower()
+    name = _ALIASES.get(name, name)
     if name not in ENGINES:
         raise FactorLLMError(f"no engine {name!r}; engines: {', '.join(ENGINES)}")
     return name

@@ -26,7 +26,7 @@ from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf, export_for_now
 from factorllm.hosts import HOSTS
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_if_any, given_settings
 from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
@@ -135,8 +135,8 @@ def serve(
         200
         >>> os.kill(server.pid, signal.SIGINT)
     """
-    model, lossless, dense_prompt = given(model), given(lossless), given(dense_prompt)
-    settings = settings or ServeSettings()
+    model, lossless, dense_prompt = given(model), given_if_any(lossless), given_if_any(dense_prompt)
+    retrieval, settings = given_if_any(retrieval), given_settings(settings, ServeSettings())
     beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
     asked = [option for option, value in beside.items() if value]
     folder = local_path(model)
@@ -150,7 +150,7 @@ def serve(
         if dense_prompt:
             _serve_dense_prompt(model, dense_prompt, file_type, settings, say)
             return
-        library = Library(Path(given(retrieval))) if retrieval else None
+        library = Library(Path(retrieval)) if retrieval else None
         _serve_llamacpp(model, lossless, library, file_type, settings, say)
     elif asked:
         raise FactorLLMError(f"{asked[0]} works through llama.cpp, not in {engine}; use --engine llamacpp")

@@ -29,7 +29,7 @@ from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, cut_otherwise, name_in_file
 from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
-from factorllm.runs.given import given, given_count
+from factorllm.runs.given import given, given_count, given_if_any, given_settings
 from factorllm.runs.output import check_output, companions, is_done, located
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
@@ -103,9 +103,10 @@ def export_gguf(
         >>> export_gguf("student", "student.gguf", "q8_0").path.name
         'student.gguf'
     """
-    model, text = given(model), given(text)
+    model, text = given(model), given_if_any(text)
     tokenizer = None if tokenizer is None else Path(given(tokenizer))
     tokens, top_k = given_count("--tokens", tokens), None if top_k is None else given_count("--top-k", top_k)
+    made_with = None if made_with is None else given_settings(made_with, Settings())
     check_type(file_type, text, tokens, gptq)
     out, *beside = _outputs(located(out), text, [model, tokenizer])
     adapters = adapter_outputs(model, out)

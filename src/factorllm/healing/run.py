@@ -31,7 +31,7 @@ from factorllm.healing.training import micro_batch_of, train
 from factorllm.measure.perplexity import perplexity, refuse_infinite
 from factorllm.report import model_card
 from factorllm.runs.apart import apart
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_if_any, given_settings
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.runs.output import PROVENANCE, is_own, located
 from factorllm.runs.progress import meter, quiet_transformers
@@ -93,7 +93,8 @@ def heal(
         >>> sorted(healed.results)
         ['dense', 'healed', 'pruned', 'student']
     """
-    folder, teacher, text, settings = Path(given(student)), given(teacher), given(text), settings or HealSettings()
+    folder, teacher, text = Path(given(student)), given(teacher), given_if_any(text)
+    settings = given_settings(settings, HealSettings())
     reuse_freed_memory()
     with named_failures(), open_heal_job(folder, teacher, out, text, settings, overwrite, console) as job:
         if job is None:

@@ -92,7 +92,7 @@ def choose_plan(
         FactorLLMError: when no shape is what is wished for, or the time is too short for any; when the vocabulary is to
             be trimmed without a text, or trimming alone is fast enough; when a step of the plan cannot be done here.
     """
-    if effort not in EFFORTS:
+    if effort not in list(EFFORTS):
         raise FactorLLMError(f"no effort {effort!r}; efforts: {', '.join(EFFORTS)}")
     if vocabulary is not None:
         _check_vocabulary(model, vocabulary, text)

@@ -20,7 +20,7 @@ from factorllm.planning.wish import Wish
 from factorllm.runs.apart import apart
 from factorllm.runs.course import Course
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.given import given, given_count
+from factorllm.runs.given import given, given_count, given_if_any, given_settings
 from factorllm.runs.output import PLAN, located, read_json
 from factorllm.runs.progress import minutes, show_course
 from factorllm.runs.workspace import write_json
@@ -76,9 +76,9 @@ def make(
         >>> (made.out / "Modelfile").exists()
         True
     """
-    model, text = given(model), given(text)
+    model, text = given(model), given_if_any(text)
     vocabulary = None if vocabulary is None else given_count("--vocabulary", vocabulary)
-    out, console, wish = located(out), console or Console(quiet=True), wish or Wish()
+    out, console, wish = located(out), console or Console(quiet=True), given_settings(wish, Wish())
     asked: dict[str, Any] = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort}
     asked |= {"type": file_type, "wish": wish.model_dump(mode="json")}
     path, before = out / PLAN, read_json(out / "steps" / "asked.json")

@@ -25,7 +25,7 @@ from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import check_vocabularies
 from factorllm.runs.apart import apart
 from factorllm.runs.device import usable_device
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_if_any, given_settings
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance, refuse_text_of_kinds
@@ -82,8 +82,9 @@ def evaluate(
         >>> sorted(found.perplexity)
         ['dense', 'student']
     """
-    console, settings = console or Console(quiet=True), settings or EvalSettings()
-    student, against, text, cache = Path(given(student)), given(against), given(text), Path(given(cache))
+    console, settings = console or Console(quiet=True), given_settings(settings, EvalSettings())
+    student, cache = Path(given(student)), Path(given(cache))
+    against, text, chain = map(given_if_any, (against, text, chain))
     if not settings.tasks and text is None and chain is None:
         raise FactorLLMError("there is nothing to measure; name some --tasks, or give a --text or a --chain")
     check_tasks(settings.tasks, settings.data, settings.run_generated_code)

@@ -17,6 +17,7 @@ from shlex import quote
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.disk import explain_full_disk, nearest_existing
+from factorllm.runs.given import given
 
 PROVENANCE = "factorllm.json"
 """What a checkpoint says of itself, in its folder."""
@@ -87,10 +88,11 @@ def located(path: str | Path) -> Path:
     Raises:
         FactorLLMError: for an empty path, which as a path would be the current folder, and for what no path can be.
     """
-    if not str(path):
+    path = given(path)
+    if not path:
         raise FactorLLMError("the output's path is empty; say where to write with -o, . for the current folder")
-    found = Path(os.path.realpath(os.path.expanduser(path)))
-    with refusing(found, "it is no path that can be there: choose a shorter name"):
+    with refusing(path, "it is no path that can be there: choose a shorter name"):
+        found = Path(os.path.realpath(path))
         found.exists()
     return found
 

@@ -17,7 +17,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.runs.apart import apart
 from factorllm.runs.device import has_bfloat16
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_number, given_settings
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import Kind, check_output, is_done, located
 from factorllm.runs.progress import meter
@@ -62,16 +62,17 @@ def sample(
         'sampled.jsonl'
     """
     model, out, console = given(model), located(out), console or Console(quiet=True)
+    temperature, chat = given_number("--temperature", temperature), bool(chat)  # numpy's are no JSON
+    settings = given_settings(settings, Settings())
     if out.suffix != ".jsonl":
         raise FactorLLMError(f"{out} is no .jsonl file, so --text could not read it; choose such a name")
     if not _LOWEST <= temperature <= _HIGHEST:
         raise FactorLLMError(
-            f"a temperature of {temperature} draws nothing that is of use; choose one between {_LOWEST} and {_HIGHEST}"
+            f"a temperature of {temperature:g} draws nothing of use; choose one between {_LOWEST} and {_HIGHEST}"
         )
-    temperature, chat = float(temperature), bool(chat)  # numpy's are no JSON
     check_output(out, SAMPLED, [model])
     source = open_model(model)
-    settings = (settings or Settings()).resolve(source.config)
+    settings = settings.resolve(source.config)
     if settings.length < _SHORTEST and not chat:
         raise _none_long_enough(settings)
     tokenizer = source.tokenizer()

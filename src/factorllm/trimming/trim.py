@@ -20,7 +20,7 @@ from factorllm.errors import FactorLLMError
 from factorllm.report.template import read_template
 from factorllm.runs.apart import apart
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.given import given, given_count
+from factorllm.runs.given import given, given_count, given_settings
 from factorllm.runs.identity import common_identity
 from factorllm.runs.output import TRIMMED, TRIMMED_FROM, check_output, is_done, located
 from factorllm.runs.progress import meter
@@ -101,11 +101,12 @@ def trim(
     """
     model, text, out, console = given(model), given(text), located(out), console or Console(quiet=True)
     vocabulary = given_count("--vocabulary", vocabulary)
+    settings = given_settings(settings, Settings(tokens=COUNTED_TOKENS))
     finish_publishing(out)
     check_output(out, TRIMMED, [model, text])
     source = open_model(model)
     check_trim(model, source.config, source.wrapper, vocabulary)
-    settings = (settings or Settings(tokens=COUNTED_TOKENS)).resolve(source.config)
+    settings = settings.resolve(source.config)
     job = {
         "model": source.fingerprint,
         "files beside the weights": source.surroundings,

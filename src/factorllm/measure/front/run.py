@@ -19,6 +19,7 @@ from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
 from factorllm.exporting.ggml import WEIGHTED
 from factorllm.exporting.gptq import LEVELS
 from factorllm.exporting.importance import WeighOnce
+from factorllm.exporting.plan import file_types
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.front.points import Front, Kind, Point, Timed
 from factorllm.measure.front.show import front_json, write_picture
@@ -32,7 +33,7 @@ from factorllm.measure.vocabulary import Vocabulary
 from factorllm.runs.apart import apart
 from factorllm.runs.digest import digest_of
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_settings, given_several
 from factorllm.runs.output import PROVENANCE, check_own_files, located, read_json, trimmed_from
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
@@ -87,9 +88,9 @@ def run_front(
         >>> [(point.model, point.kind) for point in front.points]
         [('dense', 'dense'), ('student', 'student')]
     """
-    plan, settings, console = plan or FrontPlan(), settings or EvalSettings(tasks=()), console or Console(quiet=True)
-    text, cache, out = given(text), Path(given(cache)), located(out)
-    models = _models([given(path) for path in students], [given(path) for path in against])
+    plan, settings = given_settings(plan, FrontPlan()), given_settings(settings, EvalSettings(tasks=()))
+    text, cache, out, console = given(text), Path(given(cache)), located(out), console or Console(quiet=True)
+    models = _models(given_several("students", students, least=0), given_several("against", against))
     for model in models:
         if (Path(model.path) / PROVENANCE).is_file():
             refuse_text_of_kinds(model.path, read_provenance(Path(model.path)), text)
@@ -171,9 +172,7 @@ def _name(path: str) -> str:
 def _check(out: Path, plan: FrontPlan, settings: EvalSettings) -> None:
     """Refuse before the work what cannot be measured or written."""
     check_installed("llamacpp")
-    for kind in plan.types:
-        if kind not in FILE_TYPES:
-            raise FactorLLMError(f"no type {kind!r}; types: {', '.join(FILE_TYPES)}")
+    file_types(plan.types)
     check_gguf(None, settings)
     check_tasks(settings.tasks, settings.data, settings.run_generated_code)
     names = (NUMBERS, PICTURE, *map(_timings, plan.types))

@@ -16,7 +16,7 @@ from factorllm.measure.speed.table import as_json, speed_table, write_plot
 from factorllm.measure.speed.timing import measure_speed
 from factorllm.runs.apart import apart
 from factorllm.runs.disk import explain_full_disk
-from factorllm.runs.given import given
+from factorllm.runs.given import given, given_settings, given_several
 from factorllm.runs.output import check_own_files, located, read_json
 from factorllm.runs.workspace import write_json
 
@@ -49,15 +49,14 @@ def run_bench(
         >>> sorted(path.name for path in Path("speed").iterdir())
         ['speed.json', 'speed.png']
     """
-    engine, plan, console = engine_name(engine), plan or Plan(), console or Console(quiet=True)
+    engine, plan, console = engine_name(engine), given_settings(plan, Plan()), console or Console(quiet=True)
+    student, against = given(student), given_several("against", against)
     check_installed(engine)
     if out:
         out = located(out)
         check_own_files(out, (_NUMBERS, _PLOT), lambda folder: _is_ours(folder / _NUMBERS))
     with tempfile.TemporaryDirectory(prefix="factorllm-bench-") as work:
-        subjects = open_subjects(
-            given(student), [given(path) for path in against], engine, file_type, Path(work), console
-        )
+        subjects = open_subjects(student, against, engine, file_type, Path(work), console)
         plan = _fitting(plan, min(subject.context for subject in subjects), console)
         measures = measure_speed(subjects, engine, plan, console)
     title = f"{engine}, {file_type}" if engine == "llamacpp" else f"{engine}, {plan.dtype or 'own dtype'}"
