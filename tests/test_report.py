@@ -4,17 +4,22 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from conftest import BASE, save_dense
+from matplotlib import pyplot
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
+from factorllm.measure.front.show import read_front, write_picture
 from factorllm.measure.routing import route_prompt, specialisation
 from factorllm.measure.tasks import Score
 from factorllm.report.findings import gather
@@ -68,6 +73,15 @@ def page(student, dense_folder, tmp_path_factory):
     measured = read_measured(folder / "scores.json", folder / "speed.json", FRONT)
     found = gather(student, str(dense_folder), measured, "cpu", QUIET)
     return write_report("tiny", found, folder / "report")
+
+
+def test_figures_leave_a_notebooks_way_of_showing_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(matplotlib, "use", lambda backend: pytest.fail(f"{backend} is taken from now on"))
+    monkeypatch.delitem(sys.modules, "factorllm.report.plots", raising=False)
+    plots, points = import_module("factorllm.report.plots"), read_front(FRONT).points
+    write_picture(points, tmp_path / "front.png")
+    assert plots.as_png(plots.front_figure(points))[1:4] == (tmp_path / "front.png").read_bytes()[1:4] == b"PNG"
+    assert pyplot.get_fignums() == []
 
 
 @pytest.mark.parametrize(("model", "more"), [("another", {}), ("student", {"more": 1})])

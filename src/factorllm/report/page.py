@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from factorllm.measure.tasks import TASKS, kept_in_mean, retention
@@ -61,7 +60,6 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
     for figure_name, (figure, description) in _figures(found).items():
         pictures[f"{figure_name}.png"] = as_png(figure)
         drawn[figure_name] = as_svg(figure, figure_name, description)
-        pyplot.close(figure)
     made = found.made
     images = made["data"].get("images")
     page = read_template("page.html.jinja").render(

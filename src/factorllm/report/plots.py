@@ -1,4 +1,7 @@
-"""The report's figures, each as PNG and as SVG that takes the colours of the page."""
+"""The report's figures, each as PNG and as SVG that takes the colours of the page.
+
+They are made without pyplot, which would show them in a notebook, or take its way of showing figures from it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import io
 import re
 
 import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from factorllm.measure.front.points import Point
@@ -89,7 +90,8 @@ def kinds_figure(found: Specialisation) -> Figure:
     average = sum(found.loads.values()) / len(kinds)
     rows = -(-len(kinds) // 2)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(rows, 2, figsize=(4.2, 1.5 * rows + 0.6), sharex=True, sharey=True)
+        figure = Figure(figsize=(4.2, 1.5 * rows + 0.6))
+        axes = figure.subplots(rows, 2, sharex=True, sharey=True)
     for axis, kind in zip(axes.flat, kinds, strict=False):
         change = 100 * (found.loads[kind] - average).T
         shown = axis.pcolormesh(change.numpy(), vmin=-30, vmax=30, cmap="RdBu_r")
@@ -130,12 +132,13 @@ def as_svg(figure: Figure, name: str, description: str) -> str:
     return f"{head}>" + re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", body)
 
 
-def _figure() -> tuple[Figure, pyplot.Axes]:
+def _figure() -> tuple[Figure, Axes]:
     with matplotlib.rc_context(_STYLE):
-        return pyplot.subplots(figsize=_NARROW)
+        figure = Figure(figsize=_NARROW)
+        return figure, figure.subplots()
 
 
-def _expert_axes(axes: pyplot.Axes, experts: int) -> None:
+def _expert_axes(axes: Axes, experts: int) -> None:
     axes.set_yticks([expert + 0.5 for expert in range(experts)], [str(expert) for expert in range(experts)])
     axes.set_xlabel("FFN")
     axes.set_ylabel("expert")

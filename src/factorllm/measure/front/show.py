@@ -120,12 +120,10 @@ def read_front(path: Path) -> Front:
 
 def write_picture(points: list[Point], path: Path) -> None:
     """Perplexity against decode speed and against size, with the hull of what quantisation alone gives."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose way of showing figures is the caller's
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (speed, size) = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    figure = Figure(figsize=(11, 4.6))
+    speed, size = figure.subplots(1, 2, sharey=True)
     draw_by_speed(speed, points)
     _draw(size, points, mebibytes, lambda room: room)
     size.set_xlabel("file, MiB")
@@ -133,7 +131,6 @@ def write_picture(points: list[Point], path: Path) -> None:
     size.margins(0.12)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def draw_by_speed(axes, points: list[Point]) -> None:

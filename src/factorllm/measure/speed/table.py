@@ -76,14 +76,12 @@ def _cost(cost: Cost) -> dict[str, int]:
 
 def write_plot(measures: list[Measure], plan: Plan, title: str, path: Path) -> None:
     """Bars of the ratios to the dense model with their quartiles, and the ideal as a dash."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose way of showing figures is the caller's
 
     dense, what = dense_of(measures), list(plan.names())
     others = [measure for measure in measures if measure is not dense]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     width = 0.8 / len(others)
     for index, measure in enumerate(others):
         places = [place + index * width for place in range(len(what))]
@@ -102,4 +100,3 @@ def write_plot(measures: list[Measure], plan: Plan, title: str, path: Path) -> N
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
