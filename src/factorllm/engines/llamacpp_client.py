@@ -7,6 +7,9 @@ import math
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+GREEDY = {"temperature": 0, "repeat_penalty": 1, "xtc_probability": 0, "mirostat": 0}
+"""The likeliest token, whatever a file says of how its model is sampled."""
+
 
 def post(address: str, path: str, body: dict) -> dict:
     """What a server at an address answers.
@@ -97,7 +100,7 @@ class Client:
         body = {
             "prompt": prompt,
             "n_predict": count,
-            "temperature": 0,
+            **GREEDY,
             "ignore_eos": True,
             "cache_prompt": False,
         } | more
