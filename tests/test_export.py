@@ -32,7 +32,7 @@ from factorllm import FactorLLMError, factorize
 from factorllm.dense import open_model
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
-from factorllm.engines.llamacpp import server_params
+from factorllm.engines.llamacpp import server_params, start_server
 from factorllm.exporting import FILE_TYPES, export_gguf
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.tensors import gguf_tensors
@@ -521,6 +521,56 @@ def test_what_ends_an_answer_beside_the_end_token_is_in_the_file(tmp_path, text_
     edit_json(tmp_path / "dense/generation_config.json", eos_token_id=ends[:2])
     again = exported(tmp_path / "dense", tmp_path / "again.gguf")
     assert "tokenizer.ggml.eot_token_id" not in again
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.05}
+
+
+def test_how_answers_are_sampled_goes_into_the_file_and_comes_from_it(tmp_path):
+    """As llama.cpp's own converter has it; else it would sample Qwen's students by its own temperature of 0.8."""
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    edit_json(tmp_path / "dense/generation_config.json", **SAMPLED, suppress_tokens=[3], num_beams=1, min_length=4)
+    said = []
+    written = exported(tmp_path / "dense", tmp_path / "out.gguf", say=said.append)
+    found = {key: value for key, value in written.items() if key.startswith("general.sampling.")}
+    assert found == pytest.approx(
+        {
+            "general.sampling.temp": 0.7,
+            "general.sampling.top_k": 20,
+            "general.sampling.top_p": 0.8,
+            "general.sampling.min_p": 0.02,
+            "general.sampling.penalty_repeat": 1.05,
+            "general.sampling.penalty_last_n": CONFIGS["mha"].max_position_embeddings,
+        }
+    )
+    assert said == [
+        "llama.cpp does not heed min_length and suppress_tokens of the generation config, as transformers does"
+    ]
+    read = open_model(str(tmp_path / "out.gguf")).generation_config()
+    assert {name: getattr(read, name) for name in SAMPLED} == SAMPLED
+    edit_json(tmp_path / "dense/generation_config.json", **dict.fromkeys(SAMPLED) | {"temperature": 0.0, "top_k": 0})
+    assert exported(tmp_path / "dense", tmp_path / "greedy.gguf")["general.sampling.temp"] == 0
+    read = open_model(str(tmp_path / "greedy.gguf")).generation_config()
+    assert (read.do_sample, read.temperature, read.top_k) == (None, None, 0)
+
+
+@pytest.mark.engine
+def test_what_is_measured_is_the_likeliest_token_whatever_a_file_says_of_sampling(tmp_path):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "plain.gguf", "f32")
+    edit_json(tmp_path / "dense/generation_config.json", **SAMPLED | {"repetition_penalty": 9.0})
+    export_gguf(str(tmp_path / "dense"), tmp_path / "said.gguf", "f32")
+    prompt, found = some_tokens(CONFIGS["mha"], rows=1, length=20)[0].tolist(), {}
+    for name in ("plain", "said"):
+        with EngineProcess("llamacpp", tmp_path / f"{name}.gguf", Options(context=64)) as process:
+            found[name] = process.generate(prompt, 24)
+    assert found["said"] == found["plain"]
+    assert len(set(found["plain"])) < 24  # a penalty would have changed it
+    server = start_server(server_params(str(tmp_path / "said.gguf"), Options(context=64)), "start")
+    with urlopen(f"{server.listening_address}/props") as reply:
+        usual = json.load(reply)["default_generation_settings"]["params"]
+    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+    assert [usual[name] for name in names] == pytest.approx([0.7, 20, 0.8, 0.02, 9.0])
 
 
 def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class Checkpoint:
         read: a tensor by its name.
         shape: the shape of a tensor by its name, without reading it.
         load: the whole model in transformers, in a dtype and on a device.
-        ends: ids of the tokens that end an answer, by its generation config.
+        generation: its generation config, or the one that follows from its config.
         settings: reads how it was made, where factorllm made it; they say which part of a text is held out.
         wrapper: what is round it, where it is the text model of a vision-language model.
         overlaps: whether its experts share neurons.
@@ -72,7 +72,7 @@ class Checkpoint:
     shape: Callable[[str], tuple[int, ...]]
     tokenizer: PreTrainedTokenizerBase
     licence: str | None
-    ends: Sequence[int]
+    generation: GenerationConfig
     load: Callable[[torch.dtype, torch.device], PreTrainedModel]
     settings: Callable[[], Settings]
     wrapper: Wrapper | None = None
@@ -141,7 +141,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         source.shape,
         source.tokenizer(),
         source.licence,
-        _ends(source.generation_config()),
+        source.generation_config(),
         source.load_model,
         partial(_settings, folder),
         source.wrapper,
@@ -180,17 +180,12 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         tensors.shape,
         read_tokenizer(folder, label),
         licence_of_card(folder / "README.md"),
-        _ends(read_generation_config(folder, config)),
+        read_generation_config(folder, config),
         partial(load_student, folder),
         partial(_settings, folder),
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
-
-
-def _ends(config: GenerationConfig) -> list[int]:
-    said = config.eos_token_id
-    return [index for index in (said if isinstance(said, list) else [said]) if isinstance(index, int)]
 
 
 def _made(folder: Path) -> dict:

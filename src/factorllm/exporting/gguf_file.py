@@ -25,6 +25,7 @@ from factorllm.exporting.grams import Grams
 from factorllm.exporting.header import start_file
 from factorllm.exporting.importance import TOKENS, Importance, read_importance, write_importance
 from factorllm.exporting.plan import FILE_TYPES, Planned, check_file_type, fallbacks, larger, plan_tensors
+from factorllm.exporting.sampling import add_sampling, ends_of, unheeded
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.exporting.tokenizer import add_tokenizer, copy_tokenizer, cut_otherwise, name_in_file
 from factorllm.runs.apart import apart
@@ -123,7 +124,7 @@ def export_gguf(
     plan = plan_tensors(checkpoint, out, file_type, when_full)
     partial = unfinished(out)
     writer = _writer(checkpoint, partial, file_type, tokenizer, plan, job)
-    _say(say, [] if tokenizer else cut_otherwise(checkpoint.tokenizer))
+    _say(say, [*([] if tokenizer else cut_otherwise(checkpoint.tokenizer)), *unheeded(checkpoint.generation)])
     importance = None if text is None else weigh(checkpoint, text, tokens, console)
     if importance is not None:
         _say(say, _seen(importance))
@@ -251,10 +252,11 @@ def _writer(
     named = replace(checkpoint, name=name_in_file(checkpoint.name, checkpoint.tokenizer))
     writer = start_file(partial, named, file_type, plan)
     add_job(writer, job)
+    add_sampling(writer, checkpoint.generation, checkpoint.config.max_position_embeddings)
     if tokenizer:
         copy_tokenizer(writer, tokenizer, checkpoint.tokenizer, checkpoint.config.vocab_size)
     else:
-        add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.ends)
+        add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size, ends_of(checkpoint.generation))
     return writer
 
 

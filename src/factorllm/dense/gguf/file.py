@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from factorllm.dense.families import FAMILIES, head_dim
 from factorllm.dense.gguf.config import family_of, read_config
 from factorllm.dense.gguf.keys import Keys
+from factorllm.dense.gguf.sampling import read_sampling
 from factorllm.dense.gguf.tokenizer import build_tokenizer, end_tokens
 from factorllm.dense.model import ModelSource
 from factorllm.errors import FactorLLMError, refusing
@@ -75,6 +76,7 @@ class GGUFSource(ModelSource):
         config = super().generation_config()
         if ends := end_tokens(self._tokenizer_field):
             config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        read_sampling(self._field, config)
         return config
 
     def with_weights_of(self, model: PreTrainedModel) -> GGUFSource:
