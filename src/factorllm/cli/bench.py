@@ -27,7 +27,8 @@ def bench(
     ] = None,
     **chosen,
 ) -> None:
-    """Time a student, its dense model and its static prune in turns, in one engine."""
+    """Time a student, its dense model and its static prune in turns, in one engine; llama.cpp has all in one --type,
+    .gguf files too."""
     from factorllm.measure.speed.run import run_bench
 
     plan = Plan(**chosen, batches=tuple(batch or Plan().batches), threads=tuple(threads or ()))

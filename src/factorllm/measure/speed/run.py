@@ -37,7 +37,7 @@ def run_bench(
 
     Args:
         against: the dense model first, then static prunes.
-        file_type: what models are exported as for llama.cpp.
+        file_type: what all models are exported as for llama.cpp, `.gguf` files too.
         plan: what is timed; where a model's context is too short for it, shorter prompts are.
 
     Raises:
