@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_export import check_no_worse, save_model
+from torch.nn.functional import kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, NemotronHConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -728,6 +729,25 @@ def test_the_loss_of_the_start_is_measured_before_the_first_step(student, healed
     assert first["eval_loss"] == pytest.approx(start, rel=1e-3)
     assert told(healed)["best_step"] > 0
     assert f"{first['eval_loss']:.4f} before" in told(healed)["outcome"]
+
+
+def test_what_is_told_at_a_temperature_is_the_divergence_there(student, dense_folder, text_file, tmp_path):
+    """Not times T^2, as the loss has it; and T is said."""
+    validation = opened(student, dense_folder, text_file, tmp_path / "opened")["validation"]
+    dense, sparse = (
+        torch.cat([load_student(folder)(rows).logits.detach() for rows in validation.split(2)]) / 2
+        for folder in (dense_folder, student)
+    )
+    start = kl_div(sparse.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    settings = QUICK.model_copy(update={"temperature": 2.0, "vocabulary": 257, "tokens": 1024, "evaluations": 1})
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    healed = heal(student, str(dense_folder), tmp_path / "out", text=str(text_file), settings=settings, console=console)
+    measured = "KL at temperature 2 to the teacher on validation text"
+    first = losses(tmp_path / "out", "eval_loss")[0]
+    assert first == pytest.approx(start.item(), rel=2e-3)
+    assert f"step 0: {measured} {first:.4f}" in shown.getvalue()
+    assert measured in healed.outcome
 
 
 @pytest.mark.parametrize("recipe", ["S2A2E8", "S4A0E8"])

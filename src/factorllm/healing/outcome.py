@@ -10,6 +10,7 @@ from transformers import TrainerState
 
 from factorllm.healing.coordinate import CHURN, KAPPA
 from factorllm.healing.rate import Rate
+from factorllm.healing.settings import HealSettings
 from factorllm.healing.spikes import Spike
 from factorllm.healing.trainer import SKIPPED
 
@@ -34,7 +35,7 @@ class Outcome:
         skipped_steps: steps that were left out because their gradient was not finite.
         spikes: jumps of the loss that were undone.
         curve: of each step that was logged, the losses.
-        file_type: of the file that it was healed as, if it was.
+        settings: of the healing.
     """
 
     rate: Rate
@@ -42,7 +43,7 @@ class Outcome:
     skipped_steps: int
     spikes: list[Spike]
     curve: list[dict[str, Any]]
-    file_type: str | None
+    settings: HealSettings
 
     @property
     def gained(self) -> bool:
@@ -53,8 +54,8 @@ class Outcome:
     def sentence(self) -> str:
         """For the user: what was gained, or why nothing was."""
         validation = {point["step"]: point["eval_loss"] for point in self.curve if "eval_loss" in point}
-        start, weights = validation[0], f"of {self.file_type} weights " if self.file_type else ""
-        measured = f"KL {weights}to the teacher on validation text"
+        start, file_type = validation[0], self.settings.quantize
+        measured = self.settings.measured(f"of {file_type} weights " if file_type else "")
         skipped = f"; {self.skipped_steps} steps were left out, for their gradient was not finite"
         skipped = (skipped if self.skipped_steps else "") + "".join(map(_told, self.spikes))
         if self.gained:
@@ -86,9 +87,8 @@ def _told(spike: Spike) -> str:
     )
 
 
-def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike], file_type: str | None) -> Outcome:
-    """What a finished training came to, from what the Trainer logged, the spikes that were undone, and the type of the
-    file that the student was healed as."""
+def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike], settings: HealSettings) -> Outcome:
+    """What a finished training came to, from what the Trainer logged and the spikes that were undone."""
     history = state.log_history
     last = max(entry["step"] for entry in history if "eval_loss" in entry)
     points = [{"step": entry["step"]} | {key: entry[key] for key in _CURVE if key in entry} for entry in history]
@@ -99,5 +99,5 @@ def read_outcome(state: TrainerState, rate: Rate, spikes: list[Spike], file_type
         spikes=spikes,
         # A run that goes on where another one had stopped takes a step before it stops too.
         curve=[point for point in points if len(point) > 1 and point["step"] <= last],
-        file_type=file_type,
+        settings=settings,
     )

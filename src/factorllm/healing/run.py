@@ -103,7 +103,7 @@ def heal(
         targets = _persistently(job, lambda: _ask_teacher(job))
         rate = settle_rate(job, targets)
         trainer, spikes = _persistently(job, lambda: train(job, targets, rate.value))
-        outcome = read_outcome(trainer.state, rate, spikes.found, job.settings.quantize)
+        outcome = read_outcome(trainer.state, rate, spikes.found, job.settings)
         folder = job.work.folder / "healed"
         unset_hf_deepspeed_config()  # else ZeRO would spread over the processes what only the main one loads from here
         if outcome.gained:

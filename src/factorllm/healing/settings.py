@@ -95,6 +95,15 @@ class HealSettings(Chosen):
         """Whether adapters learn, and the student's own weights do not."""
         return self.train in ("lora", "mor1e")
 
+    def measured(self, of: str = "") -> str:
+        """What the validation loss is, in words.
+
+        Args:
+            of: what it is of, as in "of q4_0 weights ".
+        """
+        at = "" if self.temperature == 1 else f"at temperature {self.temperature:g} "
+        return f"KL {of}{at}to the teacher on validation text"
+
 
 def usual_rate(shape: Shape, weight: float) -> float:
     """The learning rate of a student on which none can be found: a smaller one where little of the FFN is off, and so

@@ -196,12 +196,12 @@ class FactorTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The validation loss is the KL divergence alone: it says what the student lost."""
-        losses = []
+        losses, temperature = [], self.settings.temperature
         for part in self.micro_batch.parts(self._prepare_inputs(inputs)):
             with self.compute_loss_context_manager():
                 logits = model(input_ids=part["input_ids"], use_cache=False).logits
-            losses.append(kd_loss(logits, part["top_ids"], part["top_log_probs"], self.settings.temperature))
-        loss = torch.stack(losses).mean()
+            losses.append(kd_loss(logits, part["top_ids"], part["top_log_probs"], temperature))
+        loss = torch.stack(losses).mean() / temperature**2  # which is for gradients of one size
         return loss.nan_to_num(_HOPELESS, _HOPELESS), None, None  # `Trainer` would leave it out of the mean
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
@@ -330,15 +330,16 @@ class ProgressCallback(TrainerCallback):
     Args:
         bar: of its steps.
         say: called with a line for each evaluation.
+        measured: what the validation loss is, in words.
     """
 
-    def __init__(self, bar: Meter, say: Callable[[str], None]):
-        self._bar, self._say = bar, say
+    def __init__(self, bar: Meter, say: Callable[[str], None], measured: str):
+        self._bar, self._say, self._measured = bar, say, measured
 
     def on_step_end(self, args, state, control, **kwargs):
         self._bar.advance()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._say(f"step {state.global_step}: KL to the teacher on validation text {metrics['eval_loss']:.4f}")
+        self._say(f"step {state.global_step}: {self._measured} {metrics['eval_loss']:.4f}")
         if state.global_step == 0:
             self._bar.begin()  # the start is measured once, and takes as long as many steps

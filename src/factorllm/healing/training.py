@@ -76,7 +76,7 @@ def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spike
         coordinate(trainer, job.console)
     _predict(job, trainer, targets["train"], steps - done)
     with meter(job.console, "healing", steps, done) as bar:
-        trainer.add_callback(ProgressCallback(bar, job.console.print))
+        trainer.add_callback(ProgressCallback(bar, job.console.print, job.settings.measured()))
         with _watched(job, trainer):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer

@@ -112,7 +112,9 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
         figures["load"] = (load_figure(layers), "Share of tokens that run each expert, for each FFN")
         figures["kinds"] = (kinds_figure(found.specialisation), "Change of each expert's load with the kind of text")
     if "healing" in made:
-        figures["healing"] = (healing_figure(made["healing"]["curve"]), "KL to the dense model while healing")
+        healing = made["healing"]
+        figure = healing_figure(healing["curve"], healing["settings"].get("temperature", 1))
+        figures["healing"] = (figure, "KL to the dense model while healing")
     return figures
 
 

@@ -104,13 +104,14 @@ def kinds_figure(found: Specialisation) -> Figure:
     return figure
 
 
-def healing_figure(curve: list[dict]) -> Figure:
-    """KL to the teacher on validation tokens while healing."""
+def healing_figure(curve: list[dict], temperature: float) -> Figure:
+    """KL to the teacher, both at a temperature, on validation tokens while healing."""
     figure, axes = _figure()
     points = [(point["step"], point["eval_loss"]) for point in curve if "eval_loss" in point]
     axes.plot(*zip(*points, strict=True), marker="o")
     axes.set_xlabel("step")
-    axes.set_ylabel("KL to the dense model, nats")
+    at = "" if temperature == 1 else f" at temperature {temperature}"
+    axes.set_ylabel(f"KL to the dense model{at}, nats")
     return figure
 
 
