@@ -18,6 +18,7 @@ from conftest import (
     CONFIGS,
     SLIDING_WINDOW,
     WIDE_HEADS,
+    byte_tokenizer,
     edit_json,
     save_dense,
     some_tokens,
@@ -467,6 +468,19 @@ def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):
     keys = {key for key in built if key.startswith("tokenizer.")}
     assert len(keys) > 6
     assert {key: copied[key] for key in keys} == {key: built[key] for key in keys}
+
+
+@pytest.mark.engine
+def test_a_tokenizer_of_single_bytes_is_loaded_from_the_file(dense_folder, tmp_path):
+    """It has no merges, and without their key neither llama.cpp nor factorllm reads a file."""
+    pytest.importorskip("xllamacpp")
+    export_gguf(str(dense_folder), tmp_path / "out.gguf", "f32")
+    export_gguf(str(dense_folder), tmp_path / "copied.gguf", "f32", tokenizer=tmp_path / "out.gguf")
+    wanted = byte_tokenizer()("expert é").input_ids
+    for file in (tmp_path / "out.gguf", tmp_path / "copied.gguf"):
+        assert open_model(str(file)).tokenizer()("expert é").input_ids == wanted
+        with EngineProcess("llamacpp", file, Options(context=64)) as process:
+            assert process.tokenize("expert é") == wanted
 
 
 def test_all_chat_templates_are_in_the_file(tmp_path):

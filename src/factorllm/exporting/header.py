@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 
 from factorllm.dense.families import head_dim, key_value_heads, rope_of, rope_type, rotary_share, sliding_window
 from factorllm.dense.gguf.rope import rope_keys
@@ -16,9 +17,22 @@ from factorllm.exporting.plan import FILE_TYPES, Planned
 from factorllm.hosts.base import GGUFKeys
 
 
+class _Writer(gguf.GGUFWriter):
+    """It writes lists that are empty too, which gguf leaves out: a tokenizer of single bytes has no merges, and a file
+    without their key is loaded by nothing."""
+
+    def add_token_merges(self, merges: Sequence[str]) -> None:
+        self.add_key_value(gguf.Keys.Tokenizer.MERGES, merges, GGUFValueType.ARRAY, GGUFValueType.STRING)
+
+    def _pack_val(self, val: Any, vtype: GGUFValueType, *more: Any, **named: Any) -> bytes:
+        if vtype is GGUFValueType.ARRAY and not len(val):
+            return self._pack("I", vtype) + self._pack("I", GGUFValueType.STRING) + self._pack("Q", 0)
+        return super()._pack_val(val, vtype, *more, **named)
+
+
 def start_file(path: Path, model: Layout, file_type: str, plan: dict[str, Planned]) -> gguf.GGUFWriter:
     """What a file says of a model and its tensors; nothing is on disk yet, and of the tokenizer nothing is said."""
-    writer = gguf.GGUFWriter(path, model.host.gguf(model.config))
+    writer = _Writer(path, model.host.gguf(model.config))
     _add_keys(writer, model, file_type)
     for name, planned in plan.items():
         writer.add_tensor_info(name, planned.shape, np.dtype(np.float32), planned.size, raw_dtype=planned.kind)
