@@ -406,17 +406,6 @@ def test_words_that_llamacpp_would_take_otherwise_are_refused(tmp_path, pre, who
         export_gguf(str(tmp_path / "dense"), tmp_path / "other.gguf")
 
 
-def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
-    """gguf leaves an empty list out, and llama.cpp does not load a file without it."""
-    tokenizer = byte_level_tokenizer()
-    letters = {token: index for index, token in enumerate(["<s>", "</s>", *sorted(ByteLevel.alphabet())])}
-    tokenizer.backend_tokenizer.model = models.BPE(letters, [])
-    save_model(CONFIGS["mha"], tmp_path / "dense", tokenizer)
-    with pytest.raises(FactorLLMError, match=r"merges no bytes, .* serve the model with transformers or vLLM"):
-        export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf")
-    assert not (tmp_path / "out.gguf").exists()
-
-
 def marking_spaces(place: str) -> PreTrainedTokenizerFast:
     """Llama 2's tokenizer, as transformers makes it: where a space is, none is put before it."""
     tokenizer = sentencepiece_tokenizer()

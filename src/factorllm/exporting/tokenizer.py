@@ -125,11 +125,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     _refuse_other_steps(content, bool(model.get("byte_fallback")))
     if not model.get("byte_fallback"):
         _pre_name(tokenizer)
-        if not model["merges"]:
-            raise FactorLLMError(
-                "the tokenizer merges no bytes, and a GGUF file without merges is loaded by nothing; serve the model "
-                "with transformers or vLLM"
-            )
     return content
 
 
