@@ -159,6 +159,8 @@ WRITTEN = {
         attention_k_eq_v=True,
         final_logit_softcapping=3.0,
     ),
+    # With logits that are large enough for a cap to change them.
+    "gemma4_text-uncapped": varied("gemma4_text", hidden_size=64, intermediate_size=256),
     # What llama.cpp takes for granted of a dense model.
     "smollm3": varied("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], layer_types=None),
     "glm": varied("glm", head_dim=8),
@@ -208,6 +210,7 @@ OF_OTHER_FAMILIES = {
     "ministral3-far": [],
     "ministral3-betas": [],
     "gemma4_text": [("gemma4_text", "S0A2E8"), PRUNE],
+    "gemma4_text-uncapped": [],
     "olmo2": [],
     "olmo3": [],
     "glm4": [],
@@ -349,6 +352,13 @@ def test_the_epsilon_of_another_family_is_not_written(tmp_path):
     save_model(varied("lfm2", norm_eps=1e-5, rms_norm_eps=0.1), tmp_path / "dense")
     written = exported(tmp_path / "dense", tmp_path / "out.gguf")["lfm2.attention.layer_norm_rms_epsilon"]
     assert written == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_of_gemma_4_it_is_said_whether_logits_are_capped(cap, tmp_path):
+    save_model(varied("gemma4_text", final_logit_softcapping=cap), tmp_path / "dense")
+    written = exported(tmp_path / "dense", tmp_path / "out.gguf")
+    assert written["gemma4.final_logit_softcapping"] == (cap or 0)
 
 
 def factorized(config, folder: Path, text_file, small, recipe="S2A2E8", host="auto") -> Path:

@@ -100,14 +100,14 @@ class Gemma4Host(MoeHost):
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         within = of_layers(config, "sliding_attention").head_dim
         layers = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
-        capped = config.final_logit_softcapping
         return {
             "attention.key_length_swa": within,
             "attention.value_length_swa": within,
             "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
             "rope.dimension_count_swa": within,
             "embedding_length_per_layer_input": 0,
-            **({"final_logit_softcapping": float(capped)} if capped else {}),
+            # Of a file that does not say it, llama.cpp caps at 30.
+            "final_logit_softcapping": float(config.final_logit_softcapping or 0),
         }
 
 
