@@ -565,6 +565,8 @@ def test_how_answers_are_sampled_goes_into_the_file_and_comes_from_it(tmp_path):
     assert exported(tmp_path / "dense", tmp_path / "greedy.gguf")["general.sampling.temp"] == 0
     read = open_model(str(tmp_path / "greedy.gguf")).generation_config()
     assert (read.do_sample, read.temperature, read.top_k) == (None, None, 0)
+    edit_json(tmp_path / "dense/generation_config.json", temperature=10**400, top_k=2**40, top_p="much", min_p=-1)
+    assert not [key for key in exported(tmp_path / "dense", tmp_path / "none.gguf") if "sampling" in key]
 
 
 @pytest.mark.engine

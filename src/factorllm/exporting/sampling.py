@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import gguf
 from transformers import GenerationConfig
 
@@ -18,6 +16,9 @@ _UNHEEDED = (
 """What changes answers in transformers and has no key in GGUF files."""
 
 
+_LARGEST = 2**31 - 1  # of a key's integers; what is no number, or below 0, says nothing
+
+
 def add_sampling(writer: gguf.GGUFWriter, generation: GenerationConfig, context: int) -> None:
     """What llama.cpp samples by unless a request says otherwise.
 
@@ -27,10 +28,10 @@ def add_sampling(writer: gguf.GGUFWriter, generation: GenerationConfig, context:
     add = {int: writer.add_int32, float: writer.add_float32}
     for name, (key, kind) in KEYS.items():
         value = getattr(generation, name, None)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LARGEST:
             add[kind](key, kind(value))
             if name == "repetition_penalty":
-                writer.add_sampling_penalty_last_n(context)
+                writer.add_sampling_penalty_last_n(min(context, _LARGEST))
 
 
 def unheeded(generation: GenerationConfig) -> list[str]:
