@@ -433,6 +433,13 @@ def test_routers_that_are_linear_layers_have_no_adapters(family, shape, train):
     assert not found & routers
 
 
+def test_attention_that_is_called_a_mixer_has_an_adapter_for_each_kind():
+    linear, found, _ = adapted("nemotron_h", "auto", Shape(64, 16, 3, 16, 1), "mor1e")
+    attention = {f"model.layers.2.mixer.{name}_proj" for name in "qkvo"}
+    assert attention <= linear
+    assert found == attention | {name for name in linear if "shared_experts" in name}
+
+
 def test_a_static_prune_heals_too(dense_folder, text_file, tmp_path):
     factorize(str(dense_folder), tmp_path / "prune", "S4A0E8", text=str(text_file), settings=MADE_WITH)
     heal(tmp_path / "prune", str(dense_folder), tmp_path / "out", text=str(text_file), settings=QUICK)

@@ -37,6 +37,8 @@ kinds are learned by heart (docs/experiments/2026-11.md)."""
 _SHORTEST = 32
 """Tokens of a piece of a document that is looked at for kinds."""
 
+_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".o_proj")
+
 _A, _B, _ROUTING = ".lora_A.default.weight", ".lora_B.default.weight", ".lora_A.default.steps"
 
 
@@ -119,7 +121,9 @@ def _targets(model: PreTrainedModel) -> list[str]:
         place = place_in_layers(name)
         if is_router(f"{name}.weight") or name.endswith("shared_expert_gate"):
             return False
-        return (place is not None and place[1] == "self_attn") or host.is_of_ffn(name, model.config)
+        # Nemotron-H calls attention what it calls its FFNs.
+        is_attention = place is not None and (place[1] == "self_attn" or name.endswith(_ATTENTION))
+        return is_attention or host.is_of_ffn(name, model.config)
 
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return sorted({".".join(name.split(".")[-2:]) for name in filter(has_adapter, names)})
