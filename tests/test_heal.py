@@ -647,6 +647,22 @@ def test_checkpoints_draw_no_bars_across_the_progress(student, dense_folder, tex
 
 
 @pytest.mark.engine
+def test_what_was_healed_before_is_told_where_it_gained(healed, dense_folder, text_file, tmp_path):
+    first = {"tokens": 4096, "text": "words.txt"}
+    settings = QUICK.model_copy(update={"tokens": 512, "evaluations": 1})
+    heal(healed, str(dense_folder), tmp_path / "again", text=str(text_file), settings=settings)
+    assert told(healed)["before"] == []
+    assert told(tmp_path / "again")["before"] == [first]
+    assert (
+        "on 512 tokens of words.txt, after the same on 4,096 tokens of words.txt.\n"
+        in (tmp_path / "again" / "README.md").read_text()
+    )
+    second = {"tokens": 512, "text": "other.txt", "before": [first]}
+    assert run._healed_before({"healing": second | {"best_step": 3}}) == [first, {"tokens": 512, "text": "other.txt"}]
+    assert run._healed_before({"healing": second | {"best_step": 0}}) == [first]
+    assert run._healed_before({}) == []
+
+
 def test_llama_cpp_agrees_on_what_was_healed(text_file, tmp_path):
     save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
     factorize(str(tmp_path / "dense"), tmp_path / "student", "S2A2E8", text=str(text_file), settings=MADE_WITH)

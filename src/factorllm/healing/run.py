@@ -202,6 +202,7 @@ def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Hea
             "tokens": tokens,
             "held_out_tokens": job.text["held_out"].numel(),
             "text": job.text_origin,
+            "before": _healed_before(job.made),
             "settings": job.settings.model_dump(mode="json"),
             "soft_gates": job.soft_gates or (job.settings.gates == "soft" and bool(job.partitions) and outcome.gained),
             **outcome.as_dict(),
@@ -216,6 +217,17 @@ def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Hea
     job.work.publish(folder)
     held_out_tokens = job.text["held_out"].numel()
     return Healed(job.work.out, results, tokens, held_out_tokens, job.text_origin, outcome.sentence, seconds)
+
+
+def _healed_before(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and text of each healing that is in a student's weights already; those that gained nothing are not.
+
+    Args:
+        made: the student's `factorllm.json`.
+    """
+    last = made.get("healing") or {}
+    gained = [{"tokens": last["tokens"], "text": last["text"]}] if last and last.get("best_step") != 0 else []
+    return [*last.get("before", []), *gained]
 
 
 def _read_healed(out: Path) -> Healed:

@@ -77,9 +77,15 @@ class _Layer(TypedDict):
     ffn_error: NotRequired[_FFNError]
 
 
+class _HealedBefore(TypedDict):
+    tokens: NonNegativeInt
+    text: str
+
+
 class _Healing(TypedDict):
     tokens: NonNegativeInt
     text: str
+    before: NotRequired[list[_HealedBefore]]
     settings: dict
     curve: list[dict[str, _Finite]]
 
