@@ -67,6 +67,12 @@ def test_texts_without_spaces_are_cut_too(tmp_path):
     assert [len(passage.text) for passage in read_passages(tmp_path)] == [900, 900, 200]
 
 
+def test_a_long_word_is_cut_before_lines_are_made(tmp_path):
+    """Python's wrap copies what is left of a word for each line: of 8 MB without spaces for a quarter of a minute."""
+    (tmp_path / "a.json").write_text("short " + "x" * 2000 + " end")
+    assert [passage.text for passage in read_passages(tmp_path)] == ["short", "x" * 900, "x" * 900, "x" * 200 + " end"]
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(FactorLLMError, match=r"holds no text; give a folder with files of \.txt"):
         read_passages(tmp_path)

@@ -9,6 +9,7 @@ answers from memory. Asked whether a passage answers a question, models of this 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".org", ".tex", ".html", ".csv", ".json", ".j
 """What is read."""
 
 _LONGEST = 900  # characters of a passage
+_LONG_WORD = re.compile(rf"[^ \t\n\v\f\r]{{{_LONGEST}}}(?=[^ \t\n\v\f\r])")
 _ASKED = 48  # tokens of a question that are judged: the last
 _MARK = "[the-question-stands-here]"
 _WITH = "Answer with the help of this text, where it says something about the question:\n\n"
@@ -78,7 +80,8 @@ def _read(path: Path) -> str:
 def _parts(text: str) -> Iterator[str]:
     """Paragraphs, put together up to so many characters; longer ones are cut, between words where there are any."""
     part = ""
-    for paragraph in text.split("\n\n"):
+    # A file without spaces, as minified JSON is, is cut here: wrap copies what is left of a word for each line of it.
+    for paragraph in _LONG_WORD.sub(r"\g<0> ", text).split("\n\n"):
         for piece in wrap(paragraph, _LONGEST, replace_whitespace=False, expand_tabs=False, break_on_hyphens=False):
             if part and len(part) + len(piece) + 2 > _LONGEST:
                 yield part
