@@ -148,6 +148,7 @@ def varied(family, **changes):
 
 NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # hide no difference
 NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
+STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
 WRITTEN = {
     **TINY,
     "phi3-whole": WHOLE_HEADS,
@@ -161,6 +162,8 @@ WRITTEN = {
     ),
     # With logits that are large enough for a cap to change them.
     "gemma4_text-uncapped": varied("gemma4_text", hidden_size=64, intermediate_size=256),
+    # As all published ones have it.
+    "hunyuan_v1_dense-stretched": varied("hunyuan_v1_dense", rope_parameters=STRETCHED),
     # What llama.cpp takes for granted of a dense model.
     "smollm3": varied("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], layer_types=None),
     "glm": varied("glm", head_dim=8),
@@ -206,6 +209,7 @@ OF_OTHER_FAMILIES = {
     "ministral": [("granitemoe_swa", "S2A2E8")],
     "helium": [("ernie4_5_moe", "S1A2E8")],
     "hunyuan_v1_dense": [("hunyuan_v1_moe", "S1A2E8")],
+    "hunyuan_v1_dense-stretched": [("hunyuan_v1_moe", "S1A2E8")],
     "ernie4_5": [("ernie4_5_moe", "S0A2E8"), ("ernie4_5_moe", "S2A2E8")],
     "ministral3-far": [],
     "ministral3-betas": [],
@@ -302,6 +306,7 @@ def test_no_tensor_of_a_dense_model_is_left_out(family, tmp_path):
             varied("llama", rope_parameters=YARN | {"beta_fast": 1.0, "beta_slow": 0.1}),
             "silently takes 32 and 1 for YaRN's beta_fast and beta_slow, not 1.0 and 0.1",
         ),
+        (varied("llama", rope_parameters=STRETCHED), "GGUF files cannot say dynamic RoPE scaling"),
         (varied("gemma3_text", use_bidirectional_attention=True), "no token sees those after it"),
         (
             varied("gemma3_text", rope_parameters=SCALED_YARN),
@@ -359,6 +364,15 @@ def test_of_gemma_4_it_is_said_whether_logits_are_capped(cap, tmp_path):
     save_model(varied("gemma4_text", final_logit_softcapping=cap), tmp_path / "dense")
     written = exported(tmp_path / "dense", tmp_path / "out.gguf")
     assert written["gemma4.final_logit_softcapping"] == (cap or 0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta"), [(STRETCHED, 1e4 * 1e3 ** (16 / 14)), (STRETCHED | {"rope_type": "default"}, 1e4)]
+)
+def test_theta_is_stretched_where_transformers_does(rope, theta, tmp_path):
+    save_model(varied("hunyuan_v1_dense", rope_parameters=rope), tmp_path / "dense")
+    written = exported(tmp_path / "dense", tmp_path / "out.gguf")
+    assert written["hunyuan-dense.rope.freq_base"] == pytest.approx(theta)
 
 
 def factorized(config, folder: Path, text_file, small, recipe="S2A2E8", host="auto") -> Path:

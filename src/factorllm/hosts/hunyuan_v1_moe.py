@@ -5,6 +5,8 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import HunYuanMoEV1Config, PreTrainedConfig
 
+from factorllm.dense.families import head_dim, rope_of
+from factorllm.dense.gguf.rope import stretched_theta
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
@@ -50,6 +52,9 @@ class HunYuanMoeHost(MoeHost):
             **per_expert(student.experts(self.gates), "mlp.experts"),
             **one_expert(student.shared(), "mlp.shared_mlp"),
         }
+
+    def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
+        return {"rope.freq_base": stretched_theta(rope_of(config), head_dim(config))}
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {

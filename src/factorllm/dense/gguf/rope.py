@@ -16,6 +16,7 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # of YaRN, in llama.cpp and in transformers
 _LOW, _HIGH = 1.0, 4.0  # turns of llama3 scaling in all of Meta's models
 _READ_FACTORS = ("llama", "granitemoe", "granite", "mistral3", "exaone4")  # architectures with `rope_freqs`
 _READ_BETAS = ("mistral3",)  # architectures that heed what a file says of YaRN's betas
+_STRETCHED = ("hunyuan-dense", "hunyuan-moe")  # architectures whose models say `alpha`, and call it dynamic
 _NOT_ROTATED = 1e30  # a frequency that is divided by it is none
 _CLOSE = 1e-4  # relative: factors are stored as fp32
 
@@ -156,6 +157,17 @@ def rope_keys(rope: dict) -> dict[str, Any]:
     return keys
 
 
+def stretched_theta(rope: dict, head_dim: int) -> float:
+    """Hunyuan's `rope_theta`, which a fixed `alpha` stretches, however long a text is: no more than another theta."""
+    alpha = _alpha(rope)
+    return float(rope["rope_theta"] * (alpha ** (head_dim / (head_dim - 2)) if alpha else 1))
+
+
+def _alpha(rope: dict) -> float | None:
+    """As transformers heeds it, in no other family."""
+    return rope.get("alpha") if rope.get("rope_type") == "dynamic" else None
+
+
 def _betas(rope: dict) -> tuple[float, float]:
     """YaRN's, as transformers takes them: the turns above which a frequency is left, and below which it is scaled."""
     return rope.get("beta_fast") or _BETA_FAST, rope.get("beta_slow") or _BETA_SLOW
@@ -174,6 +186,8 @@ def _attention_factor(rope: dict) -> float:
 def reason_against_rope(rope: dict, architecture: str) -> str | None:
     """Why llama.cpp would rotate otherwise than transformers, or None."""
     kind = rope.get("rope_type", "default")
+    if architecture in _STRETCHED and _alpha(rope):
+        return None
     if kind == "llama3" and architecture not in _READ_FACTORS:
         return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
     if (kind == "proportional") != (architecture == "gemma4"):
