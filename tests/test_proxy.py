@@ -266,6 +266,16 @@ def test_addresses_of_ipv6(front):
         assert ask(f"http://[::1]:{found.rpartition(':')[2]}", "GET", "/health")[0] == 200
 
 
+def test_a_head_is_answered_without_a_body(address):
+    assert [ask(address, "HEAD", path) for path in ("/health", "/nothing")] == [(200, b""), (404, b"")]
+
+
+def test_other_methods_are_refused_in_openais_form(address):
+    status, content = ask(address, "PUT", "/v1/completions", b"{}")
+    said = {"message": "Unsupported method ('PUT')", "type": "server_error", "code": 501}
+    assert (status, json.loads(content)) == (501, {"error": said})
+
+
 def test_a_client_that_resets_the_connection_leaves_no_traceback(address, capsys):
     host, _, port = address.removeprefix("http://").partition(":")
     client = socket.create_connection((host, int(port)))

@@ -149,6 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, f"there is no {path}")
 
+    def do_HEAD(self) -> None:
+        """As those ask who only look whether it is there."""
+        self.do_GET()
+
     def do_POST(self) -> None:
         path, body = self._asked(), self._body()
         if path not in PLACED:
@@ -255,6 +259,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "invalid_request_error" if status < 500 else "server_error"
         self._answer(status, {"error": {"message": message, "type": kind, "code": status}})
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the standard library refuses, such as other methods, in OpenAI's form too, which clients read."""
+        self.close_connection = True
+        self._refuse(code, message or explain or self.responses[code][0])
+
     def _answer(self, status: int, content: dict) -> None:
         self._send(status, "application/json", json.dumps(content).encode())
 
@@ -264,7 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """Nothing of users' requests is written anywhere."""
