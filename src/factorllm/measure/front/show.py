@@ -34,8 +34,8 @@ _COLUMNS = (
 def front_table(front: Front) -> Table:
     """A row a file: what it takes, how fast it is, what it loses, and whether quantisation alone gives the same.
 
-    *Ahead* is how much lower its perplexity is than that of the dense model's files at the same speed, or size; where
-    the column is empty, quantisation alone loses less.
+    *Ahead* is how much higher than its own the perplexity of the dense model's files at the same speed, or size, is;
+    where the column is empty, quantisation alone loses less.
     """
     table = Table(title=f"perplexity on {public_name(front.text)}", box=SIMPLE_HEAD, title_justify="left")
     for name in (*_COLUMNS, *_task_columns(front)):
