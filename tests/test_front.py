@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import CONFIGS, words
@@ -16,6 +17,7 @@ from factorllm.measure.front.run import run_front
 from factorllm.measure.front.show import front_table, read_front
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.tasks import Score
+from factorllm.report.plots import as_svg, front_figure
 from factorllm.runs.settings import Settings
 
 TINY = FrontPlan(
@@ -53,6 +55,15 @@ def test_a_student_is_ahead_by_the_perplexity_that_it_saves():
     assert ahead(student, [*dense, student], decode_time) == pytest.approx(15 / 12 - 1)
     assert ahead(student, [*dense, student], mebibytes) == pytest.approx(10 / 12 - 1)
     assert ahead(point("student", 3, 100, 99), dense, decode_time) == math.inf
+
+
+def test_the_legend_has_every_name_as_it_is():
+    names = ["_made", "a $\\frac{$ b", "$5 or $6"]
+    points = [point("dense", 1, 100, 10), *(replace(point("student", 1.2, 90, 11), model=name) for name in names)]
+    figure = front_figure(points)
+    shown = [text.get_text().lstrip("\u200b") for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["dense", *(f"{name} (student)" for name in names)]
+    assert "$5 or $6 (student)</text>" in as_svg(figure, "front", "a front")
 
 
 def test_a_mean_leaves_out_what_the_dense_model_guesses():

@@ -18,6 +18,7 @@ from factorllm.text.calibration import public_name
 
 _COLOURS = {"dense": "tab:grey", "student": "tab:red", "trimmed": "tab:green", "static prune": "tab:blue"}
 _STEPS = 200  # of the drawn hull
+_SHOWN = "\u200b"  # without width; a legend leaves out what begins with an underscore
 _COLUMNS = (
     "model",
     "type",
@@ -138,7 +139,8 @@ def draw_by_speed(axes, points: list[Point]) -> None:
     _draw(axes, points, decode_time, lambda time: 1 / time)
     axes.set_xlabel("decode speed, x the dense model's q8_0")
     axes.set_ylabel("perplexity")
-    axes.legend(frameon=False)
+    for name in axes.legend(frameon=False).get_texts():
+        name.set_parse_math(False)  # what is between two dollars would be taken for a formula
     axes.margins(0.12)
 
 
@@ -152,6 +154,7 @@ def _draw(axes, points: list[Point], cost: Callable[[Point], float], shown: Call
     for model in dict.fromkeys(point.model for point in points):
         own = [point for point in points if point.model == model]
         label = model if own[0].kind == "dense" else f"{model} ({own[0].kind})"
+        label = _SHOWN + label if label.startswith("_") else label
         places = [(shown(cost(point)), point.perplexity) for point in own]
         axes.plot(*zip(*places, strict=True), "o", color=_COLOURS[own[0].kind], label=label)
         for point, place in zip(own, places, strict=True):
