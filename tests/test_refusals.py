@@ -113,6 +113,19 @@ def test_layers_of_which_none_has_a_dense_ffn_are_refused(kinds, says, refused, 
     assert says in refused(tmp_path / "dense")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"llama_4_scaling_beta": None}, "says no llama_4_scaling_beta in rope_parameters"),
+        ({"rope_type": "default", "original_max_position_embeddings": None}, "no original_max_position_embeddings in"),
+    ],
+)
+def test_ministral_3_without_what_scales_its_queries_is_refused(changes, says, refused, tmp_path):
+    save_dense(TINY["ministral3"], tmp_path / "dense")
+    edit_json(tmp_path / "dense/config.json", rope_parameters=TINY["ministral3"].rope_parameters | changes)
+    assert says in refused(tmp_path / "dense")
+
+
 def test_what_takes_layers_as_alike_is_refused_where_they_are_not():
     with pytest.raises(FactorLLMError, match="each layer of nemotron_h is one thing alone"):
         layers_to_drop(TINY["nemotron_h"], 1000)

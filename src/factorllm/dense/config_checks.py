@@ -176,6 +176,13 @@ def _check_rope(label: str, config: PreTrainedConfig) -> None:
             )
     if not rotates(config):
         return
+    if config.model_type == "ministral3":  # transformers computes with both whatever kind of RoPE it is
+        for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+            if not isinstance(config.rope_parameters.get(key), int | float):
+                raise FactorLLMError(
+                    f"the config of {label} says no {key} in rope_parameters, by which transformers scales a "
+                    "ministral3's queries; mend it (a llama_4_scaling_beta of 0 scales nothing)"
+                )
     share = config.rope_parameters.get("partial_rotary_factor", 1)
     if share != 1 and "partial_rotary_factor" not in type(config)().rope_parameters:
         raise FactorLLMError(
