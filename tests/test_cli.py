@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -111,6 +112,36 @@ def test_names_that_are_no_utf8(dense_folder, text_file, tmp_path, cli):  # noqa
     code, error = cli("factorize", dense_folder, "-o", odd[:-4], "--text", text_file, *FEW)
     assert code == 2
     assert "choose a name in UTF-8" in error
+
+
+@pytest.mark.parametrize(
+    "words", [("factorize", "-o", "out"), ("inspect", "--prompt", "hi"), ("export", "-o", "o.gguf")]
+)
+def test_a_folder_whose_name_is_no_utf8_is_not_called_damaged(words, made, tmp_path, monkeypatch, cli):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"\xff")
+    shutil.copytree(made, odd)
+    code, error = cli(words[0], odd, *words[1:])
+    assert code == 2
+    assert re.fullmatch(r"error: \\udcff cannot be used \('utf-8' .*\); rename it in UTF-8, .*\n", error)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert "; set PYTHONUTF8=1, for this Python reads paths as ascii\n" in cli(words[0], odd, *words[1:])[1]
+    assert names(tmp_path) == {odd}
+
+
+@pytest.mark.engine
+def test_a_gguf_file_whose_name_is_no_utf8(dense_folder, tmp_path, monkeypatch, cli):  # noqa: F811
+    """It is converted and exported, and llama.cpp cannot open it."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"\xff.gguf")
+    assert cli("export", dense_folder, "-o", "file.gguf") == (0, "")
+    Path("file.gguf").rename(odd)
+    assert cli("export", odd, "-o", "again.gguf") == (0, "")
+    for word in ("chat", "serve"):
+        code, error = cli(word, odd)
+        assert code == 2
+        assert "rename it in UTF-8" in error
 
 
 def test_outputs_that_are_no_place_to_write(made, dense_folder, tmp_path, monkeypatch, cli):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,6 +11,9 @@ from pydantic import ValidationError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of errors of a disk, or a quota, that is full."""
+
+RENAME = "rename it in UTF-8, for some libraries read no other paths"
+"""What to do where a model's path is no UTF-8."""
 
 
 class FactorLLMError(Exception):
@@ -45,6 +49,21 @@ def refusing(what: object, instead: str) -> Iterator[None]:
 def refusing_path(path: object) -> AbstractContextManager[None]:
     """As `refusing`, around the first look at a path that a user gave: a name may be too long for any."""
     return refusing(path, "it is no path that can be there: check it")
+
+
+def check_utf8(path: object, instead: str) -> None:
+    """Refuse a path that is no UTF-8: safetensors, tokenizers and llama.cpp take no other.
+
+    Args:
+        instead: what to do, after a semicolon.
+
+    Raises:
+        FactorLLMError: for such a path.
+    """
+    if (coding := sys.getfilesystemencoding()) != "utf-8":
+        instead = f"set PYTHONUTF8=1, for this Python reads paths as {coding}"
+    with refusing(path, instead):
+        str(path).encode()
 
 
 def first_problem(error: ValidationError) -> str:

@@ -6,7 +6,7 @@ from factorllm.dense.gguf.file import GGUFSource
 from factorllm.dense.hub import download
 from factorllm.dense.model import ModelSource
 from factorllm.dense.safetensors import SafetensorsSource
-from factorllm.errors import FactorLLMError, refusing_path
+from factorllm.errors import RENAME, FactorLLMError, check_utf8, refusing_path
 
 __all__ = ["ModelSource", "local_path", "open_model"]
 
@@ -15,11 +15,13 @@ def local_path(model: str) -> Path:
     """A model's path on this machine, if it is one.
 
     Raises:
-        FactorLLMError: for what no path can be: a name that is too long.
+        FactorLLMError: for what no path can be: a name that is too long; for a folder whose path is no UTF-8.
     """
     with refusing_path(model):
         path = Path(model).expanduser()
         (path / "config.json").exists()
+    if path.is_dir():
+        check_utf8(path, RENAME)
     return path
 
 

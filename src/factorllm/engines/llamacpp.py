@@ -13,7 +13,7 @@ from factorllm.engines.base import Engine, Options, random_tokens
 from factorllm.engines.dense_prompt import DensePrompt
 from factorllm.engines.llamacpp_client import Client
 from factorllm.engines.process import how_to_install, installed
-from factorllm.errors import FactorLLMError
+from factorllm.errors import RENAME, FactorLLMError, check_utf8
 
 
 def require_llamacpp() -> None:
@@ -33,9 +33,10 @@ def server_params(model: str, options: Options, handed: Path | None = None):
         handed: folder that its slots' caches are saved to and restored from.
 
     Raises:
-        FactorLLMError: when llama.cpp is not installed.
+        FactorLLMError: when llama.cpp is not installed, or opens no such path.
     """
     require_llamacpp()
+    check_utf8(model, RENAME)
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,7 +131,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         if not is_dense(config) and config.model_type in HOSTS:
             return replace(_open_student(folder, model, config, tensors), wrapper=wrapper)
     source = open_model(model)
-    name = Path(source.label).resolve().name.removesuffix(".gguf")
+    name = _name(Path(source.label)).removesuffix(".gguf")
     names = frozenset(source.names())
     return Checkpoint(
         name,
@@ -172,7 +173,7 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         check_layout(tensors, config, host)
     made = _made(folder)
     return Checkpoint(
-        folder.resolve().name,
+        _name(folder),
         config,
         host,
         frozenset(tensors.names()),
@@ -186,6 +187,11 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
+
+
+def _name(path: Path) -> str:
+    """The last part of a path; bytes that are no UTF-8 could not be written into a file."""
+    return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
 def _made(folder: Path) -> dict:

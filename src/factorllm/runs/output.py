@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
 
-from factorllm.errors import FactorLLMError, refusing
+from factorllm.errors import FactorLLMError, check_utf8, refusing
 from factorllm.runs.disk import explain_full_disk, nearest_existing
 from factorllm.runs.given import given
 
@@ -128,8 +128,7 @@ def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path | None] = ()
         FactorLLMError: when an input would be lost, `out` is something that factorllm did not make, or nothing can be
             written there.
     """
-    with refusing(out, "choose a name in UTF-8, for some libraries write no other files"):
-        str(out).encode()
+    check_utf8(out, "choose a name in UTF-8, for some libraries write no other files")
     _check_inputs(out, inputs)
     with refusing(out, "choose another -o"):
         free = is_free(out)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
 from factorllm.dense.safetensors import load_language_model, open_folder, read_tokenizer
-from factorllm.errors import FactorLLMError, refusing, refusing_path
+from factorllm.errors import RENAME, FactorLLMError, check_utf8, refusing, refusing_path
 from factorllm.hosts import host_of
 from factorllm.recipe import Shape
 from factorllm.runs.output import PROVENANCE, refuse_folder_of_checkpoints, trimmed_from, workspace_folder
@@ -31,6 +31,7 @@ def read_provenance(folder: Path) -> dict:
     path = folder / PROVENANCE
     with refusing_path(folder):
         there, partial = path.exists(), workspace_folder(folder)
+    check_utf8(folder, RENAME)
     refuse_folder_of_checkpoints(folder)
     if not there:
         raise FactorLLMError(_what_it_is(folder, partial))
