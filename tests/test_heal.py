@@ -646,7 +646,6 @@ def test_checkpoints_draw_no_bars_across_the_progress(student, dense_folder, tex
     assert not re.search("Writing model shards|Loading weights", "".join(capfd.readouterr()))
 
 
-@pytest.mark.engine
 def test_what_was_healed_before_is_told_where_it_gained(healed, dense_folder, text_file, tmp_path):
     first = {"tokens": 4096, "text": "words.txt"}
     settings = QUICK.model_copy(update={"tokens": 512, "evaluations": 1})
@@ -663,6 +662,7 @@ def test_what_was_healed_before_is_told_where_it_gained(healed, dense_folder, te
     assert run._healed_before({}) == []
 
 
+@pytest.mark.engine
 def test_llama_cpp_agrees_on_what_was_healed(text_file, tmp_path):
     save_model(CONFIGS["gqa-tied"], tmp_path / "dense")
     factorize(str(tmp_path / "dense"), tmp_path / "student", "S2A2E8", text=str(text_file), settings=MADE_WITH)
