@@ -1,9 +1,12 @@
 """The command line: bad input gives one clear line and exit code 2, never a traceback, and leaves nothing behind."""
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -171,6 +174,21 @@ def test_truncated_safetensors(refused, own_dense, keep):
     path = own_dense / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert "not a whole safetensors file" in refused(own_dense)
+
+
+@pytest.mark.parametrize("closed", ["text.txt", "dense/model.safetensors"])
+def test_a_file_that_may_not_be_read(closed, refused, own_dense, text_file, tmp_path, monkeypatch):
+    shutil.copy(text_file, tmp_path / "text.txt")
+    opened = Path.open
+
+    def for_others(path, *mode, **options):  # root may read all
+        if path == tmp_path / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", for_others)
+    line = refused(own_dense, text=tmp_path / "text.txt")
+    assert re.fullmatch(rf"error: .*/{closed} cannot be used \(\[Errno 13\] .*\); let it be read, or .*", line)
 
 
 def test_a_missing_tensor(refused, own_dense):
