@@ -173,6 +173,17 @@ def test_a_conversion_prints_nothing_of_transformers(dense_folder, text_file, tm
     assert not re.search("Loading weights|Writing model|LOAD REPORT|transformers]", said)
 
 
+def run_into_a_full_disk(words: list[str]) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    run_main(words)
+
+
+def test_what_is_printed_may_find_the_disk_full():
+    done = ended(Forked(run_into_a_full_disk, ["hosts"]))
+    said = "error: no space left on the disk of what is printed; free some and repeat the command\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_all_of_the_table_of_hosts_can_be_read():
     wide = printed("hosts", environment={"COLUMNS": "40"})
     for host in (host for host in HOSTS.values() if isinstance(host, MoeHost)):

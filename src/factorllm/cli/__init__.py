@@ -32,7 +32,7 @@ from factorllm.cli.sample import sample
 from factorllm.cli.serve import serve
 from factorllm.cli.trim import trim
 from factorllm.engines.process import STARTED_WITH
-from factorllm.errors import FactorLLMError, one_line
+from factorllm.errors import DISK_FULL, FactorLLMError, one_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for _name, _command in {
@@ -59,6 +59,7 @@ for _name, _command in {
 
 _INTERRUPTED = 130  # by Ctrl-C, as shells have it
 _RESUMED = ("make", "factorize", "prune", "heal", "sample", "demo", "front", "trim")
+_FREE = "free some and repeat the command"
 _OPTIONS = {"batches": "batch"}  # given several times, and all in one setting
 _UsageError = typer.BadParameter.__base__
 
@@ -92,6 +93,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            _end(f"error: no space left on the disk of {error.filename or 'what is printed'}; {_FREE}", 2)
         _end(
             f"fault: {type(error).__name__}: {one_line(error)}. This is a fault of factorllm, not of your input: "
             f"`factorllm --debug` before the same command shows where; please report what it prints",
