@@ -416,6 +416,7 @@ def test_an_index_of_other_shards_is_refused(tmp_path):
         ({"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"use_qk_norm": True}, "use_qk_norm"),
         ({"output_attentions": True}, "output_attentions"),
         ({"return_dict": False}, "return_dict"),
         ({"is_causal": False}, "says is_causal = False, so its tokens see those after them"),
@@ -427,6 +428,23 @@ def test_a_config_that_is_not_applied_is_refused_by_name(tmp_path, changes, name
     edit_json(tmp_path / "dense/config.json", **changes)
     with pytest.raises(FactorLLMError, match=named):
         open_model(str(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "otherwise"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.25}),
+        ("hunyuan_v1_dense", {"use_qk_norm": True}, {"use_qk_norm": [True]}),
+    ],
+)
+def test_what_a_family_does_is_no_key_that_is_not_applied(family, said, otherwise, tmp_path):
+    """As Phi-4-mini and Hunyuan say it on the hub, where transformers' classes have no such key."""
+    save_dense(TINY[family], tmp_path)
+    edit_json(tmp_path / "config.json", **said)
+    assert open_model(str(tmp_path)).config.model_type == family
+    edit_json(tmp_path / "config.json", **otherwise)
+    with pytest.raises(FactorLLMError, match=f"{next(iter(said))} = .* is not applied"):
+        open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from factorllm.dense.families import (
     family_of,
     ffn_layers,
     has_experts,
+    normalises_heads,
     ropes,
+    rotary_share,
     rotates,
     sliding_window,
 )
@@ -136,8 +138,8 @@ def check_config(label: str, config: PreTrainedConfig) -> None:
                 "use a model without it"
             )
     _check_layer_types(label, config)
-    _check_others(label, config)
     _check_rope(label, config)
+    _check_others(label, config)
 
 
 def _check_layer_types(label: str, config: PreTrainedConfig) -> None:
@@ -159,12 +161,27 @@ def _check_others(label: str, config: PreTrainedConfig) -> None:
     known = type(config)().to_dict()
     for key in sorted(_OF_OTHERS.keys() & config.to_dict().keys() - known.keys()):
         value = getattr(config, key)
+        if _is_applied(config, key, value):
+            continue
         said = value if isinstance(value, list) and key in _OF_EACH_LAYER else [value]
         if any(one is not None and one not in _OF_OTHERS[key] for one in said):
             raise FactorLLMError(
                 f"the config of {label} says {key} = {str(value)[:80]}, which a {config.model_type} has not and which "
                 "is not applied; if the model does compute with it, it is of another family, and if not, remove the key"
             )
+
+
+def _is_applied(config: PreTrainedConfig, key: str, value: object) -> bool:
+    """Whether a family does what a key says that transformers' class has not: Phi-4-mini's share stays where it was
+    when it is moved to where it is applied, and Hunyuan always normalises."""
+    if key == "partial_rotary_factor":
+        return _rotates_parts(config) and value == rotary_share(config)
+    return key == "use_qk_norm" and value is True and normalises_heads(config)
+
+
+def _rotates_parts(config: PreTrainedConfig) -> bool:
+    """Whether transformers' class of a family can rotate a part of each head."""
+    return rotates(config) and "partial_rotary_factor" in type(config)().rope_parameters
 
 
 def _check_rope(label: str, config: PreTrainedConfig) -> None:
@@ -184,7 +201,7 @@ def _check_rope(label: str, config: PreTrainedConfig) -> None:
                     "ministral3's queries; mend it (a llama_4_scaling_beta of 0 scales nothing)"
                 )
     share = config.rope_parameters.get("partial_rotary_factor", 1)
-    if share != 1 and "partial_rotary_factor" not in type(config)().rope_parameters:
+    if share != 1 and not _rotates_parts(config):
         raise FactorLLMError(
             f"the config of {label} says partial_rotary_factor = {share}, but a {config.model_type} rotates its heads "
             "whole; if the model does not, it is of another family, and if it does, remove the key"
