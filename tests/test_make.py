@@ -166,6 +166,8 @@ def test_a_model_or_a_text_that_changed_is_worked_on_again(tmp_path):
     Progress(work, work.steps()).mark(work.steps()[0])
     assert not is_done()  # what it leaves is not there
     work.at.checkpoint.mkdir()
+    assert not is_done()  # nor is all of it
+    (work.at.checkpoint / "config.json").touch()
     assert is_done()
     (tmp_path / "text.txt").write_text("other words")
     assert not is_done()
@@ -268,6 +270,16 @@ def test_where_healing_is_taken_out_of_a_plan_and_put_in_again(tmp_path, monkeyp
     for heal in (plan.heal, None, plan.heal):
         _run(Work(plan.model_copy(update={"heal": heal}), tmp_path, Console(quiet=True)), Console(quiet=True))
     assert exported == ["healed", "converted", "healed"]
+
+
+@pytest.mark.parametrize("name", ["Modelfile", "checkpoint/config.json"])
+def test_a_step_of_which_a_file_is_gone_is_done_again(name, made, tmp_path):
+    out = tmp_path / "made"
+    shutil.copytree(made.out, out)
+    (out / name).unlink()
+    make_planned(out / "plan.yaml")
+    assert (out / name).read_bytes() == (made.out / name).read_bytes()
+    assert model_bytes(out) == model_bytes(made.out)
 
 
 def test_the_same_plan_elsewhere_gives_the_same_model(made, tmp_path):

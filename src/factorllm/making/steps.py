@@ -24,7 +24,7 @@ from factorllm.measure.speed.run import run_bench
 from factorllm.recipe import parse_recipe
 from factorllm.report.findings import gather
 from factorllm.report.measured import Measured, read_measured
-from factorllm.report.page import check_report_folder, write_report
+from factorllm.report.page import PAGE, check_report_folder, write_report
 from factorllm.runs.digest import digest_of
 from factorllm.runs.identity import versions
 from factorllm.runs.output import MADE, read_json
@@ -75,6 +75,10 @@ class Place:
         return self.out / "speed"
 
     @property
+    def timed(self) -> Path:
+        return self.speed / "speed.json"
+
+    @property
     def front(self) -> Path:
         return self.out / "front"
 
@@ -84,8 +88,9 @@ class Place:
 
     def measured(self, plan: MakePlan) -> Measured:
         """What the steps of a plan measured."""
-        speed = self.speed / "speed.json" if plan.bench else None
-        return read_measured(self.scores, speed, self.front / NUMBERS if plan.front else None)
+        return read_measured(
+            self.scores, self.timed if plan.bench else None, self.front / NUMBERS if plan.front else None
+        )
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,13 @@ class Step:
     """A part of the work.
 
     Attributes:
-        leaves: the file or folder that is there when it is done.
+        leaves: files that are there when it is done, without which what it made is of no use.
         key: what decides its result, beside the steps before.
         run: does it; called again after it was killed, it goes on.
     """
 
     name: str
-    leaves: Path
+    leaves: tuple[Path, ...]
     key: Any
     run: Callable[[], object]
 
@@ -130,16 +135,16 @@ class Work:
         samples = {"how": said["sample"], **{name: said["factorize"][name] for name in ("length", "seed", "device")}}
         trims = {"vocabulary": plan.vocabulary, "settings": said["factorize"], "text": text}
         found = [
-            Step("sample", at.sampled, samples, self._sample) if plan.text is None else None,
-            Step("trim", at.trimmed, trims, self._trim) if plan.vocabulary else None,
-            Step("factorize", self._converted, converts, self._factorize),
-            Step("heal", at.checkpoint, said["heal"], self._heal) if plan.heal else None,
-            Step("export", at.gguf, said["export"], self._export),
-            Step("eval", at.scores, said["evaluate"], self._evaluate),
-            Step("bench", at.speed, said["bench"], self._bench) if plan.bench else None,
-            Step("front", at.front, said["front"], self._front) if plan.front else None,
-            Step("report", at.out / "report", None, self._report),
-            Step("card", at.out / "README.md", None, self._card),
+            Step("sample", (at.sampled,), samples, self._sample) if plan.text is None else None,
+            Step("trim", (at.trimmed / "config.json",), trims, self._trim) if plan.vocabulary else None,
+            Step("factorize", (self._converted / "config.json",), converts, self._factorize),
+            Step("heal", (at.checkpoint / "config.json",), said["heal"], self._heal) if plan.heal else None,
+            Step("export", (at.gguf,), said["export"], self._export),
+            Step("eval", (at.scores,), said["evaluate"], self._evaluate),
+            Step("bench", (at.timed,), said["bench"], self._bench) if plan.bench else None,
+            Step("front", (at.front / NUMBERS,), said["front"], self._front) if plan.front else None,
+            Step("report", (at.out / "report" / PAGE,), None, self._report),
+            Step("card", (at.out / "README.md", at.out / "Modelfile"), None, self._card),
         ]
         return [step for step in found if step is not None]
 
@@ -208,7 +213,7 @@ class Progress:
             self._keys[step.name] = so_far
 
     def is_done(self, step: Step) -> bool:
-        return step.leaves.exists() and self._done.get(step.name) == self._keys[step.name]
+        return all(path.exists() for path in step.leaves) and self._done.get(step.name) == self._keys[step.name]
 
     def begin(self, step: Step) -> None:
         """Forget what was done of a step, and of those that the plan has no more, before what they left is replaced."""
