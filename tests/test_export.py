@@ -578,8 +578,14 @@ def test_how_answers_are_sampled_goes_into_the_file_and_comes_from_it(tmp_path):
     edit_json(tmp_path / "dense/generation_config.json", **dict.fromkeys(SAMPLED) | {"temperature": 0.0, "top_k": 0})
     assert exported(tmp_path / "dense", tmp_path / "greedy.gguf")["general.sampling.temp"] == 0
     read = open_model(str(tmp_path / "greedy.gguf")).generation_config()
-    assert (read.do_sample, read.temperature, read.top_k) == (None, None, 0)
-    edit_json(tmp_path / "dense/generation_config.json", temperature=10**400, top_k=2**40, top_p="much", min_p=-1)
+    assert (read.do_sample, read.temperature, read.top_k) == (None, None, None)
+    edit_json(tmp_path / "dense/generation_config.json", temperature=None, top_p=0.9, min_p=3.0, repetition_penalty=1.1)
+    exported(tmp_path / "dense", tmp_path / "some.gguf")
+    read = open_model(str(tmp_path / "some.gguf")).generation_config()
+    read.save_pretrained(tmp_path)  # which refuses what is for sampling of a model that is not sampled
+    assert (read.do_sample, read.top_p, read.min_p, read.repetition_penalty) == (True, 0.9, None, 1.1)
+    none = {"temperature": 10**400, "top_k": 2**40, "top_p": "much", "min_p": -1, "repetition_penalty": True}
+    edit_json(tmp_path / "dense/generation_config.json", **none)
     assert not [key for key in exported(tmp_path / "dense", tmp_path / "none.gguf") if "sampling" in key]
 
 

@@ -18,7 +18,14 @@ KEYS = {
 """Keys and their types by transformers' names."""
 
 _DIGITS = 6  # of what is stored in fp32
-_OFF_AT_ZERO = ("top_k", "min_p")  # all else transformers takes above 0 only
+_TAKEN = {
+    "temperature": lambda value: value > 0,
+    "top_k": lambda value: value >= 0,
+    "top_p": lambda value: 0 < value <= 1,
+    "min_p": lambda value: 0 <= value <= 1,
+    "repetition_penalty": lambda value: 0 < value < math.inf,
+}
+"""What transformers takes. It does not save what is for sampling of a model that is not sampled."""
 
 
 def read_sampling(field: Callable[[str], object], config: GenerationConfig) -> None:
@@ -31,10 +38,10 @@ def read_sampling(field: Callable[[str], object], config: GenerationConfig) -> N
     said = {
         name: round(value, _DIGITS)
         for name, value in found.items()
-        if isinstance(value, int | float)
-        and math.isfinite(value)
-        and (value > 0 or (value == 0 and name in _OFF_AT_ZERO))
+        if isinstance(value, int | float) and math.isfinite(value) and _TAKEN[name](value)
     }
-    if "temperature" in said:  # without it llama.cpp's own, or none at all
-        said["do_sample"] = True
-    config.update(**said)
+    penalty = said.pop("repetition_penalty", None)
+    if said and ("temperature" in said or found["temperature"] is None):  # else it is 0: the likeliest token
+        config.update(do_sample=True, **said)
+    if penalty is not None:
+        config.repetition_penalty = penalty
