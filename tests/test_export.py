@@ -149,10 +149,13 @@ def varied(family, **changes):
 NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # hide no difference
 NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
 STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1e3, "factor": 1.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 WRITTEN = {
     **TINY,
     "phi3-whole": WHOLE_HEADS,
     "windowed": SLIDING_WINDOW,
+    # As InternVL 3 has it; what is no longer than a model reads is not scaled.
+    "qwen2-dynamic": varied("qwen2", rope_parameters=DYNAMIC),
     # As the larger ones have it: wider heads in layers without a window, whose keys are their values.
     "gemma4_text": AutoConfig.for_model(
         "gemma4_text",
@@ -196,6 +199,7 @@ OF_OTHER_FAMILIES = {
     "granitemoehybrid-attention": [("granitemoehybrid", "S2A2E8")],
     "phi3": [("glm4_moe", "S2A2E8"), PRUNE],
     "phi3-whole": [("mixtral", "S0A2E8"), ("granitemoeshared", "S2A2E8")],
+    "qwen2-dynamic": [("qwen2_moe", "S2A2E8")],
     "seed_oss": [("glm4_moe", "S2A2E8")],
     "glm": [("glm4_moe", "S2A2E8"), PRUNE],
     "ministral3": [("mixtral", "S0A2E8")],

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import ATTENTION_BIAS, BASE, CONFIGS, SLIDING_WINDOW, WIDE_HEADS, relative_error, save_dense, some_tokens
 from families import SPECIAL, TINY
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, MistralConfig
 
 from factorllm import FactorLLMError, Recipe, factorize, parse_recipe
+from factorllm.dense.families import ffn_width
 from factorllm.hosts import HOSTS, MoeHost, choose_host
 from factorllm.student.read import read_partitions
 
@@ -213,6 +214,40 @@ def test_a_student_whose_gate_weights_tie_in_half_precision_is_written_in_float3
 def test_what_cannot_be_exact_is_refused(config, recipe, host, says):
     with pytest.raises(FactorLLMError, match=says):
         choose_host(host, config, parse_recipe(recipe).shape(config.intermediate_size))
+
+
+NORMALISING = CohereConfig.from_dict(TINY["cohere"].to_dict() | {"use_qk_norm": True})  # Command R+
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "instead"),
+    [
+        (TINY["lfm2"], "S2A2E8", "--recipe S0A4E8 leaves as much out, and can be held"),
+        (TINY["hunyuan_v1_dense"], "S2A2E8", "--recipe S1A3E8 leaves as much out, and can be held"),
+        (NORMALISING, "S2A2E8", "a static prune needs none: factorllm prune"),
+    ],
+)
+def test_where_no_host_fits_what_does_is_said(config, recipe, instead):
+    width = ffn_width(config)
+    with pytest.raises(FactorLLMError, match=f"no host can hold this student exactly: .*; {instead}$"):
+        choose_host("auto", config, parse_recipe(recipe).shape(width))
+    if "--recipe" in instead:
+        choose_host("auto", config, parse_recipe(instead.split()[1]).shape(width))
+
+
+def test_a_window_that_no_text_fills_is_none():
+    """Ministral 8B's is as long as the texts that it reads, and Phi-4-mini's longer."""
+    shape = parse_recipe("S2A2E8").shape(BASE["intermediate_size"])
+    longest, tokens = BASE["max_position_embeddings"], some_tokens(CONFIGS["mha"], length=64)
+    logits, hosts = {}, {}
+    for window in (None, longest, longest - 1):
+        config = MistralConfig(**BASE | {"sliding_window": window})
+        torch.manual_seed(0)
+        logits[window] = AutoModelForCausalLM.from_config(config).eval()(tokens).logits
+        hosts[window] = choose_host("auto", config, shape).name
+    assert hosts == {None: "granitemoeshared", longest: "granitemoeshared", longest - 1: "granitemoe_swa"}
+    assert torch.equal(logits[longest], logits[None])
+    assert not torch.equal(logits[longest - 1], logits[None])
 
 
 def test_a_host_without_a_place_for_something_is_refused_before_the_work(tmp_path, text_file, small, monkeypatch):

@@ -254,4 +254,8 @@ def rotary_share(config: PreTrainedConfig) -> float:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    return getattr(config, "sliding_window", None)
+    """Tokens that a layer with a window sees; None where there is none, or where the model reads no longer texts: hosts
+    without windows can hold it then."""
+    window = getattr(config, "sliding_window", None)
+    of_some = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return None if window and not of_some and window >= config.max_position_embeddings else window

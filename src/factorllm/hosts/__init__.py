@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from transformers import PreTrainedConfig
 
 from factorllm.dense.families import FAMILIES, is_dense
@@ -48,7 +51,7 @@ def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
     """The host that `name` says (`auto`: the first that is exact for this model and recipe).
 
     Raises:
-        FactorLLMError: when no host, or not the named one, can hold the student exactly; says why.
+        FactorLLMError: when no host, or not the named one, can hold the student exactly; says why, and what one can.
     """
     family = FAMILIES[config.model_type]
     if family.no_host and shape.experts:
@@ -62,11 +65,26 @@ def choose_host(name: str, config: PreTrainedConfig, shape: Shape) -> Host:
         for candidate, reason in reasons.items():
             if reason is None:
                 return HOSTS[candidate]
-        raise FactorLLMError(
-            "no host can hold this student exactly: " + "; ".join(f"{h}: {r}" for h, r in reasons.items())
-        )
+        why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+        raise FactorLLMError(f"no host can hold this student exactly: {why}; {_instead(config, shape, fitting)}")
     if name not in HOSTS:
         raise FactorLLMError(f"no host {name!r}; hosts: auto, {', '.join(HOSTS)}")
     if reason := HOSTS[name].reason_against(config, shape):
         raise FactorLLMError(f"host {name} cannot hold this student exactly: {reason}; --host auto picks one that can")
     return HOSTS[name]
+
+
+def _instead(config: PreTrainedConfig, shape: Shape, hosts: Iterable[Host]) -> str:
+    """What can be held and leaves as much out: with fewer parts that always run, or none, or a static prune."""
+    if shape.experts and not shape.overlaps:
+        width = shape.expert_width
+        parts, active = shape.ffn_width // width, shape.active_width // width
+        for shared in (1, 0):
+            other = replace(shape, shared_width=shared * width, experts=parts - shared, top_k=active - shared)
+            if other.top_k and any(host.reason_against(config, other) is None for host in hosts):
+                dense = f"D{shape.leading_dense}" if shape.leading_dense else ""
+                return f"--recipe S{shared}A{other.top_k}E{parts}{dense} leaves as much out, and can be held"
+    prune = Shape(shape.ffn_width, shape.active_width, 0, shape.expert_width, 0)
+    if shape.experts and HOSTS["dense"].reason_against(config, prune) is None:
+        return "a static prune needs none: factorllm prune"
+    return "use another model"

@@ -192,6 +192,8 @@ def reason_against_rope(rope: dict, architecture: str) -> str | None:
         return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
     if (kind == "proportional") != (architecture == "gemma4"):
         return f"llama.cpp's {architecture} has no {kind} RoPE"
+    if kind == "dynamic" and not rope.get("alpha"):
+        return None  # texts that are no longer than a model reads are not scaled
     if kind not in ("default", "linear", "yarn", "llama3", "proportional"):
         return f"GGUF files cannot say {kind} RoPE scaling"
     if kind == "yarn" and rope.get("truncate") is False:
