@@ -1,6 +1,7 @@
 """The command line at its edges: options out of range, odd paths, what is printed, and how a command ends."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -182,6 +183,13 @@ def test_what_is_printed_may_find_the_disk_full():
     done = ended(Forked(run_into_a_full_disk, ["hosts"]))
     said = "error: no space left on the disk of what is printed; free some and repeat the command\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_scores_are_kept_where_they_cannot_be_printed(made, text_file, tmp_path):  # noqa: F811
+    words = ["eval", made, "--text", text_file, "--tasks", "", "-o", tmp_path / "scores.json"]
+    done = ended(Forked(run_into_a_full_disk, [str(word) for word in words]))
+    assert (done.returncode, "what is printed" in done.stderr) == (2, True)
+    assert json.loads((tmp_path / "scores.json").read_text())["perplexity"].keys() == {"student"}
 
 
 def test_all_of_the_table_of_hosts_can_be_read():

@@ -62,11 +62,11 @@ def evaluate(
         settings=settings,
         console=terminal.console,
     )
+    if out:  # first, for nobody may read what is printed
+        with explain_full_disk(out, "free some, or choose another -o"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, asdict(found))
     if found.scores["student"] or found.perplexity:
         terminal.console.print(score_table(found))
     if found.chain:
         terminal.console.print(chain_table(found.chain))
-    if out:
-        with explain_full_disk(out, "free some, or choose another -o"):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, asdict(found))
