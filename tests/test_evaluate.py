@@ -56,6 +56,10 @@ def forms(task: str) -> list[tuple[dict, dict]]:
         elif task == "boolq":
             own = {"passage": "It is said.", "question": question.rstrip("?"), "label": gold % 2}
             local = {"query": f"Passage: It is said.\nQuestion: {question}", "choices": ["no", "yes"], "gold": gold % 2}
+        elif task == "winogrande":
+            sentence = f"{question} It's _ and nothing_else."
+            own = {"sentence": sentence, "option1": two[0], "option2": two[1], "answer": "1"}
+            local = {"query": sentence, "choices": two, "gold": label}
         else:
             own = {"premise": "It happened.", "question": "cause", "label": label}
             own |= {"choice1": two[0].capitalize(), "choice2": two[1].capitalize()}
@@ -75,10 +79,10 @@ def asked(task) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def manager():
-    return tasks_of_lm_eval("arc", "piqa", "super_glue/boolq", "super_glue/copa", "lambada")
+    return tasks_of_lm_eval("arc", "piqa", "super_glue/boolq", "super_glue/copa", "lambada", "winogrande")
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "piqa", "boolq", "copa", "lambada_openai"])
+@pytest.mark.parametrize("task", ["arc_easy", "piqa", "boolq", "copa", "lambada_openai", "winogrande"])
 def test_a_local_file_asks_and_scores_as_lm_eval_itself_does(task, manager, dense_folder, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
@@ -267,6 +271,8 @@ GOOD = {"query": "a", "choices": ["b", "c"], "gold": 1}
         ("piqa", GOOD | {"choices": ["b", 5]}, "choices is no list of two texts or more"),
         ("piqa", GOOD | {"choices": ["b", " "]}, "choices is no list of two texts or more"),
         ("copa", GOOD | {"choices": ["b", "c", "d"]}, "copa has two choices, not 3"),
+        ("winogrande", GOOD, "query has no _ where a choice goes, with words after it"),
+        ("winogrande", GOOD | {"query": "a _ "}, "query has no _ where a choice goes, with words after it"),
         ("piqa", GOOD | {"query": " "}, "query is no text, or is empty"),
         ("piqa", GOOD | {"query": None}, "query is no text, or is empty"),
         ("piqa", GOOD | {"query": "half \ud83d"}, "query is no text, or is empty"),

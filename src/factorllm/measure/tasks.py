@@ -50,7 +50,9 @@ TASKS: dict[str, Task] = {
     "copa": Task("acc", 0.5, "{{query}}", "{{[' ' + choices[0], ' ' + choices[1]]}}"),  # two spaces, as lm-eval has it
     "hellaswag": Task("acc_norm", 0.25, "{{query}}"),
     "openbookqa": Task("acc_norm", 0.25, "{{query}}"),
-    "winogrande": Task("acc", 0.5, "{{query}}"),
+    "winogrande": Task(
+        "acc", 0.5, "gold", "{{[query.partition('_')[0] + choices[0], query.partition('_')[0] + choices[1]]}}"
+    ),
     "lambada_openai": Task("acc", 0.0, "{{context}}"),
     "mmlu": Task("acc", 0.25),
     "generation": Task("exact_match", 0.0, "{{prompt}}"),
@@ -58,8 +60,8 @@ TASKS: dict[str, Task] = {
 }
 """Tasks that can be asked for. A local file `<task>.jsonl` holds records with `query`, `choices` and the index `gold`,
 or, for LAMBADA, `context` and `continuation`; `generation` is not lm-eval's but the user's own, with `prompt` and the
-`answer` that the model must write, up to the end of the line. `humaneval` has HumanEval's `prompt`, `test` and
-`entry_point`."""
+`answer` that the model must write, up to the end of the line. In `winogrande` the choices go where the query has `_`,
+and what follows it is scored. `humaneval` has HumanEval's `prompt`, `test` and `entry_point`."""
 
 _KEYS = {
     "lambada_openai": ("context", "continuation"),
@@ -68,6 +70,7 @@ _KEYS = {
 }
 _LOCAL_ONLY = ("generation", "humaneval")
 _RUNS_PROGRAMS = ("humaneval",)
+_OF_TWO = ("copa", "winogrande")
 
 
 @dataclass(frozen=True)
@@ -221,14 +224,16 @@ def _wrong(record: object, task: str) -> str | None:
     for key in wanted:
         if key not in ("choices", "gold") and not _is_text(record[key]):
             return f"{key} is no text, or is empty"
+    if task == "winogrande" and not record["query"].partition("_")[2].strip():
+        return "query has no _ where a choice goes, with words after it"
     return _wrong_choices(record["choices"], record["gold"], task) if "choices" in wanted else None
 
 
 def _wrong_choices(choices: object, gold: object, task: str) -> str | None:
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         return "choices is no list of two texts or more, none of them empty"
-    if task == "copa" and len(choices) != 2:
-        return f"copa has two choices, not {len(choices)}"
+    if task in _OF_TWO and len(choices) != 2:
+        return f"{task} has two choices, not {len(choices)}"
     if type(gold) is not int or not 0 <= gold < len(choices):
         return f"gold is {gold!r}, and must be the index of one of the {len(choices)} choices, the first of them 0"
     return None
@@ -274,7 +279,10 @@ def local_task(task: str, data: Path) -> dict:
         return config | deepcopy(_GENERATION)  # lm-eval adds the end token to where an answer ends
     if task == "humaneval":
         return config | deepcopy(humaneval.HUMANEVAL)
-    return config | {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_choice": known.answers}
+    asked = {"output_type": "multiple_choice", "doc_to_choice": known.answers}
+    if task == "winogrande":  # its choices are contexts, of which lm-eval's text is the index of the right one
+        return config | asked | {"doc_to_target": "{{query.partition('_')[2].strip()}}"}
+    return config | asked | {"doc_to_target": "gold"}
 
 
 def in_mean(tasks: Iterable[str], dense: dict[str, Score]) -> tuple[list[str], list[str]]:
