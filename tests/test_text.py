@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 
 import datasets
@@ -272,6 +273,13 @@ def test_text_that_cannot_be_read_is_refused_with_the_reason(name, content, says
         path.mkdir()
     with pytest.raises(FactorLLMError, match=says):
         read(path)
+
+
+def test_what_can_be_read_once_only_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for text in (tmp_path / "pipe.txt", "/dev/null"):
+        with pytest.raises(FactorLLMError, match="is no ordinary file, and a text is read more than once; save it as"):
+            next(iter(read_documents(str(text))))
 
 
 def test_conversations_need_a_chat_template_that_takes_them(tmp_path):

@@ -131,6 +131,8 @@ def _records(text: str) -> Iterator[object]:
         yield from _dataset_records(text)
     elif path.is_dir():
         raise FactorLLMError(f"{text} is a folder; give one file, which may hold the content of all: {_kinds(readers)}")
+    elif not path.is_file():  # a pipe gives its content once, by which a text is known, and then none
+        raise FactorLLMError(f"{text} is no ordinary file, and a text is read more than once; save it as a file")
     elif kind not in readers:
         raise FactorLLMError(f"{text} is not a kind of text that is read; use {_kinds(readers)} or a dataset id")
     else:
