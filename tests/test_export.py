@@ -34,7 +34,7 @@ from factorllm.dense import open_model
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params, start_server
-from factorllm.exporting import FILE_TYPES, export_gguf
+from factorllm.exporting import FILE_TYPES, export_gguf, gguf_file
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.hosts import HOSTS
@@ -485,6 +485,25 @@ def test_the_tokenizer_of_a_gguf_file_can_be_copied(tmp_path):
     keys = {key for key in built if key.startswith("tokenizer.")}
     assert len(keys) > 6
     assert {key: copied[key] for key in keys} == {key: built[key] for key in keys}
+
+
+def test_two_processes_do_not_write_one_file(tmp_path, monkeypatch):
+    save_model(CONFIGS["mha"], tmp_path / "dense")
+    export_gguf(str(tmp_path / "dense"), tmp_path / "alone.gguf", "f32")
+    write, refused = gguf_file._write_tensors, []
+
+    def write_while_another_starts(*given):
+        monkeypatch.setattr(gguf_file, "_write_tensors", write)
+        with pytest.raises(FactorLLMError, match=r"another process is writing .*out\.gguf\.partial; wait for it, or"):
+            export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "q8_0")
+        refused.append(1)
+        write(*given)
+
+    monkeypatch.setattr(gguf_file, "_write_tensors", write_while_another_starts)
+    export_gguf(str(tmp_path / "dense"), tmp_path / "out.gguf", "f32")
+    assert refused == [1]
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    assert not (tmp_path / "out.gguf.partial").exists()
 
 
 @pytest.mark.engine

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 
@@ -46,11 +47,12 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
         when_full: what to do when the disk is full.
 
     Raises:
-        FactorLLMError: when the file cannot be written.
+        FactorLLMError: when the file cannot be written, or another process is writing it.
     """
     with refusing(out, "choose another -o"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(out, when_full):
+    with explain_full_disk(out, when_full), partial.open("ab") as lock:
+        _take(lock, partial)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -60,6 +62,14 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _take(lock: BinaryIO, partial: Path) -> None:
+    """Two that write one file would mix their tensors in it, and it would look whole."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FactorLLMError(f"another process is writing {partial}; wait for it, or choose another -o") from None
 
 
 def _read_gguf(path: Path) -> dict[str, Any] | None:
