@@ -25,13 +25,13 @@ from conftest import (
     words,
 )
 from families import SPECIAL, TINY, WHOLE_HEADS
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Whitespace
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split, Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from factorllm import FactorLLMError, factorize
 from factorllm.dense import open_model
-from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
+from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params, start_server
 from factorllm.exporting import FILE_TYPES, export_gguf, gguf_file
@@ -399,6 +399,19 @@ def test_llamacpp_cuts_text_as_the_tokenizer_does(kind, tmp_path):
         request = json.dumps({"content": text, "add_special": False}).encode()
         reply = urlopen(Request(server.listening_address + "/tokenize", request, {"Content-Type": "application/json"}))
         assert json.load(reply)["tokens"] == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("one", [r"\p{N}", r"\p{N}{1}"])
+@pytest.mark.parametrize("ends", [r"\r\n", "\r\n"])
+def test_patterns_that_are_written_otherwise_are_known(one, ends):
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^{ends}\p{{L}}\p{{N}}]?\p{{L}}+|{one}| ?[^\s\p{{L}}\p{{N}}{ends}]+"
+        rf"|\s*[{ends}]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    cuts = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.pre_tokenizer = Sequence(cuts)
+    assert name_of(tokenizer) == "seed-coder"
 
 
 def without_a_merge(pre: str, whole: bool) -> PreTrainedTokenizerFast:

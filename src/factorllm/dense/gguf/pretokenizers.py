@@ -22,6 +22,13 @@ _QWEN35 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -44,6 +51,8 @@ PRE_TOKENIZERS = {
     "qwen2": _splits(_QWEN2),
     "qwen35": _splits(_QWEN35),
     "tekken": _splits(_TEKKEN),
+    "seed-coder": _splits(_SEED),
+    "deepseek-v3": _splits(r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3),
     "deepseek-coder": _splits("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, Digits(individual_digits=True)),
 }
 """By `tokenizer.ggml.pre`."""
@@ -53,6 +62,7 @@ _SAME = {
     "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe"),
     "qwen2": ("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
 }
 """Other names in GGUF files for the same cuts."""
 
@@ -108,9 +118,13 @@ def _merges_make_all(tokenizer: Tokenizer) -> bool:
 
 
 def _canonical(pre_tokenizer: PreTokenizer) -> str:
+    """Alike for what cuts alike: patterns have the ends of lines as they are or escaped, and one of a kind or `{1}`."""
+
     def strip(node: object) -> object:
         if isinstance(node, dict):
             return {key: strip(value) for key, value in node.items() if key != "trim_offsets"}
+        if isinstance(node, str):
+            return node.replace("\r", r"\r").replace("\n", r"\n").replace("{1}", "")
         return [strip(item) for item in node] if isinstance(node, list) else node
 
     probe = Tokenizer.from_str('{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}')
