@@ -23,7 +23,7 @@ from test_plan import linear, run_and_timed_by, timed_by
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, LlamaConfig, Olmo2Config
 
-from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, make, make_planned
+from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, export, make, make_planned
 from factorllm.cli import main
 from factorllm.dense import open_model
 from factorllm.engines import process
@@ -469,6 +469,17 @@ def test_a_conversation_in_the_terminal_with_both_models(made, dense):
     command = [sys.executable, "-m", "factorllm", "chat", str(made.out), "--against", str(dense), "--context", "200"]
     said = subprocess.run(command, input="hi\nand now?\n\n", capture_output=True, text=True, timeout=200, check=True)
     assert said.stdout.count("[student]") == said.stdout.count("[dense]") == 2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("context", "instead"), [(64, "conversation, or give more --context"), (4096, "conversation")])
+def test_more_context_is_advised_where_the_model_has_it(context, instead, dense, tmp_path):
+    pytest.importorskip("xllamacpp")
+    export(str(dense), tmp_path / "dense.gguf", "f32")
+    command = [sys.executable, "-m", "factorllm", "chat", str(tmp_path / "dense.gguf"), "--context", str(context)]
+    said = subprocess.run(command, input="why? " * 2000, capture_output=True, text=True, timeout=200)
+    assert said.returncode == 2
+    assert said.stderr.endswith(f"; begin a new {instead}\n")
 
 
 def test_a_conversation_without_llamacpp_is_refused_before_files_are_written(made, monkeypatch, capsys):

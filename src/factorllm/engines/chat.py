@@ -28,6 +28,7 @@ class Chat:
         params.ui = False
         self._server = open_server(params, f"load {gguf_file}")
         self._messages: list[dict[str, str]] = []
+        self._context = settings.context
         self._longest = max(settings.context // 4, 1)  # of an answer, so that there is room for some turns
 
     def ask(self, question: str) -> Iterator[str]:
@@ -50,10 +51,10 @@ class Chat:
                     answer += piece
                     yield piece
         except HTTPError as error:
-            said = json.load(error)["error"]["message"]
-            raise FactorLLMError(
-                f"llama.cpp refused: {said}; begin a new conversation, or give more --context"
-            ) from None
+            said = json.load(error)["error"]
+            # A model's own context may be the smaller one.
+            more = ", or give more --context" if said.get("n_ctx", self._context) >= self._context else ""
+            raise FactorLLMError(f"llama.cpp refused: {said['message']}; begin a new conversation{more}") from None
         self._messages = [*asked, {"role": "assistant", "content": answer}]
 
 
