@@ -99,6 +99,12 @@ def test_a_card_says_what_was_done_and_nothing_else(made):
     for word in ("mixture-of-experts", "expert", "router", "static prune", "chosen"):
         assert word not in pruned
 
+    data = json.loads((made.out / "factorllm.json").read_text())["data"]
+    kind = card_of(made, "S4A0E8", host="dense", layers=[], data=data | {"kinds_of": "0"})
+    assert "each FFN was cut to 4 of 8 equal parts, for one kind of text of several, and repaired" in kind
+    assert f"Perplexity on {data['held_out_tokens']} held-out tokens of that kind of text. The static prune is" in kind
+    assert "repaired from the same tokens, all of which counted alike." in kind
+
     healing = {"tokens": 99, "held_out_tokens": 77, "text": "other.txt", "settings": {"train": "all"}}
     healed = card_of(made, healing=healing)
     assert "Perplexity on 77 held-out tokens of the text of healing." in healed

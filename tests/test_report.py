@@ -1,5 +1,6 @@
 """The report page and the coloured prompt: what they say, and that the page needs nothing but itself."""
 
+import io
 import json
 import re
 import shutil
@@ -22,9 +23,10 @@ from factorllm import FactorLLMError, factorize
 from factorllm.measure.front.show import read_front, write_picture
 from factorllm.measure.routing import route_prompt, specialisation
 from factorllm.measure.tasks import Score
-from factorllm.report.findings import gather
+from factorllm.report.findings import Findings, gather
 from factorllm.report.measured import Measured, Scores, read_measured
 from factorllm.report.page import write_report
+from factorllm.report.terminal import show_provenance
 from factorllm.report.tokens import coloured_tokens, legend
 from factorllm.runs.settings import Settings
 from factorllm.student.read import read_provenance
@@ -73,6 +75,24 @@ def page(student, dense_folder, tmp_path_factory):
     measured = read_measured(folder / "scores.json", folder / "speed.json", FRONT)
     found = gather(student, str(dense_folder), measured, "cpu", QUIET)
     return write_report("tiny", found, folder / "report")
+
+
+def test_the_text_that_results_are_of_is_said(student, tmp_path):
+    made = read_provenance(student)
+    healing = {"tokens": 99, "held_out_tokens": 77, "text": "other.txt", "curve": [{"step": 0, "eval_loss": 1.0}]}
+    kind = {"data": made["data"] | {"kinds_of": "0"}}
+    for change, said in (
+        ({}, "512 held-out tokens{} words.txt"),
+        ({"healing": healing}, "77 held-out tokens{} other.txt"),
+        (kind, "512 held-out tokens{} one kind of text in words.txt"),
+        (kind | {"healing": healing}, "77 held-out tokens{} other.txt"),
+    ):
+        found = Findings(made | change, None, [], Measured())
+        page = write_report("tiny", found, tmp_path / "report").read_text()
+        assert f"<caption><span>Perplexity on {said.format(' of')}.</span></caption>" in page
+        console = Console(record=True, quiet=False, width=200, file=io.StringIO())
+        show_provenance(console, student, made | change)
+        assert f"perplexity on {said.format(':')}" in console.export_text()
 
 
 def test_figures_leave_a_notebooks_way_of_showing_its_own(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from factorllm.report.plots import (
     quality_figure,
     routing_figure,
 )
-from factorllm.report.summary import LABELS, kind_rows, layer_numbers, mean_agreement
+from factorllm.report.summary import LABELS, kind_rows, layer_numbers, mean_agreement, measured_on
 from factorllm.report.template import read_template
 from factorllm.runs.output import check_own_files
 from factorllm.runs.workspace import write_text
@@ -67,6 +67,7 @@ def write_report(name: str, found: Findings, folder: Path) -> Path:
         made=made,
         recipe=Recipe(**made["recipe"]),
         results=made["results"],
+        measured_on=measured_on(made),
         labels=LABELS,
         last="healed" if "healed" in made["results"] else "student",
         agreement=mean_agreement(made["layers"]),

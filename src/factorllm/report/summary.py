@@ -114,6 +114,20 @@ def read_summary(out: Path, made: dict[str, Any]) -> Summary:
 LABELS = {"dense": "dense", "student": "student", "healed": "healed", "pruned": "static prune"}
 
 
+def measured_on(made: dict[str, Any]) -> tuple[int, str]:
+    """The number of held-out tokens that the results of a checkpoint are of, and their text: that of its last healing,
+    if it was healed.
+
+    Args:
+        made: the content of its `factorllm.json`.
+    """
+    data, healing = made["data"], made.get("healing")
+    if healing:
+        return healing.get("held_out_tokens", data["held_out_tokens"]), healing["text"]
+    text = f"one kind of text in {data['origin']}" if "kinds_of" in data else data["origin"]
+    return data["held_out_tokens"], text
+
+
 def result_table(results: dict[str, dict[str, Any]], title: str = "") -> Table:
     """Dense, student and static prune side by side.
 

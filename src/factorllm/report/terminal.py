@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from factorllm.measure.routing import RoutedPrompt
-from factorllm.report.summary import Summary, kind_rows, kind_table, layer_table, result_table
+from factorllm.report.summary import Summary, kind_rows, kind_table, layer_table, measured_on, result_table
 from factorllm.report.tokens import coloured_tokens, legend
 
 
@@ -50,7 +50,8 @@ def show_provenance(console: Console, checkpoint: Path, made: dict) -> None:
     )
     console.print("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()), soft_wrap=True)
     console.print(f"text: {data['origin']}, {data['calibration_tokens']:,} calibration tokens")
-    console.print(result_table(made["results"], f"perplexity on {data['held_out_tokens']:,} held-out tokens"))
+    tokens, text = measured_on(made)
+    console.print(result_table(made["results"], f"perplexity on {tokens:,} held-out tokens: {text}"))
     if data.get("images"):
         console.print(kind_table(data["images"], made["layers"]))
     console.print(layer_table(made["layers"]))

@@ -85,6 +85,7 @@ class _HealedBefore(TypedDict):
 class _Healing(TypedDict):
     tokens: NonNegativeInt
     text: str
+    held_out_tokens: NotRequired[NonNegativeInt]
     before: NotRequired[list[_HealedBefore]]
     settings: dict
     curve: list[dict[str, _Finite]]
