@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from factorllm.dense.opening import opened
 from factorllm.errors import FactorLLMError, one_line
 from factorllm.runs.workspace import write_text
 from factorllm.text.documents import read_documents
@@ -62,7 +63,7 @@ def document_starts(
         count: documents at most.
         shortest, longest: tokens of each.
     """
-    encoded = (tokenizer(document, add_special_tokens=False).input_ids for document in read_documents(text))
+    encoded = (opened(tokenizer, document) for document in read_documents(text))
     found = list(itertools.islice((tokens[:longest] for tokens in encoded if len(tokens) >= shortest), count))
     if not found:
         raise SystemExit(f"{text} has no document of {shortest} tokens; leave it out, or take longer ones")

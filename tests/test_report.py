@@ -17,6 +17,7 @@ import torch
 from conftest import BASE, save_dense
 from matplotlib import pyplot
 from rich.console import Console
+from test_text import opening_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from factorllm import FactorLLMError, factorize
@@ -298,8 +299,12 @@ def test_specialisation_of_kinds_that_are_alike():
     assert found.between == found.within == 1  # halves differ as much within a kind as between kinds
 
 
-def test_a_prompt_runs_the_experts_that_the_model_runs(student):
-    """The model's own choice, seen at its router, is the one that is shown."""
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_prompt_runs_the_experts_that_the_model_runs(opens, student, tmp_path):
+    """The model's own choice, seen at its router, is the one that is shown, behind what its tokenizer begins with."""
+    if opens:
+        student = shutil.copytree(student, tmp_path / "student")
+        opening_tokenizer().save_pretrained(student)
     routed = route_prompt(student, "the expert of the router", layer=1)
     model = AutoModelForCausalLM.from_pretrained(student)
     routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
@@ -309,7 +314,9 @@ def test_a_prompt_runs_the_experts_that_the_model_runs(student):
     with torch.inference_mode():
         model(**prompt)
     chosen = next(part for part in seen[0] if part.dtype == torch.int64)
-    assert [set(row.nonzero().flatten().tolist()) for row in routed.picks] == [set(row) for row in chosen.tolist()]
+    wanted = [set(row) for row in chosen.tolist()[opens:]]
+    assert [set(row.nonzero().flatten().tolist()) for row in routed.picks] == wanted
+    assert "".join(routed.pieces) == "the expert of the router"
 
 
 @pytest.mark.parametrize("prompt", [" ", "\0", "\ud83d", "[red]\\[/]", "\u202e\u200b\x1b[2J", "</s><s>"])

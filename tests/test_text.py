@@ -13,18 +13,22 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from rich.console import Console
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, BatchEncoding
 
 from factorllm import FactorLLMError, factorize
+from factorllm.dense.opening import opened
 from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
 from factorllm.runs.settings import Settings
 from factorllm.text import read_calibration_text
 from factorllm.text.calibration import read_documents
 from factorllm.text.parts import open_text
-from factorllm.text.sampling import chat_opening
+from factorllm.text.sampling import chat_opening, sample_from_model
 
-END = 257
+FIRST, END = 256, 257
 SMALL = Settings(tokens=512, held_out_tokens=128, length=32)
+SMALL_BY_ONE = Settings(tokens=16 * 31, held_out_tokens=4 * 31, length=31)
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
@@ -59,6 +63,36 @@ def test_parts_are_packed_with_the_end_token_between_documents(tmp_path):
     random.Random(0).shuffle(documents)
     wanted = byte_tokenizer()("</s>".join([*documents, ""])).input_ids
     assert flat.tolist() == wanted[: len(wanted) // 8 * 8]
+
+
+def opening_tokenizer():
+    """As Llama's: what it is given, it begins with its first token."""
+    tokenizer = byte_tokenizer()
+    around = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", FIRST)])
+    tokenizer.backend_tokenizer.post_processor = around
+    return tokenizer
+
+
+def test_each_part_begins_as_all_that_the_model_is_given(tmp_path, dense_folder):
+    """What a part holds else is the same, in sequences of the same length."""
+    text = write_records(tmp_path / "t.jsonl", [f"{number} " * 20 for number in range(60)])
+    with_it, without = read(text, tokenizer=opening_tokenizer()), read(text, SMALL_BY_ONE)
+    for name in ("calibration", "held_out"):
+        tokens = getattr(with_it, name)
+        assert tokens.shape[1] == SMALL.length
+        assert (tokens[:, 0] == FIRST).all()
+        assert torch.equal(tokens[:, 1:], getattr(without, name)[: len(tokens)])
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    sampled = open_text(None, opening_tokenizer(), SMALL, lambda: model).take(2)
+    assert sampled.shape == (2, SMALL.length)
+    after_it = sample_from_model(model, byte_tokenizer(), 2, SMALL.length - 1, seed=0, opening=[FIRST])
+    assert torch.equal(sampled, torch.cat([torch.full((2, 1), FIRST), after_it], dim=1))
+
+
+def test_a_prompt_begins_as_all_that_the_model_is_given():
+    tokenizer, plain = opening_tokenizer(), byte_tokenizer()("abc").input_ids
+    assert opened(tokenizer, "abc") == opened(tokenizer, "<s>abc") == [FIRST, *plain]
+    assert opened(byte_tokenizer(), "abc") == plain
 
 
 @pytest.mark.parametrize("length", [3, 20, 40, 300, 5000])
@@ -318,7 +352,9 @@ def test_records_without_a_text_are_counted_and_that_is_said(tmp_path):
 
 def test_what_a_tokenizer_cannot_take_is_refused(tmp_path):
     def fails(document, **options):
-        raise TypeError("TextEncodeInput must be Union")
+        if document:
+            raise TypeError("TextEncodeInput must be Union")
+        return BatchEncoding({"input_ids": []})
 
     tokenizer = by_character()
     type(tokenizer).__call__ = staticmethod(fails)

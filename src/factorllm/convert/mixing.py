@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from factorllm.dense import ModelSource
+from factorllm.dense.opening import opening_of
 from factorllm.dense.sequences import Sequences
 from factorllm.dense.vision import Document, Front, Reader
 from factorllm.errors import FactorLLMError
@@ -78,7 +79,8 @@ def read_mixed(
         reader = Reader(source, tokenizer)
         plan = _plan(source, reader, images, settings, console)
         text = read_text(settings.model_copy(update={"tokens": plan.text_tokens(settings.length)}))
-        write_shard(path, _look(work, source, reader, plan, text, settings, console))
+        opening = torch.tensor(opening_of(tokenizer), dtype=torch.int64)
+        write_shard(path, _look(work, source, reader, plan, text, opening, settings, console))
     # Kept by now: the settings decide nothing any more.
     return read_text(settings), _kept(work, load_file(path))
 
@@ -140,13 +142,19 @@ def _look(
     reader: Reader,
     plan: _Plan,
     text: CalibrationText,
+    opening: Tensor,
     settings: Settings,
     console: Console,
 ) -> dict[str, Tensor]:
-    """Run the vision tower on all images, and say which sequences they are in."""
+    """Run the vision tower on all images, and say which sequences they are in.
+
+    Args:
+        opening: what sequences of text begin with.
+    """
     front = Front(source, plan.length, settings.compute_dtype, settings.torch_device)
     # In a text, an image's token would want an image.
-    learned, held_out = (part[part != reader.image_token] for part in (text.calibration, text.held_out))
+    parts = (part[:, len(opening) :] for part in (text.calibration, text.held_out))
+    learned, held_out = (part[part != reader.image_token] for part in parts)
     fill = {"calibration": learned, "held_out": held_out.repeat(-(-plan.length // len(held_out)) + 1)}
     count = {"calibration": plan.sequences, "held_out": 2 * len(plan.held_out)}
     tensors: dict[str, Tensor] = {}
@@ -155,7 +163,7 @@ def _look(
             documents: list[Document] = getattr(plan, name)
             places = [(2 * number + 1) * count[name] // (2 * len(documents)) for number in range(len(documents))]
             begun = dict(zip(places, documents, strict=True))
-            tokens = _filled(begun, count[name], plan.length, fill[name])
+            tokens = _filled(begun, count[name], plan.length, fill[name], opening)
             for number, document in begun.items():
                 front.write(reader.document(document.picture), tokens[number], _file(work, name, number))
                 bar.advance(1)
@@ -165,11 +173,11 @@ def _look(
     return tensors
 
 
-def _filled(begun: dict[int, Document], count: int, length: int, text: Tensor) -> Tensor:
+def _filled(begun: dict[int, Document], count: int, length: int, text: Tensor, opening: Tensor) -> Tensor:
     """Sequences of which some begin with a document, and which text fills, as often as it takes: (count, length)."""
     rows, used = [], 0
     for number in range(count):
-        start = begun[number].tokens if number in begun else text[:0]
+        start = begun[number].tokens if number in begun else opening
         missing = length - len(start)
         if used + missing > len(text):
             used = 0

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from factorllm.dense.gguf.file import open_gguf
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
 from factorllm.dense.gguf.tokenizer import ENDS
+from factorllm.dense.opening import opening_of
 from factorllm.errors import FactorLLMError
 
 _OTHERWISE = 0.01  # share of a model's tokens that its GGUF file may write otherwise
@@ -238,7 +239,7 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) ->
         if (token := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(writer, f"add_{kind}_token_id")(token)
     ids = tokenizer("a").input_ids
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_bos_token(bool(opening_of(tokenizer)))
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
     _add_templates(writer, tokenizer.chat_template)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.dense.opening import opened
 from factorllm.errors import refusing
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -31,7 +32,13 @@ def next_logits(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
 @torch.inference_mode()
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and its greedy continuation, on one line."""
-    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    tokens = torch.tensor([opened(tokenizer, prompt)], device=model.device)
     with refusing(f"the generation config of {model.name_or_path}", "mend generation_config.json, or remove it"):
-        output = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.2)
+        output = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            repetition_penalty=1.2,
+        )
     return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())

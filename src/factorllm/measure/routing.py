@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorllm.dense.families import ffn_layers
+from factorllm.dense.opening import opened, opening_of
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.student.read import load_student
@@ -69,8 +70,9 @@ def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> Rou
     """
     tokenizer = read_tokenizer(checkpoint, str(checkpoint))
     with refusing(f"the prompt {prompt[:40]!r}", "give --prompt other words"):
-        tokens = torch.tensor(tokenizer(whole_characters(prompt), add_special_tokens=False).input_ids)
-    if not len(tokens):
+        tokens = torch.tensor(opened(tokenizer, whole_characters(prompt)))
+    own = slice(len(opening_of(tokenizer)), None)  # what comes before each prompt says nothing of this one
+    if not len(tokens[own]):
         raise FactorLLMError("the prompt is empty; give --prompt some words")
     model = load_student(checkpoint)
     routers = Routers(model)
@@ -83,9 +85,9 @@ def route_prompt(checkpoint: Path, prompt: str, layer: int | None = None) -> Rou
             f"no layer {layer} with experts; those of {checkpoint} are {', '.join(map(str, having))}: give one of them"
         )
     place = having.index(layer)
-    picks = expert_picks_for(model, routers, tokens)[:, place]
-    first = routers.logits(soft=True)[:, place].argmax(-1)
-    return RoutedPrompt([tokenizer.decode(token) for token in tokens], picks, first, layer)
+    picks = expert_picks_for(model, routers, tokens)[own, place]
+    first = routers.logits(soft=True)[own, place].argmax(-1)
+    return RoutedPrompt([tokenizer.decode(token) for token in tokens[own]], picks, first, layer)
 
 
 def specialisation(picks: dict[str, Tensor]) -> Specialisation:

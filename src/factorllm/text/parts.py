@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.dense.opening import opening_of
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.settings import Settings
 from factorllm.text.documents import Documents, local_path
@@ -25,6 +26,8 @@ _PASSED_OVER = 16  # documents too long to hold out, before the shortest of them
 
 class Parts(ABC):
     """A text in packed token sequences, (n, length), int64. Each call hands out what no call before it did.
+
+    Each sequence begins with what the tokenizer puts before a text, as all does that a model is given in use.
 
     Attributes:
         cut: whether parts had to be cut out of one document, because the text has no more of them.
@@ -82,7 +85,9 @@ class _SampledParts(Parts):
     def __init__(
         self, load_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
     ):
-        self._load_model, self._tokenizer, self._length, self._seed = load_model, tokenizer, length, seed
+        self._load_model, self._tokenizer, self._seed = load_model, tokenizer, seed
+        self._opening = opening_of(tokenizer)
+        self._length = length - len(self._opening)
         self._parts = 0
 
     @cached_property
@@ -93,8 +98,10 @@ class _SampledParts(Parts):
         seed = self._seed * 1_000_003 + self._parts
         self._parts += 1
         if not sequences:
-            return _packed([], self._length)
-        return sample_from_model(self._model, self._tokenizer, sequences, self._length, seed)
+            return _packed([], self._length, self._opening)
+        opening = self._opening or None
+        rows = sample_from_model(self._model, self._tokenizer, sequences, self._length, seed, opening=opening)
+        return _opened(rows, self._opening)
 
     def hold_out(self, sequences: int, purpose: str = "held out") -> Tensor:
         return self.take(sequences)
@@ -104,8 +111,9 @@ class DocumentParts(Parts):
     """Documents that are shuffled, and joined with the tokenizer's end token."""
 
     def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
-        self._text, self._length = documents.text, length
-        self._documents = documents
+        self._text, self._documents = documents.text, documents
+        self._opening = opening_of(tokenizer)
+        self._length = length - len(self._opening)  # of the text in a sequence
         self._repeated = 0
         at_once = None if local_path(self._text) else _SHUFFLED_AT_ONCE
         shuffled = _shuffled(self._distinct(documents), random.Random(seed), at_once)
@@ -134,7 +142,7 @@ class DocumentParts(Parts):
                 f"the text is too short: it has {len(held)} of the {wanted} tokens that must be {purpose}; "
                 "give more text"
             )
-        return _packed(held[:wanted], self._length)
+        return _packed(held[:wanted], self._length, self._opening)
 
     def take(self, sequences: int) -> Tensor:
         wanted = sequences * self._length
@@ -142,7 +150,7 @@ class DocumentParts(Parts):
         while len(taken) < wanted and (document := self._next()):
             taken += document
         self._rest = taken[wanted:]
-        return _packed(taken[:wanted], self._length)
+        return _packed(taken[:wanted], self._length, self._opening)
 
     def notes(self) -> list[str]:
         found = []
@@ -221,7 +229,11 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     return encode
 
 
-def _packed(tokens: list[int], length: int) -> Tensor:
-    """All whole sequences: (n, length), int64."""
+def _packed(tokens: list[int], length: int, opening: list[int]) -> Tensor:
+    """All whole sequences: (n, opening and length), int64."""
     whole = len(tokens) // length
-    return torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length)
+    return _opened(torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length), opening)
+
+
+def _opened(rows: Tensor, opening: list[int]) -> Tensor:
+    return torch.cat([torch.tensor(opening, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)

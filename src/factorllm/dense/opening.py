@@ -1,0 +1,21 @@
+"""What a tokenizer puts before a text."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a tokenizer puts before each text, if it is one that does: Llama's, Mistral's and Gemma's.
+
+    A model that was made with it sees it first in all that it reads: without it the perplexity of Gemma 3 270M is more
+    than twice as high.
+    """
+    ids = tokenizer("").input_ids
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def opened(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a prompt as a model is given them in use; one that was formatted for the model has its first."""
+    opening, tokens = opening_of(tokenizer), tokenizer(prompt, add_special_tokens=False).input_ids
+    return tokens if tokens[: len(opening)] == opening else opening + tokens
