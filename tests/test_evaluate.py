@@ -141,6 +141,23 @@ def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):
     assert found.questions == 3
 
 
+@pytest.mark.parametrize("task", ["generation", "humaneval"])
+def test_answers_are_greedy_whatever_a_generation_config_says(task, dense_folder, tmp_path):
+    from lm_eval.api.instance import Instance
+
+    from factorllm.measure.harness import Harness
+
+    (tmp_path / f"{task}.jsonl").touch()
+    kwargs = local_task(task, tmp_path)["generation_kwargs"] | {"until": [], "max_gen_toks": 24}
+    said = []
+    for penalty in (1.0, 9.0):
+        model = AutoModelForCausalLM.from_pretrained(dense_folder)
+        model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=penalty)
+        harness = Harness(pretrained=model, tokenizer=byte_tokenizer(), max_length=64)
+        said += harness.generate_until([Instance("generate_until", {}, ("Q:", kwargs), 0)], disable_tqdm=True)
+    assert said[0] == said[1]
+
+
 @pytest.fixture(scope="module")
 def student(dense_folder, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("student") / "student"
