@@ -246,6 +246,15 @@ def test_without_llamacpp_that_nothing_is_timed_is_said(dense, plan, text_file, 
         make_planned(tmp_path / "plan.yaml")
 
 
+def test_a_step_that_refuses_says_where_its_options_are(plan, tmp_path):
+    wanted = plan.factorize.model_copy(update={"tokens": 10**6})
+    plan.model_copy(update={"factorize": wanted}).write(tmp_path / "plan.yaml")
+    where = re.escape(str(tmp_path / "plan.yaml"))
+    said = rf"^factorize: the text is too short: .* off --tokens; options of factorize stand in {where}, to be changed"
+    with pytest.raises(FactorLLMError, match=said):
+        make_planned(tmp_path / "plan.yaml")
+
+
 def test_where_healing_is_taken_out_of_a_plan_and_put_in_again(tmp_path, monkeypatch):
     """The student is in the place of the healed one then, and the other way round."""
     save_model(LlamaConfig(**BASE), tmp_path / "dense")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -148,9 +150,21 @@ def _run(work: Work, console: Console) -> None:
             console.print(f"{place}; all is done in about {minutes(course.left())}", highlight=False)
             course.start(step.name)
             progress.begin(step)
-            step.run()
+            with _options_in_the_plan(step.name, work.at.out / PLAN):
+                step.run()
             progress.mark(step)
             console.print(f"{place} took {minutes(course.end())}", highlight=False)
+
+
+@contextmanager
+def _options_in_the_plan(step: str, plan: Path) -> Iterator[None]:
+    """A step advises as its own command does, by options that `make` has not."""
+    try:
+        yield
+    except FactorLLMError as error:
+        if " --" not in str(error):
+            raise
+        raise FactorLLMError(f"{step}: {error}; options of {step} stand in {plan}, to be changed there") from error
 
 
 def _check_free(out: Path) -> None:
