@@ -852,7 +852,7 @@ def test_a_gguf_file_can_be_written_as_another_type(config, tmp_path):
     ("model", "options", "says"),
     [
         ("nowhere", {}, "no such model"),
-        ("dense", {"file_type": "q4_k_m"}, "run llama-quantize"),
+        ("dense", {"file_type": "q4_k_m"}, "Files of others are made by llama-quantize"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(model, options, says, tmp_path):

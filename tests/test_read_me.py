@@ -290,7 +290,7 @@ def front(made, monkeypatch):
     class Fake:
         is_alive = True
 
-        def __init__(self, path, options):
+        def __init__(self, path, options, name):
             if path.name == "2":
                 raise FactorLLMError("it cannot be loaded")
             self.address = f"http://{path.name}"

@@ -80,7 +80,8 @@ def page(student, dense_folder, tmp_path_factory):
 
 def test_the_text_that_results_are_of_is_said(student, tmp_path):
     made = read_provenance(student)
-    healing = {"tokens": 99, "held_out_tokens": 77, "text": "other.txt", "curve": [{"step": 0, "eval_loss": 1.0}]}
+    healing = {"tokens": 99, "held_out_tokens": 77, "text": "other.txt", "settings": {}}
+    healing["curve"] = [{"step": 0, "eval_loss": 1.0}]
     kind = {"data": made["data"] | {"kinds_of": "0"}}
     for change, said in (
         ({}, "512 held-out tokens{} words.txt"),
