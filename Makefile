@@ -41,9 +41,10 @@ $(READY):
 demo: setup
 	$(BIN)/factorllm demo -o demo-out
 
-# A worker a core, each with one thread: together they keep the cores busy, which single tests do not. A file's tests
-# share what is expensive, so they stay in one worker.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# A worker a core, each with one thread, and one more, for a test that waits for an engine or a process keeps no core
+# busy. A file's tests share what is expensive, so they stay in one worker.
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 8))')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # tests/test_fuzz.py draws 2,000 damaged inputs in `make test`, the same ones every time, and 10,000 new ones in
 # `make test-slow`; FACTORLLM_FUZZ sets another number.

@@ -23,10 +23,11 @@ from test_plan import linear, run_and_timed_by, timed_by
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, LlamaConfig, Olmo2Config
 
-from factorllm import FactorLLMError, HealSettings, MakePlan, Settings, Wish, export, make, make_planned
+from factorllm import FactorLLMError, HealSettings, MakePlan, ServeSettings, Settings, Wish, export, make, make_planned
 from factorllm.cli import main
 from factorllm.dense import open_model
 from factorllm.engines import process
+from factorllm.engines.chat import Chat
 from factorllm.exporting.ready import as_gguf
 from factorllm.making.card import commands
 from factorllm.making.choose import choose_plan
@@ -485,10 +486,9 @@ def test_a_conversation_in_the_terminal_with_both_models(made, dense):
 def test_more_context_is_advised_where_the_model_has_it(context, instead, dense, tmp_path):
     pytest.importorskip("xllamacpp")
     export(str(dense), tmp_path / "dense.gguf", "f32")
-    command = [sys.executable, "-m", "factorllm", "chat", str(tmp_path / "dense.gguf"), "--context", str(context)]
-    said = subprocess.run(command, input="why? " * 2000, capture_output=True, text=True, timeout=200)
-    assert said.returncode == 2
-    assert said.stderr.endswith(f"; begin a new {instead}\n")
+    conversation = Chat(tmp_path / "dense.gguf", ServeSettings(context=context))
+    with pytest.raises(FactorLLMError, match=rf"^llama\.cpp refused: .*; begin a new {instead}$"):
+        list(conversation.ask("why? " * 2000))
 
 
 def test_a_conversation_without_llamacpp_is_refused_before_files_are_written(made, monkeypatch, capsys):
