@@ -14,9 +14,6 @@ from factorllm.errors import refusing
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What transformers calls the argument; the name was changed among the versions that we work with."""
 
-GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
-"""The likeliest token, whatever a generation config says of sampling: llama.cpp is asked for the same."""
-
 
 def next_logits(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """Logits (sequences, vocabulary) after what the cache holds and `tokens` (sequences, n), which it holds then.

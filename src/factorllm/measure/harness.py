@@ -26,6 +26,10 @@ class Harness(HFLM):
             room_for_prompt(self.max_length, request.args[1]["max_gen_toks"])
         return super().generate_until(requests, disable_tqdm)
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **how) -> Tensor:
+        """Without the penalty for repeating that a generation config may say: llama.cpp is asked without it too."""
+        return super()._model_generate(context, max_length, stop, **{"repetition_penalty": 1.0} | how)
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from factorllm.measure.generate import GREEDY
 from factorllm.measure.programs import deciding, passes
 
 
@@ -29,7 +28,7 @@ HUMANEVAL = {
     "generation_kwargs": {
         "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
         "max_gen_toks": 1024,
-        **GREEDY,
+        "do_sample": False,
     },
     "num_fewshot": 0,
     "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": _whole_programs}]}],

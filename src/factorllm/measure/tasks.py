@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.measure import humaneval
-from factorllm.measure.generate import GREEDY
 from factorllm.measure.programs import check_runner
 from factorllm.runs.digest import digest_of
 from factorllm.text.documents import json_lines, whole_characters
@@ -248,7 +247,7 @@ def _is_text(value: object) -> bool:
 _GENERATION = {
     "output_type": "generate_until",
     "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64, **GREEDY},
+    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 64},
     "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
     "metric_list": [
         {
