@@ -25,7 +25,9 @@ def subject(name: str, flops: int = 100) -> Subject:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("engine", "batches"), [("llamacpp", (1, 2)), ("transformers", (1,))])
+@pytest.mark.parametrize(
+    ("engine", "batches"), [("llamacpp", (1, 2)), pytest.param("transformers", (1,), marks=pytest.mark.slow)]
+)
 def test_a_comparison_from_end_to_end(engine, batches, tmp_path, text_file, small):
     """An engine in Python is started for each batch size and each model, which takes seconds."""
     timed = TINY.model_copy(update={"batches": batches})

@@ -51,14 +51,10 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def there(made):
     """What the commands of `make test` made there, in one process, for starting it costs as much as a command."""
-    out, dense, student, text = made / "there", made / "dense", made / "student", made / "text.txt"
+    out = made / "there"
     out.mkdir()
-    against = ("--against", dense)
     on_other_device(
-        ("factorize", dense, "-o", out / "student", "--recipe", "S2A2E8", "--text", text, *FEW),
-        ("sample", dense, "-o", out / "sampled.jsonl", "--tokens", 128, "--length", 64),
-        ("eval", student, *against, "--text", text, "--tasks", "", "-o", out / "scores.json"),
-        ("report", student, *against, "-o", out / "report"),
+        ("factorize", made / "dense", "-o", out / "student", "--recipe", "S2A2E8", "--text", made / "text.txt", *FEW),
         heal_words(made, out / "healed", "--train", "mor1e", "--kinds", 2),
     )
     return out
@@ -71,10 +67,19 @@ def test_a_conversion_is_that_of_the_cpu(made, there):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0.01 * tensor.abs().max().item())
 
 
-def test_models_are_sampled_measured_and_healed_there(there):
-    made = {path.name for path in there.iterdir()}
-    assert made == {"student", "sampled.jsonl", "scores.json", "report", "healed"}
+def test_a_student_heals_there(there):
     assert json.loads((there / "healed" / "factorllm.json").read_text())["healing"]["settings"]["train"] == "mor1e"
+
+
+@pytest.mark.slow
+def test_models_are_sampled_and_measured_there(made, tmp_path):
+    student, against = made / "student", ("--against", made / "dense")
+    on_other_device(
+        ("sample", made / "dense", "-o", tmp_path / "sampled.jsonl", "--tokens", 128, "--length", 64),
+        ("eval", student, *against, "--text", made / "text.txt", "--tasks", "", "-o", tmp_path / "scores.json"),
+        ("report", student, *against, "-o", tmp_path / "report"),
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"sampled.jsonl", "scores.json", "report"}
 
 
 @pytest.mark.slow
