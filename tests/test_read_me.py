@@ -283,16 +283,16 @@ def test_it_is_served_at_one_address(made):
         assert comes_true(lambda: [metrics()[name] for name in running] == [0, 0, 0])
 
 
-@pytest.fixture
-def front(made, monkeypatch):
-    """With servers that are none."""
+@pytest.fixture(params=[FactorLLMError, OSError])
+def front(request, made, monkeypatch):
+    """With servers that are none, one of which fails."""
 
     class Fake:
         is_alive = True
 
         def __init__(self, path, options, name):
             if path.name == "2":
-                raise FactorLLMError("it cannot be loaded")
+                raise request.param("it cannot be loaded")
             self.address = f"http://{path.name}"
 
         def close(self):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from factorllm.engines.llamacpp import require_llamacpp
 from factorllm.engines.settings import ServeSettings
-from factorllm.errors import FactorLLMError
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
@@ -97,7 +96,7 @@ class KindFront(Front):
     def _load(self, kind: int) -> None:
         try:
             backend = Backend(self._files[kind], self._settings.options, self._name)
-        except FactorLLMError as error:
+        except Exception as error:  # whatever it is, those who wait must hear of it
             with self._lock:
                 for ticket in self._schedule.failed(kind):
                     self._turns[ticket][1].set_exception(UnavailableError(str(error)))
