@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from factorllm.dense.wrappers import Wrapper
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import HOSTS, Host, MoeHost
 from factorllm.hosts.base import GGUFForm
+from factorllm.runs.given import name_of
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.settings import Settings
 from factorllm.student.layout import check_layout
@@ -131,7 +131,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         if not is_dense(config) and config.model_type in HOSTS:
             return replace(_open_student(folder, model, config, tensors), wrapper=wrapper)
     source = open_model(model)
-    name = _name(Path(source.label)).removesuffix(".gguf")
+    name = name_of(Path(source.label).resolve()).removesuffix(".gguf")
     names = frozenset(source.names())
     return Checkpoint(
         name,
@@ -173,7 +173,7 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         check_layout(tensors, config, host)
     made = _made(folder)
     return Checkpoint(
-        _name(folder),
+        name_of(folder.resolve()),
         config,
         host,
         frozenset(tensors.names()),
@@ -187,11 +187,6 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
-
-
-def _name(path: Path) -> str:
-    """The last part of a path; bytes that are no UTF-8 could not be written into a file."""
-    return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
 def _made(folder: Path) -> dict:

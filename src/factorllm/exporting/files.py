@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf
 
@@ -15,6 +14,7 @@ from factorllm.dense.gguf.file import open_gguf
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import Kind, workspace_folder
+from factorllm.runs.workspace import take
 
 _MAGIC = b"GGUF"
 _JOB_KEY = "factorllm.job"
@@ -52,7 +52,8 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
     with refusing(out, "choose another -o"):
         out.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(out, when_full), partial.open("ab") as lock:
-        _take(lock, partial)
+        # Two that write one file would mix their tensors in it, and it would look whole.
+        take(lock, partial, "choose another -o")
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -62,14 +63,6 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _take(lock: BinaryIO, partial: Path) -> None:
-    """Two that write one file would mix their tensors in it, and it would look whole."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FactorLLMError(f"another process is writing {partial}; wait for it, or choose another -o") from None
 
 
 def _read_gguf(path: Path) -> dict[str, Any] | None:

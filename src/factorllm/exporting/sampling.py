@@ -15,7 +15,6 @@ _UNHEEDED = (
 )  # fmt: skip
 """What changes answers in transformers and has no key in GGUF files."""
 
-
 _LARGEST = 2**31 - 1  # of a key's integers; what is no number, or below 0, says nothing
 
 

@@ -35,6 +35,11 @@ def given_if_any(what: str | Path | None) -> str | None:
     return None if what is None else given(what)
 
 
+def name_of(path: Path) -> str:
+    """The last part of a path, to be written into files: bytes in it that are no UTF-8 could not be."""
+    return os.fsencode(path.name).decode(errors="replace")
+
+
 def given_several(what: str, paths: Sequence[str | Path], least: int = 1) -> list[str]:
     """A list as `given` has each of it; of one path alone, each letter would be one.
 

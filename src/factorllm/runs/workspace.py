@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -43,6 +43,8 @@ _PUBLISHING = "publishing.json"
 
 _REFUSED_WITH = ("streams", "trimmed")
 """Folders of a conversion that has begun with its first layer, and of a model that was trimmed and is looked over."""
+
+_ELSEWHERE = "choose another output folder"
 
 _CHEAP = ("lock", JOB, f"{JOB}.tmp", "tokens.safetensors", "tokens.tmp")
 """What is there before the first result: a workspace that holds nothing else keeps no work."""
@@ -79,7 +81,7 @@ class Workspace:
             self._lock = (self.folder / "lock").open("w")
         except OSError as error:
             raise FactorLLMError(f"cannot write to {self.folder}: {error.strerror}; choose another -o") from None
-        _take(self._lock, self.folder)
+        take(self._lock, self.folder, _ELSEWHERE)
         self._check_job(job)
 
     @property
@@ -186,7 +188,7 @@ def finish_publishing(out: Path) -> None:
     if not os.path.exists(folder / _PUBLISHING):
         return
     with (folder / "lock").open("w") as lock:
-        _take(lock, folder)
+        take(lock, folder, _ELSEWHERE)
         if publishing := read_json(folder / _PUBLISHING):
             _move_in(folder / publishing["made"], publishing["files"], out)
             _remove(folder)
@@ -232,13 +234,20 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _take(lock: TextIO, folder: Path) -> None:
+def take(lock: IO[Any], what: Path, instead: str) -> None:
+    """Take the lock that a file is, for as long as it is open.
+
+    Args:
+        what: is written by whoever has it.
+        instead: what to do where another process has it.
+
+    Raises:
+        FactorLLMError: when another process has it.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise FactorLLMError(
-            f"another process is writing {folder}; wait for it, or choose another output folder"
-        ) from None
+        raise FactorLLMError(f"another process is writing {what}; wait for it, or {instead}") from None
 
 
 def _move_in(made: Path, files: list[str], out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import xxhash
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
 from factorllm.runs.digest import digest_of
+from factorllm.runs.given import name_of
 from factorllm.runs.settings import Settings
 from factorllm.text.documents import kind_of, local_path, read_documents
 from factorllm.text.parts import Parts, open_text, sequences_of
@@ -124,8 +126,7 @@ def text_origin(text: str | None, cut: bool = False) -> str:
 def public_name(path_or_id: str) -> str:
     """A name to publish: the last part of a local path, or the hub id as it is."""
     path = os.path.abspath(os.path.expanduser(path_or_id))  # `.` has no name of its own
-    # Bytes of a name that are no UTF-8 could not be written into a card.
-    return os.fsencode(os.path.basename(path)).decode(errors="replace") if os.path.exists(path) else path_or_id
+    return name_of(Path(path)) if os.path.exists(path) else path_or_id
 
 
 def text_identity(text: str | None) -> str | None:

@@ -186,14 +186,12 @@ def _attention_factor(rope: dict) -> float:
 def reason_against_rope(rope: dict, architecture: str) -> str | None:
     """Why llama.cpp would rotate otherwise than transformers, or None."""
     kind = rope.get("rope_type", "default")
-    if architecture in _STRETCHED and _alpha(rope):
-        return None
     if kind == "llama3" and architecture not in _READ_FACTORS:
         return f"llama.cpp's {architecture} silently ignores llama3 RoPE scaling"
     if (kind == "proportional") != (architecture == "gemma4"):
         return f"llama.cpp's {architecture} has no {kind} RoPE"
-    if kind == "dynamic" and not rope.get("alpha"):
-        return None  # texts that are no longer than a model reads are not scaled
+    if kind == "dynamic" and (architecture in _STRETCHED or not _alpha(rope)):
+        return None  # a fixed alpha is in theta, and texts that are no longer than a model reads are not scaled
     if kind not in ("default", "linear", "yarn", "llama3", "proportional"):
         return f"GGUF files cannot say {kind} RoPE scaling"
     if kind == "yarn" and rope.get("truncate") is False:
