@@ -46,7 +46,7 @@ demo: setup
 WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 8))')
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# tests/test_fuzz.py draws 2,000 damaged inputs in `make test`, the same ones every time, and 10,000 new ones in
+# tests/test_fuzz.py draws 500 damaged inputs in `make test`, the same ones every time, and 10,000 new ones in
 # `make test-slow`; FACTORLLM_FUZZ sets another number.
 test: setup
 	$(PYTEST) -m "not slow"

@@ -62,7 +62,7 @@ from factorllm.runs.settings import Settings
 from factorllm.student.read import read_partitions, read_provenance
 from factorllm.text import read_calibration_text
 
-IN_CI, SLOWLY = 2_000, 10_000
+IN_ALL, IN_CI, SLOWLY = 2_000, 500, 10_000
 FEW = ("--tokens", 64, "--held-out-tokens", 64, "--no-baseline", "--device", "cpu")
 TEXT_SETTINGS = Settings(tokens=64, held_out_tokens=32, length=16)
 
@@ -1116,7 +1116,7 @@ def _no_network(monkeypatch):
 def fuzz(kind: Kind, inputs: int, bases: Bases, work: Path, **how) -> None:
     """Draw a kind's share of so many inputs, and check each."""
 
-    @settings(max_examples=max(inputs * kind.share // IN_CI, 1), deadline=None, database=None, **how)
+    @settings(max_examples=max(inputs * kind.share // IN_ALL, 1), deadline=None, database=None, **how)
     @given(kind.examples(bases))
     def each(example) -> None:
         kind.check(bases, work, example)
@@ -1126,7 +1126,7 @@ def fuzz(kind: Kind, inputs: int, bases: Bases, work: Path, **how) -> None:
 
 
 def test_the_shares_add_up():
-    assert sum(kind.share for kind in KINDS.values()) == IN_CI
+    assert sum(kind.share for kind in KINDS.values()) == IN_ALL
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -541,7 +541,10 @@ def sharded(*words: str, run: Callable[[list[str]], None] = run_as_on_gpus) -> s
         return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("start", [forked.both, sharded], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param(forked.both, id="ddp"), pytest.param(sharded, id="fsdp2", marks=pytest.mark.slow)],
+)
 def test_two_processes_equal_one(start, healed_alone, student, dense_folder, text_file, tmp_path):
     done = start(*command(student, dense_folder, text_file, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
@@ -566,11 +569,12 @@ def find_the_rate_as_on_gpus(words: list[str]) -> None:
     run_as_on_gpus(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
     [
         pytest.param(partial(forked.both, run=find_the_rate), id="ddp"),
-        pytest.param(partial(sharded, run=find_the_rate_as_on_gpus), id="fsdp2", marks=pytest.mark.slow),
+        pytest.param(partial(sharded, run=find_the_rate_as_on_gpus), id="fsdp2"),
     ],
 )
 def test_two_processes_find_the_rate_of_one(start, cheap, student, dense_folder, text_file, tmp_path):

@@ -14,9 +14,9 @@ from test_export import save_model
 
 from factorllm import Settings, factorize
 
-FEW = ("--tokens", 1024, "--held-out-tokens", 128)
+FEW = ("--tokens", 1024, "--held-out-tokens", 128, "--no-baseline")
 SHORT = ("--tokens", 512, "--learning-rate", 1e-3)
-SETTINGS = Settings(tokens=1024, held_out_tokens=128)
+SETTINGS = Settings(tokens=1024, held_out_tokens=128, baseline=False)
 
 
 def on_other_device(*commands: tuple) -> None:

@@ -204,6 +204,7 @@ for name in ("tmpfs", "bound"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="nothing can be mounted"
 )
