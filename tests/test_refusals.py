@@ -1,5 +1,6 @@
 """The command line: bad input gives one clear line and exit code 2, never a traceback, and leaves nothing behind."""
 
+import builtins
 import errno
 import os
 import re
@@ -176,19 +177,24 @@ def test_truncated_safetensors(refused, own_dense, keep):
     assert "not a whole safetensors file" in refused(own_dense)
 
 
-@pytest.mark.parametrize("closed", ["text.txt", "dense/model.safetensors"])
+@pytest.mark.parametrize("closed", ["text.txt", "dense/model.safetensors", "dense/config.json", "dense/tokenizer.json"])
 def test_a_file_that_may_not_be_read(closed, refused, own_dense, text_file, tmp_path, monkeypatch):
     shutil.copy(text_file, tmp_path / "text.txt")
-    opened = Path.open
 
-    def for_others(path, *mode, **options):  # root may read all
-        if path == tmp_path / closed:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(path, *mode, **options)
+    def for_others(opened):  # root may read all
+        def opens(path, *mode, **options):
+            if str(path) == str(tmp_path / closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return opened(path, *mode, **options)
 
-    monkeypatch.setattr(Path, "open", for_others)
+        return opens
+
+    monkeypatch.setattr(Path, "open", for_others(Path.open))
+    monkeypatch.setattr(builtins, "open", for_others(open))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / closed))
     line = refused(own_dense, text=tmp_path / "text.txt")
-    assert re.fullmatch(rf"error: .*/{closed} cannot be used \(\[Errno 13\] .*\); let it be read, or .*", line)
+    what = f"the tokenizer of {own_dense}" if "tokenizer" in closed else str(tmp_path / closed)
+    assert line == f"error: {what} cannot be used ([Errno 13] Permission denied: '{tmp_path / closed}'); let it be read"
 
 
 def test_a_missing_tensor(refused, own_dense):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,7 +35,8 @@ def refusing(what: object, instead: str) -> Iterator[None]:
         instead: what to do, after a semicolon.
 
     Raises:
-        FactorLLMError: "WHAT cannot be used (reason); INSTEAD".
+        FactorLLMError: "WHAT cannot be used (reason); INSTEAD". Of a file that may not be read, whatever was to be done
+            instead, that it is to be let: nothing is known of its content.
     """
     try:
         yield
@@ -43,7 +45,8 @@ def refusing(what: object, instead: str) -> Iterator[None]:
     except BaseException as error:
         if not _is_of_input(error):
             raise
-        raise FactorLLMError(f"{what} cannot be used ({one_line(error)}); {instead}") from error
+        remedy = "let it be read" if _is_unreadable(error) else instead
+        raise FactorLLMError(f"{what} cannot be used ({one_line(error)}); {remedy}") from error
 
 
 def refusing_path(path: object) -> AbstractContextManager[None]:
@@ -78,6 +81,10 @@ def _is_of_input(error: BaseException) -> bool:
         return False
     # Panics of libraries written in Rust (tokenizers, safetensors) are no Exceptions.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _is_unreadable(error: BaseException) -> bool:
+    return isinstance(error, PermissionError) and bool(error.filename) and not os.access(error.filename, os.R_OK)
 
 
 def one_line(error: BaseException) -> str:

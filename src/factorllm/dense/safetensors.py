@@ -274,9 +274,8 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
 
 
 def _open_safetensors(path: Path) -> safe_open:
-    with refusing(path, "let it be read, or give another"):
-        path.open("rb").close()  # of one that may not be read, safetensors says that it is not there
     with refusing(path, _AGAIN):
+        path.open("rb").close()  # of one that may not be read, safetensors says that it is not there
         return safe_open(path, framework="pt")
 
 

@@ -25,6 +25,6 @@ def digest_of(paths: Iterable[Path], start: bytes = b"") -> str:
 
 
 def _add(digest: xxhash.xxh3_128, path: Path) -> None:
-    with refusing(path, "let it be read, or give another"), path.open("rb") as file:
+    with refusing(path, "give another"), path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)

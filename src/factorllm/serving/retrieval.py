@@ -73,7 +73,7 @@ def read_passages(folder: Path) -> list[Passage]:
 
 
 def _read(path: Path) -> str:
-    with refusing(path, "let it be read, or move it away"):
+    with refusing(path, "move it away"):
         return path.read_text(encoding="utf-8", errors="replace")
 
 
