@@ -8,6 +8,7 @@ from factorllm.recipe import Shape
 
 SHAPE = Shape(20, 8, 4, 3, 2)
 ONE_EXPERT, NONE_SHARED = Shape(20, 8, 4, 3, 1), Shape(20, 0, 4, 5, 1)
+SHAPES = pytest.mark.parametrize("shape", [SHAPE, ONE_EXPERT, NONE_SHARED], ids=["two", "one", "one, none shared"])
 
 
 def batch(tokens: int, seed: int, shape: Shape = SHAPE) -> GatedHidden:
@@ -18,29 +19,29 @@ def batch(tokens: int, seed: int, shape: Shape = SHAPE) -> GatedHidden:
 
 
 def statistics(batches, targets) -> RidgeStatistics:
-    result = RidgeStatistics(20, targets[0].shape[1], torch.device("cpu"))
+    result = RidgeStatistics(batches[0].shape, targets[0].shape[1], torch.device("cpu"))
     for active, target in zip(batches, targets, strict=True):
         result.update(active, target, torch.ones(len(target)))
     return result
 
 
-@pytest.mark.parametrize("shape", [SHAPE, ONE_EXPERT, NONE_SHARED], ids=["two", "one", "one, none shared"])
+@SHAPES
 def test_sparse_products_equal_the_dense_matrix(shape):
     active, target = batch(50, 0, shape), torch.randn(50, 5)
     M, down = active.dense(), torch.randn(5, 20)
     assert ((M != 0).sum(1) == shape.active_width).all()
     torch.testing.assert_close(active.project(down), M @ down.T)
     sums = statistics([active], [target])
-    torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.gram @ torch.eye(20), M.T @ M, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.cross, M.T @ target, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_are_those_of_weighted_least_squares():
     active, target, weights = batch(50, 0), torch.randn(50, 5), torch.rand(50) + 0.5
-    sums = RidgeStatistics(20, 5, torch.device("cpu"))
+    sums = RidgeStatistics(SHAPE, 5, torch.device("cpu"))
     sums.update(active, target, weights)
     weighted = active.dense() * weights[:, None]
-    torch.testing.assert_close(sums.gram, active.dense().T @ weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.gram @ torch.eye(20), active.dense().T @ weighted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.cross, weighted.T @ target, rtol=1e-4, atol=1e-4)
 
 
@@ -48,13 +49,14 @@ def test_batches_accumulate():
     parts, targets = [batch(30, 1), batch(40, 2)], [torch.randn(30, 5), torch.randn(40, 5)]
     M, T = torch.cat([p.dense() for p in parts]), torch.cat(targets)
     sums = statistics(parts, targets)
-    torch.testing.assert_close(sums.gram, M.T @ M, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.gram @ torch.eye(20), M.T @ M, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.cross, M.T @ T, rtol=1e-4, atol=1e-4)
 
 
-def test_the_solution_is_the_ridge_regression_and_finds_the_truth():
+@SHAPES
+def test_the_solution_is_the_ridge_regression_and_finds_the_truth(shape):
     truth, down = torch.randn(5, 20), torch.randn(5, 20)
-    parts = [batch(400, seed) for seed in range(4)]
+    parts = [batch(400, seed, shape) for seed in range(4)]
     folds = [statistics([p], [p.project(truth)]) for p in parts]
     restored, strength = solve_ridge(folds, down)
     assert strength == WEAKER * min(LAMBDAS)  # nothing is noise here, so the weakest ridge predicts best

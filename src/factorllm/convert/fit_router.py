@@ -66,7 +66,7 @@ def _refine(task: LayerTask, router: Tensor, inputs: Tensor, split: Partition, k
     shape = task.shape
     down = kept.down.float()
     if task.recipe.restore != "none":
-        first = RidgeStatistics(shape.kept_width, task.middle.width, task.device)
+        first = RidgeStatistics(shape, task.middle.width, task.device)
         for x, hidden, target, weights in task.sampled_batches(split):
             active = GatedHidden(hidden, task.gates(x, router * FLATTEN), shape)
             first.update(active, target, weights)

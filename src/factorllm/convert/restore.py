@@ -32,7 +32,7 @@ def restore(task: LayerTask, kept: FFN, router: Tensor | None) -> tuple[Tensor, 
 def _accumulate(task: LayerTask, kept: FFN, router: Tensor | None) -> tuple[list[RidgeStatistics], list[float]]:
     """Run the student's neurons; ridge statistics of each fold, and each expert's share of the tokens."""
     shape, middle = task.shape, task.middle
-    folds = [RidgeStatistics(shape.kept_width, middle.width, task.device) for _ in range(FOLDS)]
+    folds = [RidgeStatistics(shape, middle.width, task.device) for _ in range(FOLDS)]
     load = torch.zeros(shape.experts, device=task.device)
     for fold, run in _folded_runs(task):
         inputs = task.inputs.read(run, task.device).flatten(0, 1)

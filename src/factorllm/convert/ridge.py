@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from factorllm.convert.gram import Gram
 from factorllm.dense.ffn import FFN
-from factorllm.errors import refusing
 from factorllm.recipe import Shape
 from factorllm.runs.ranks import Ranks
 
@@ -71,11 +71,12 @@ class GatedHidden:
             active.hidden[tokens, columns] = ffn.part(columns).hidden(inputs[tokens]).float()
         return active
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
-        """For the shared part and each expert: its columns, the tokens that run it, and its block of M."""
+    def blocks(self) -> Iterator[tuple[int | None, slice, Tensor | slice, Tensor]]:
+        """For the shared part, None, and each expert, its number: its columns, the tokens that run it, and its block
+        of M."""
         for expert, columns, tokens in self._parts():
             block = self.hidden[tokens, columns]
-            yield columns, tokens, block if expert is None else block * self.gates[tokens, expert, None]
+            yield expert, columns, tokens, block if expert is None else block * self.gates[tokens, expert, None]
 
     def _parts(self) -> Iterator[tuple[int | None, slice, Tensor | slice]]:
         """For the shared part, None, and each expert, its number: its columns, and the tokens that run it."""
@@ -91,26 +92,25 @@ class GatedHidden:
         routed = routed.view(*self.gates.shape, self.shape.expert_width) * gates
         return torch.cat([shared, routed.flatten(1)], dim=1)
 
-    def left_of(self, columns: slice) -> list[slice]:
-        """The columns up to the last of a block's `columns` in which M may not be 0 for tokens that run the block."""
-        if self.shape.top_k != 1 or columns == self.shape.shared_columns:
-            return [slice(0, columns.stop)]
-        return [self.shape.shared_columns, columns]
-
     def project(self, down: Tensor) -> Tensor:
         """`M @ down.T`, the student's FFN output: (n, d)."""
         output = self.hidden.new_zeros(len(self.hidden), len(down))
-        for columns, tokens, block in self.blocks():
+        for _, columns, tokens, block in self.blocks():
             output[tokens] += block @ down[:, columns].T
         return output
 
 
 class RidgeStatistics:
-    """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32."""
+    """`G = M^T W M` (kept, kept) and `C = M^T W T` (kept, d) of all tokens seen, W their weights; fp32.
 
-    def __init__(self, kept: int, d: int, device: torch.device):
-        self._lower = torch.zeros(kept, kept, device=device)  # G is symmetric; right of the diagonal nothing is read
-        self.cross = torch.zeros(kept, d, device=device)
+    Args:
+        shape: widths of the FFN.
+        d: width of the hidden states.
+    """
+
+    def __init__(self, shape: Shape, d: int, device: torch.device):
+        self._sums = Gram.zeros(shape, device)  # right of the corner's diagonal nothing is read
+        self.cross = torch.zeros(shape.kept_width, d, device=device)
 
     @classmethod
     def of(cls, parts: list[RidgeStatistics]) -> RidgeStatistics:
@@ -118,15 +118,17 @@ class RidgeStatistics:
         whole = parts.pop()
         while parts:
             part = parts.pop()
-            whole._lower += part._lower
+            for own, other in zip(whole._sums.parts(), part._sums.parts(), strict=True):
+                own += other
             whole.cross += part.cross
         return whole
 
     @property
-    def gram(self) -> Tensor:
+    def gram(self) -> Gram:
         # Kept in the place of the half that was summed up: of 4,864 neurons a second one has 95 MB.
-        self._lower = self._lower.tril() + self._lower.tril(-1).T
-        return self._lower
+        lower = self._sums.corner
+        self._sums = replace(self._sums, corner=lower.tril() + lower.tril(-1).T)
+        return self._sums
 
     def update(self, active: GatedHidden, target: Tensor, weights: Tensor) -> None:
         """Add a batch.
@@ -135,17 +137,23 @@ class RidgeStatistics:
             target: (n, d), what the student's FFN should give.
             weights: (n,), how much each token's squared error counts.
         """
-        whole = active.dense()
-        for columns, tokens, block in active.blocks():
+        sums, alone = self._sums, active.shape.top_k == 1
+        shared = active.shape.shared_columns
+        whole = active.hidden if alone else active.dense()
+        for expert, columns, tokens, block in active.blocks():
             weighted = (block * weights[tokens, None]).T
-            for left in active.left_of(columns):
-                self._lower[columns, left].addmm_(weighted, whole[tokens, left])
             self.cross[columns].addmm_(weighted, target[tokens])
+            if alone and expert is not None:
+                sums.sides[expert].addmm_(weighted, whole[tokens, shared])
+                sums.blocks[expert].addmm_(weighted, block)
+            else:
+                left = slice(0, columns.stop)
+                sums.corner[columns, left].addmm_(weighted, whole[tokens, left])
 
     def share(self, ranks: Ranks) -> None:
         """Add what the other processes have seen."""
-        ranks.sum(self._lower)
-        ranks.sum(self.cross)
+        for part in (*self._sums.parts(), self.cross):
+            ranks.sum(part)
 
 
 def solve_ridge(
@@ -183,13 +191,13 @@ def _best_strength(folds: list[RidgeStatistics], down: Tensor, expected: float |
     projection = _projection(len(down), down.device)
     missing = down.T @ projection
     residuals = [fold.cross @ projection - own @ missing for fold, own in zip(folds, grams, strict=True)]
-    gram, residual = sum(grams), sum(residuals)
+    gram, residual = grams[0].map(lambda *parts: sum(parts), *grams[1:]), sum(residuals)
 
     def error_change(index: int) -> float:
         """Change of the squared error on tokens that were not fitted, by the strength `LAMBDAS[index]`."""
         total = 0.0
         for own, cross in zip(grams, residuals, strict=True):
-            delta = _ridge(gram - own, residual - cross, LAMBDAS[index])
+            delta = _ridge(gram.map(torch.sub, own), residual - cross, LAMBDAS[index])
             total += ((own @ delta - 2 * cross) * delta).sum().item()
         return total
 
@@ -211,7 +219,7 @@ def solve_ridge_at(sums: RidgeStatistics, down: Tensor, strength: float, dtype: 
     Args:
         dtype: that it is computed in. fp32 takes half the time, and does where the solution is only a start.
     """
-    gram = sums.gram.to(dtype, copy=True)
+    gram = sums.gram.map(lambda part: part.to(dtype, copy=True))
     down = down.to(dtype)
     missing = sums.cross.to(dtype) - gram @ down.T  # M^T W (T - M down^T)
     return (down + _ridge(gram, missing, strength).T).float()
@@ -229,10 +237,6 @@ def _descend(value: Callable[[int], float], count: int, start: int) -> tuple[int
     return best, best_value
 
 
-def _ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """`(gram + lambda I)^-1 cross`; in the place of `gram`, which may have hundreds of MB."""
-    gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    with refusing(
-        "the dense model's activations on this text", "they are all 0, or too large: use another copy of the model"
-    ):
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(gram, out=gram))
+def _ridge(gram: Gram, cross: Tensor, strength: float) -> Tensor:
+    """`(gram + lambda I)^-1 cross`; `gram` is of no use afterwards."""
+    return gram.solve_damped(strength * gram.mean_diagonal().clamp_min(torch.finfo(torch.float32).tiny), cross)

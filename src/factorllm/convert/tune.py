@@ -37,7 +37,7 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
     """The kept neurons, fitted to the dense FFN's output; first in closed form, then by gradient."""
     inputs, shape, device = task.inputs, task.shape, task.device
     output = task.scratch("output", task.middle.length, task.middle.width)
-    start = RidgeStatistics(shape.kept_width, task.middle.width, device)
+    start = RidgeStatistics(shape, task.middle.width, device)
     runs = list(inputs.runs())
     stride = max(inputs.sequences * inputs.length // _START_TOKENS, 1)
     for number, run in enumerate(runs):
