@@ -25,8 +25,9 @@ from factorllm.measure.front.show import read_front, write_picture
 from factorllm.measure.routing import route_prompt, specialisation
 from factorllm.measure.tasks import Score
 from factorllm.report.findings import Findings, gather
-from factorllm.report.measured import Measured, Scores, read_measured
+from factorllm.report.measured import Measured, Scores, Speed, read_measured
 from factorllm.report.page import write_report
+from factorllm.report.plots import quality_figure
 from factorllm.report.terminal import show_provenance
 from factorllm.report.tokens import coloured_tokens, legend
 from factorllm.runs.settings import Settings
@@ -104,6 +105,26 @@ def test_figures_leave_a_notebooks_way_of_showing_its_own(monkeypatch, tmp_path)
     write_picture(points, tmp_path / "front.png")
     assert plots.as_png(plots.front_figure(points))[1:4] == (tmp_path / "front.png").read_bytes()[1:4] == b"PNG"
     assert pyplot.get_fignums() == []
+
+
+def test_a_healed_student_stands_in_the_picture_at_the_speed_that_was_measured_of_it(student):
+    results = read_provenance(student)["results"]
+    results = {"dense": results["dense"], "student": results["student"], "healed": results["student"] | {}}
+    results["pruned"] = results["dense"] | {"active_parameters": 1000}
+    results["healed"]["perplexity"] = 1.5 * results["dense"]["perplexity"]
+
+    def shown(active: int) -> dict[str, tuple[float, float]]:
+        timed = {"dense": 1.0, "student": 1.2, "pruned": 1.3}
+        cost = {"active_parameters": active}
+        models = [{"name": name, "ratio_to_dense": {"decode x1": [to]}, "cost": cost} for name, to in timed.items()]
+        speed = Speed(models=models)
+        (axes,) = quality_figure(results, speed.decoding_beside(results)).axes
+        return {text.get_text(): text.xy for text in axes.texts}
+
+    assert shown(1000).keys() == {"dense", "student", "healed", "static prune"}
+    assert shown(1000)["healed"] == pytest.approx((1.2, 1.5))
+    assert shown(1000)["static prune"] == (1.3, 1.0)
+    assert shown(1001).keys() == {"dense", "student", "healed"}  # another prune was timed than the one in the table
 
 
 @pytest.mark.parametrize(("model", "more"), [("another", {}), ("student", {"more": 1})])

@@ -42,6 +42,7 @@ class TimedModel(BaseModel):
     name: str
     ratio_to_dense: dict[str, list[float]]
     bytes: int | None = None
+    cost: dict[str, float] = {}
 
 
 class Speed(BaseModel):
@@ -52,6 +53,20 @@ class Speed(BaseModel):
     def decoding(self) -> dict[str, float]:
         """Decode speed at batch 1 of each model, x dense."""
         return {model.name: speeds[0] for model in self.models if (speeds := model.ratio_to_dense.get("decode x1"))}
+
+    def decoding_beside(self, results: dict[str, dict]) -> dict[str, float]:
+        """The same of the models of a checkpoint's results.
+
+        A healed student is the one that was timed, and ran the same products before healing. Of a prune with other
+        active parameters than the one in the results it is not known how it would be.
+        """
+        speeds = self.decoding()
+        if "student" in speeds:
+            speeds["healed"] = speeds["student"]
+        timed, wanted = self.of("pruned"), results.get("pruned", {}).get("active_parameters")
+        if timed and timed.cost.get("active_parameters", wanted) != wanted:
+            speeds.pop("pruned", None)
+        return speeds
 
     def of(self, name: str) -> TimedModel | None:
         return next((model for model in self.models if model.name == name), None)

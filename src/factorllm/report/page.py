@@ -103,7 +103,7 @@ def _figures(found: Findings) -> dict[str, tuple[Figure, str]]:
     speed = found.measured.speed
     figures |= {
         "quality": (
-            quality_figure(results, speed.decoding() if speed else None),
+            quality_figure(results, speed.decoding_beside(results) if speed else None),
             "Perplexity of each model against its speed",
         ),
         "routing": (routing_figure(layers), "Router agreement and energy kept for each FFN"),
