@@ -309,6 +309,11 @@ def test_a_wish_is_written_down_before_the_work(dense, text_file, tmp_path, monk
         make(str(dense), tmp_path / "made", text=str(text_file), effort="best")
 
 
+def test_a_plan_from_elsewhere_is_not_taken_for_a_wish(made):
+    with pytest.raises(FactorLLMError, match="was written elsewhere, and not for this wish; edit it and run"):
+        make("another-model", made.out, text="another.txt", file_type="q4_0")  # was: made already, by the same plan
+
+
 def test_with_a_smaller_vocabulary_the_student_is_made_from_the_trimmed_model(dense, plan, tmp_path):
     plan.model_copy(update={"vocabulary": 280, "heal": None}).write(tmp_path / "plan.yaml")
     made = make_planned(tmp_path / "plan.yaml", tmp_path / "made")

@@ -84,10 +84,10 @@ def make(
     asked: dict[str, Any] = {"model": model, "text": text, "vocabulary": vocabulary, "effort": effort}
     asked |= {"type": file_type, "wish": wish.model_dump(mode="json")}
     path, before = out / PLAN, read_json(out / "steps" / "asked.json")
-    if path.is_file() and before not in (None, asked):
+    if path.is_file() and before != asked:
+        written = "elsewhere, and not for this wish" if before is None else "for another wish"
         raise FactorLLMError(
-            f"{path} was written for another wish; edit it and run `factorllm make {quote(str(path))}`, or choose "
-            "another -o"
+            f"{path} was written {written}; edit it and run `factorllm make {quote(str(path))}`, or choose another -o"
         )
     if not path.is_file():
         _check_free(out)
