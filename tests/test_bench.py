@@ -1,6 +1,7 @@
 """The benchmark: what it times, what it compares, and what it writes. Never how fast."""
 
 import json
+import shutil
 
 import pytest
 from conftest import CONFIGS
@@ -62,6 +63,28 @@ def test_a_missing_engine_is_refused_before_files_are_written(tmp_path, text_fil
     console = Console(record=True, width=200)
     with pytest.raises(FactorLLMError, match=r"llamacpp is not installed; pip install 'factorllm\[llamacpp\]'"):
         run_bench(str(student), [str(tmp_path / "dense")], console=console)
+    assert console.export_text() == ""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("gone", "no such model"),
+        ("mixed", "they would not be timed"),
+        ("llama3", "silently ignores llama3 RoPE scaling"),
+    ],
+)
+def test_a_model_that_cannot_be_timed_is_refused_before_files_are_written(last, said, tmp_path, text_file, small):
+    student = factorized(CONFIGS["mha"], tmp_path, text_file, small)
+    (shutil.copytree(student, tmp_path / "mixed") / "adapters/0").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    factorized(CONFIGS["llama3-rope"], tmp_path / "other", text_file, small, host="qwen2_moe").rename(
+        tmp_path / "llama3"
+    )
+    console = Console(record=True, width=200)
+    with pytest.raises(FactorLLMError, match=said):
+        run_bench(str(student), [str(tmp_path / "dense"), str(tmp_path / last)], console=console)
     assert console.export_text() == ""
 
 

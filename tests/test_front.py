@@ -79,6 +79,8 @@ def models(tmp_path_factory, text_file):
     factorized(CONFIGS["mha"], root, text_file, small).rename(root / "student")
     factorize(str(root / "dense"), root / "pruned", "S4A0E8", text=str(text_file), settings=small)
     shutil.copytree(root / "student", root / "other")
+    shutil.copytree(root / "student", root / "mixed")
+    (root / "mixed/adapters/0").mkdir(parents=True)
     made = json.loads((root / "other/factorllm.json").read_text())
     made["settings"]["seed"] = 1
     (root / "other/factorllm.json").write_text(json.dumps(made))
@@ -119,6 +121,7 @@ def test_every_model_is_measured_in_every_type_and_nothing_twice(models, tmp_pat
         ({"against": ["student"]}, "student is a student; give students first"),
         ({"students": ["student", "student"]}, "two models are called student"),
         ({"plan": FrontPlan(types=("q9",))}, "no type 'q9'"),
+        ({"students": ["mixed"]}, "mixed holds an adapter for each kind of text, and they would not be timed"),
         ({"students": ["student", "other"]}, "student was made with seed 0 and other with 1"),
         ({"settings": EvalSettings(tasks=("arc",))}, "unknown task 'arc'"),
     ],

@@ -15,7 +15,7 @@ from factorllm.dense.families import is_dense
 from factorllm.engines import check_installed
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import FILE_TYPES
-from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint
+from factorllm.exporting.checkpoints import Checkpoint
 from factorllm.exporting.ggml import WEIGHTED
 from factorllm.exporting.gptq import LEVELS
 from factorllm.exporting.importance import WeighOnce
@@ -26,7 +26,7 @@ from factorllm.measure.front.show import front_json, write_picture
 from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.score_cache import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
-from factorllm.measure.speed.subjects import Subject, open_subject
+from factorllm.measure.speed.subjects import Subject, open_subject, open_timed
 from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
@@ -126,7 +126,9 @@ def _models(students: Sequence[str], against: Sequence[str]) -> list[_Model]:
         ("static prune", against[1:]),
     ]
     models = [
-        _Model(_name(path), _kind(path, kind), open_checkpoint(path), path) for kind, paths in given for path in paths
+        _Model(_name(path), _kind(path, kind), open_timed(path, "llamacpp"), path)
+        for kind, paths in given
+        for path in paths
     ]
     for model in models:
         dense = is_dense(model.checkpoint.config)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from factorllm.errors import FactorLLMError
 from factorllm.exporting import export_gguf
-from factorllm.exporting.checkpoints import open_checkpoint
+from factorllm.exporting.checkpoints import Checkpoint, open_checkpoint, refuse_unwritable
 from factorllm.measure.cost import Cost, cost_of
 from factorllm.runs.disk import IN_TMPDIR
 from factorllm.student.adapters import refuse_adapters
@@ -55,8 +55,27 @@ def open_subjects(
         FactorLLMError: when a model cannot be opened, or not be loaded by the engine.
     """
     names = ["student", "dense", *(f"pruned {i}" if len(against) > 2 else "pruned" for i in range(1, len(against)))]
-    models = zip(names, [student, *against], strict=True)
-    return [open_subject(name, model, engine, file_type, work, console) for name, model in models]
+    models = [student, *against]
+    for model in models:  # the last may be refused too, and files take their time
+        open_timed(model, engine)
+    return [
+        open_subject(name, model, engine, file_type, work, console) for name, model in zip(names, models, strict=True)
+    ]
+
+
+def open_timed(model: str, engine: str) -> Checkpoint:
+    """Open a model that is to be timed.
+
+    Raises:
+        FactorLLMError: as `open_checkpoint`; when it has adapters, or no form that the engine loads.
+    """
+    refuse_adapters(Path(model), "they would not be timed: give the student that it was made of")
+    checkpoint = open_checkpoint(model)
+    if engine == "llamacpp":
+        refuse_unwritable(checkpoint, model)
+    elif not Path(model).is_dir():
+        raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
+    return checkpoint
 
 
 def open_subject(
@@ -75,8 +94,7 @@ def open_subject(
         when_full: what to do when the disk of `work` is.
         weighted: how `export_gguf` weighs what counts.
     """
-    refuse_adapters(Path(model), "they would not be timed: give the student that it was made of")
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_timed(model, engine)
     cost = cost_of(checkpoint.config, checkpoint.host.shape(checkpoint.config))
     path = Path(model)
     if engine == "llamacpp":
@@ -84,7 +102,5 @@ def open_subject(
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)  # brackets are parts of names
         say(f"writing {model} as {path.name}")
         export_gguf(model, path, file_type, say=say, console=console, when_full=when_full, **weighted)
-    elif not path.is_dir():
-        raise FactorLLMError(f"{engine} is given folders, and {model} is none; save the model with save_pretrained()")
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
     return Subject(name, model, path, cost, size, checkpoint.config.max_position_embeddings)
