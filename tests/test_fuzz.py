@@ -1164,7 +1164,10 @@ _TOO_LONG = "x" * 5000
         ("export", _TOO_LONG, "-o", "new.gguf"),
         ("bench", "STUDENT", "--against", _TOO_LONG),
         ("chat", "STUDENT", "--against", _TOO_LONG),
-        *(("serve", "STUDENT", option, _TOO_LONG) for option in ("--retrieval", "--lossless", "--dense-prompt")),
+        *(
+            ("serve", "STUDENT", option, _TOO_LONG)
+            for option in ("--retrieval", "--lossless", "--dense-prompt", "--mmproj")
+        ),
     ],
     ids=lambda words: " ".join(word for word in words if word != _TOO_LONG),
 )

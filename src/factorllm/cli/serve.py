@@ -43,9 +43,17 @@ def serve(
             help="The dense model, which reads the prompts that MODEL answers: nearer to it (llama.cpp).",
         ),
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=IS_PATH["parser"],
+            help="The mmproj file of the dense model, if that takes images: images are answered too (llama.cpp).",
+        ),
+    ] = None,
     **chosen,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
     from factorllm.engines.serve import serve as run
 
-    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval, dense_prompt)
+    run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval, dense_prompt, mmproj)

@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 from factorllm.dense import local_path
+from factorllm.dense.gguf.file import open_gguf, read_field
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.dense_prompt import DensePrompt
@@ -23,7 +25,7 @@ from factorllm.engines.lossless import Drafting, decide, lossless_params, measur
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
 from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
-from factorllm.errors import FactorLLMError
+from factorllm.errors import RENAME, FactorLLMError, check_utf8
 from factorllm.exporting.ready import as_gguf, export_for_now
 from factorllm.hosts import HOSTS
 from factorllm.runs.given import given, given_if_any, given_settings
@@ -58,7 +60,9 @@ def _is_model_folder(path: Path) -> bool:
     return (path / "config.json").exists()
 
 
-def llamacpp_command(gguf_file: Path, settings: ServeSettings, drafting: Drafting | None = None) -> str:
+def llamacpp_command(
+    gguf_file: Path, settings: ServeSettings, drafting: Drafting | None = None, mmproj: str | None = None
+) -> str:
     """The command that serves the same file with llama.cpp's own program."""
     command = ["llama-server", "-m", str(gguf_file), "--host", settings.host, "--port", str(settings.port)]
     command += ["-c", str(settings.context * settings.parallel), "-np", str(settings.parallel)]
@@ -69,6 +73,8 @@ def llamacpp_command(gguf_file: Path, settings: ServeSettings, drafting: Draftin
         command += ["--spec-draft-n-max", str(drafting.longest), "--spec-draft-p-min", f"{drafting.sure:.3f}"]
         if settings.threads:
             command += ["--spec-draft-threads", str(settings.threads)]
+    if mmproj:
+        command += ["--mmproj", mmproj]
     return shlex.join(command)
 
 
@@ -109,6 +115,7 @@ def serve(
     lossless: str | Path | None = None,
     retrieval: str | Path | None = None,
     dense_prompt: str | Path | None = None,
+    mmproj: str | Path | None = None,
 ) -> None:
     """Serve a model until interrupted, which is how it is stopped.
 
@@ -119,6 +126,8 @@ def serve(
         lossless: the dense model of `model`, which is served instead; `model` drafts for it, if that pays (llama.cpp).
         retrieval: a folder of text files, whose passages are given to the model where it says they help (llama.cpp).
         dense_prompt: the dense model of `model`, which reads the prompts that `model` answers (llama.cpp).
+        mmproj: llama.cpp's file of a vision-language model's vision tower and projector, which are the dense model's
+            own; with it images are answered too. vLLM finds both in the checkpoint.
 
     Raises:
         FactorLLMError: when the engine is not installed or cannot serve the model, or nothing can listen there.
@@ -136,8 +145,9 @@ def serve(
         >>> os.kill(server.pid, signal.SIGINT)
     """
     model, lossless, dense_prompt = given(model), given_if_any(lossless), given_if_any(dense_prompt)
-    retrieval, settings = given_if_any(retrieval), given_settings(settings, ServeSettings())
-    beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt}
+    retrieval, mmproj = given_if_any(retrieval), given_if_any(mmproj)
+    settings = given_settings(settings, ServeSettings())
+    beside = {"--lossless": lossless, "--retrieval": retrieval, "--dense-prompt": dense_prompt, "--mmproj": mmproj}
     asked = [option for option, value in beside.items() if value]
     folder = local_path(model)
     _refuse_beside(folder, asked)
@@ -151,7 +161,9 @@ def serve(
             _serve_dense_prompt(model, dense_prompt, file_type, settings, say)
             return
         library = Library(Path(retrieval)) if retrieval else None
-        _serve_llamacpp(model, lossless, library, file_type, settings, say)
+        if mmproj:
+            _check_mmproj(local_path(mmproj))
+        _serve_llamacpp(model, lossless, library, mmproj, file_type, settings, say)
     elif asked:
         raise FactorLLMError(f"{asked[0]} works through llama.cpp, not in {engine}; use --engine llamacpp")
     elif engine == "vllm":
@@ -186,10 +198,24 @@ def _refuse_beside(folder: Path, asked: list[str]) -> None:
         )
 
 
+def _check_mmproj(path: Path) -> None:
+    """llama.cpp would only say that it cannot start."""
+    check_utf8(str(path), RENAME)
+    if not path.is_file():
+        raise FactorLLMError(f"{path} is not there; give the mmproj file of the dense model")
+    kind = read_field(str(path), open_gguf(path).fields, gguf.Keys.General.ARCHITECTURE)
+    if kind != "clip":
+        raise FactorLLMError(
+            f"{path} is a model of architecture {kind}, not a vision tower with its projector; give the mmproj file "
+            "that is published beside the dense model's .gguf file"
+        )
+
+
 def _serve_llamacpp(
     model: str,
     lossless: str | None,
     library: Library | None,
+    mmproj: str | None,
     file_type: str,
     settings: ServeSettings,
     say: Callable[[str], None],
@@ -206,11 +232,15 @@ def _serve_llamacpp(
         params.endpoint_metrics = bool(lossless)
         if library is None and not adapters:
             params.hostnames, params.port = [settings.host], settings.port
-        server = start_server(params, f"serve {served} at {url}")
+        does = f"serve {served} at {url}"
+        if mmproj:
+            params.mmproj.path = mmproj
+            does = f"serve {served} with {mmproj}, which must be the dense model's own"
+        server = start_server(params, does)
         front = _front(model, server.listening_address, library, bool(adapters))
         wait: Callable[[], object] = threading.Event().wait
         if front is None:
-            say(f"without factorllm: {llamacpp_command(path, settings, drafting)}")
+            say(f"without factorllm: {llamacpp_command(path, settings, drafting, mmproj)}")
         else:
             wait = Proxy(settings.host, settings.port, front).serve_forever
             say(
