@@ -18,7 +18,7 @@ from torch import Tensor
 
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint
-from factorllm.exporting.files import add_job, publishing, unfinished
+from factorllm.exporting.files import add_job, unfinished, write_arrays
 from factorllm.exporting.grams import Grams
 from factorllm.exporting.tensors import gguf_tensors
 from factorllm.student.adapters import Adapter, adapter_folders, read_adapter
@@ -55,13 +55,8 @@ def _write(
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(len(next(iter(adapter.values())).a)))  # that rank: a scale of 1
     add_job(writer, job)
-    tensors = dict(_tensors(checkpoint, adapter, grams))
-    for name, tensor in tensors.items():
-        data = tensor.numpy()
-        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
-    with publishing(writer, partial, out, when_full):
-        for tensor in tensors.values():
-            writer.write_tensor_data(tensor.numpy())
+    arrays = {name: tensor.numpy() for name, tensor in _tensors(checkpoint, adapter, grams)}
+    write_arrays(writer, arrays, partial, out, when_full)
 
 
 def _tensors(checkpoint: Checkpoint, adapter: Adapter, grams: Grams | None) -> Iterator[tuple[str, Tensor]]:

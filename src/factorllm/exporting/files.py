@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from factorllm.dense.gguf.file import open_gguf
 from factorllm.errors import FactorLLMError, refusing
@@ -63,6 +64,17 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_arrays(
+    writer: gguf.GGUFWriter, arrays: dict[str, np.ndarray], partial: Path, out: Path, when_full: str
+) -> None:
+    """Write a file of tensors that are in memory, as they are. Arguments and errors as of `publishing`."""
+    for name, data in arrays.items():
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
+    with publishing(writer, partial, out, when_full):
+        for data in arrays.values():
+            writer.write_tensor_data(data)
 
 
 def _read_gguf(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from factorllm.errors import FactorLLMError
 from factorllm.exporting.checkpoints import Checkpoint
-from factorllm.exporting.files import add_job, publishing, unfinished
+from factorllm.exporting.files import add_job, unfinished, write_arrays
 from factorllm.exporting.watch import INTO_EXPERTS, OUT_OF_EXPERTS, ROUTER, run_watched
 from factorllm.runs.finite import is_finite
 from factorllm.runs.progress import meter
@@ -193,12 +193,7 @@ def write_importance(importance: Importance, out: Path, job: dict[str, Any], whe
     writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, importance.shape[0])
     writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, importance.shape[1])
     add_job(writer, job)
-    tensors = _stored(importance)
-    for name, data in tensors.items():
-        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
-    with publishing(writer, partial, out, when_full):
-        for data in tensors.values():
-            writer.write_tensor_data(data)
+    write_arrays(writer, _stored(importance), partial, out, when_full)
 
 
 def _stored(importance: Importance) -> dict[str, np.ndarray]:
