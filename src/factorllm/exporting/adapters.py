@@ -26,7 +26,7 @@ from factorllm.student.adapters import Adapter, adapter_folders, read_adapter
 
 def adapter_outputs(model: str, out: Path) -> list[Path]:
     """Where the adapters of a student go that is written to `out`: NAME.kind-0.gguf beside NAME.gguf, and so on."""
-    folders = adapter_folders(Path(model).expanduser())
+    folders = adapter_folders(Path(model))
     return [out.with_name(f"{out.name.removesuffix('.gguf')}.kind-{folder.name}.gguf") for folder in folders]
 
 
@@ -41,7 +41,7 @@ def write_gguf_adapters(
     Raises:
         FactorLLMError: when llama.cpp has no place for one of its matrices, or a file cannot be written.
     """
-    folders = adapter_folders(Path(model).expanduser())
+    folders = adapter_folders(Path(model))
     for folder, out in zip(folders, outputs, strict=True):
         _write(checkpoint, read_adapter(folder), out, grams, job, when_full)
 

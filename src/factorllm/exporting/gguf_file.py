@@ -109,13 +109,15 @@ def export_gguf(
     tokens, top_k = given_count("--tokens", tokens), None if top_k is None else given_count("--top-k", top_k)
     made_with = None if made_with is None else given_settings(made_with, Settings())
     check_type(file_type, text, tokens, gptq)
-    out, *beside = _outputs(located(out), text, [model, tokenizer])
+    out = located(out)
+    beside = [] if text is None else [out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")]
     adapters = adapter_outputs(model, out)
-    for path in adapters:
+    outputs = [out, *beside, *adapters]
+    for path in outputs:
         check_output(path, GGUF_FILE, [model, tokenizer, text])
     checkpoint = _open(model, top_k, made_with)
     job = _job(model, file_type, _weighed(text, tokens, gptq, made_with), tokenizer, top_k)
-    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in (out, *beside, *adapters)):
+    if not overwrite and all(is_done(path, GGUF_FILE, job) for path in outputs):
         say("done already, with the same arguments")
         return Exported(out, out.stat().st_size, {}, next(iter(beside), None), adapters)
     _say(say, [*fallbacks(checkpoint, file_type), *_unweighted(file_type, text)])
@@ -172,19 +174,6 @@ def check_type(file_type: str, text: str | None, tokens: int = TOKENS, gptq: boo
         check_ggml(", or export another --type without --text")
 
 
-def _outputs(out: Path, text: str | None, inputs: list[str | Path | None]) -> list[Path]:
-    """The GGUF file and, where there is a text, its importance-matrix file beside it.
-
-    Raises:
-        FactorLLMError: when one of them must not be replaced, or cannot be written.
-    """
-    beside = out.with_name(f"{out.name.removesuffix('.gguf')}.imatrix.gguf")
-    outputs = [out] if text is None else [out, beside]
-    for path in outputs:
-        check_output(path, GGUF_FILE, [*inputs, text])
-    return outputs
-
-
 def _unweighted(file_type: str, text: str | None) -> list[str]:
     """What is said of importance weights that are not used."""
     kind = FILE_TYPES[file_type][0]
@@ -232,7 +221,7 @@ def _job(
 
 
 def _model_digest(model: str) -> str:
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_file():
         return digest_of([path])
     folder = path if path.is_dir() else download(model)
