@@ -25,6 +25,17 @@ def post(address: str, path: str, body: dict) -> dict:
         raise RuntimeError(json.load(error)["error"]["message"]) from None
 
 
+def completion(address: str, prompt: str | list[int], count: int, **more) -> dict:
+    """What a server answers that goes on with a prompt by `count` tokens, unless `more` of the request says otherwise:
+    the likeliest ones, end tokens not heeded, and nothing taken from its cache.
+
+    Raises:
+        RuntimeError: when it refuses.
+    """
+    asked = {"prompt": prompt, "n_predict": count, **GREEDY, "ignore_eos": True, "cache_prompt": False}
+    return post(address, "/completion", asked | more)
+
+
 class Client:
     """What a server of llama.cpp can be asked for about tokens.
 
@@ -44,10 +55,7 @@ class Client:
     def generate(self, tokens: list[int], count: int) -> list[int]:
         return self._complete(tokens, count, return_tokens=True)["tokens"]
 
-    def next_tokens(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
-        return self._next_tokens(tokens, count)
-
-    def _next_tokens(self, tokens: list[int], count: int, **more) -> list[tuple[int, float]]:
+    def next_tokens(self, tokens: list[int], count: int, **more) -> list[tuple[int, float]]:
         # The server keeps back tokens that end within a character, and their probabilities with them. So the sampler is
         # made to take a plain one; the log-probabilities are those before sampling.
         plain = self.tokenize("a")[-1]
@@ -83,31 +91,22 @@ class Client:
             if said and said[0]["id"] == token:
                 found.append((_number(said[0]["logprob"]), said[0]["top_logprobs"][0]["id"]))
             else:  # a token that ends within a character is kept back: it is among all of them
-                every = self._next_tokens(tokens, self.vocabulary, **goes_on)
+                every = self.next_tokens(tokens, self.vocabulary, **goes_on)
                 found.append((dict(every)[token], every[0][0]))
             tokens = [*tokens, token]
         return found
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text's tokens; with `special` also those that the model wants at its beginning or end."""
-        return self._post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
+        asked = {"content": text, "add_special": special, "parse_special": True}
+        return post(self._address, "/tokenize", asked)["tokens"]
 
     def words(self) -> str:
         """What all tokens say, in the order of their ids: of two vocabularies that are not the same, not the same."""
-        return self._post("/detokenize", {"tokens": list(range(self.vocabulary))})["content"]
+        return post(self._address, "/detokenize", {"tokens": list(range(self.vocabulary))})["content"]
 
     def _complete(self, prompt: list[int], count: int, **more) -> dict:
-        body = {
-            "prompt": prompt,
-            "n_predict": count,
-            **GREEDY,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        } | more
-        return self._post("/completion", body)
-
-    def _post(self, path: str, body: dict) -> dict:
-        return post(self._address, path, body)
+        return completion(self._address, prompt, count, **more)
 
 
 def _number(found: float | None) -> float:

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server, server_params
-from factorllm.engines.llamacpp_client import GREEDY, post
+from factorllm.engines.llamacpp_client import completion
 from factorllm.errors import FactorLLMError
 
 WORTH = 1.05
@@ -195,8 +195,7 @@ def try_out(alone: str, drafts: str) -> Trial:
 
 def timings(address: str, text: str, tokens: int = _TOKENS) -> dict:
     """What llama.cpp says of the time that so many more tokens took, and of drafts among them."""
-    asked = {"prompt": text, "n_predict": tokens, **GREEDY, "ignore_eos": True, "cache_prompt": False}
-    return post(address, "/completion", asked)["timings"]
+    return completion(address, text, tokens)["timings"]
 
 
 def measured_by(address: str) -> str:
