@@ -168,13 +168,14 @@ class Schedule:
         """The kind whose model is to be loaded: the next that gets its turn, or any that waits while there is room."""
         if self._loading is not None:
             return None
-        absent = [kind for kind in self._order(now) if kind not in self._there or kind == self._leaving]
-        if absent and (absent[0] == self._order(now)[0] or len(self._there) < self._in_memory):
-            return absent[0] if absent[0] != self._leaving else None
+        order = self._order(now)
+        absent = [kind for kind in order if kind not in self._there or kind == self._leaving]
+        if absent and absent[0] != self._leaving and (absent[0] == order[0] or self._has_room()):
+            return absent[0]
         return None
 
     def _make_room(self, now: float) -> None:
-        if len(self._there) < self._in_memory or self._leaving is not None:
+        if self._has_room() or self._leaving is not None:
             return
         needed = {kind: place for place, kind in enumerate(self._order(now))}
 
