@@ -43,6 +43,8 @@ class Engine(BaseHTTPRequestHandler):
 
 
 class Told(Front):
+    name = "one"
+
     def __init__(self, address):
         self.address, self.held = address, 0
 
@@ -57,9 +59,6 @@ class Told(Front):
             yield self.address, body | {"seed": 7}
         finally:
             self.held -= 1
-
-    def models(self):
-        return ["one"]
 
     def metrics(self):
         return "some_total 1\n"

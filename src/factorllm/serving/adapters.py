@@ -23,7 +23,7 @@ class Mixed(Front):
     """
 
     def __init__(self, address: str, name: str, intuition: Intuition):
-        self._address, self._name, self._intuition = address, name, intuition
+        self._address, self.name, self._intuition = address, name, intuition
 
     @contextmanager
     def place(self, path: str, body: dict) -> Iterator[tuple[str, dict]]:
@@ -35,6 +35,3 @@ class Mixed(Front):
         found = self._intuition.probabilities(text_of(body))
         found = found * (found >= min(_LEAST, found.max()))
         return [{"id": kind, "scale": float(scale)} for kind, scale in enumerate(found / found.sum())]
-
-    def models(self) -> list[str]:
-        return [self._name]

@@ -23,7 +23,7 @@ class DensePromptFront(Front):
     """
 
     def __init__(self, reader: DensePrompt, address: str, name: str, slots: int):
-        self._reader, self._address, self._name = reader, address, name
+        self._reader, self._address, self.name = reader, address, name
         self._client = Client(address)
         self._free: dict[int, list[int]] = {slot: [] for slot in range(slots)}  # with the prompt that each has read
         self._changed = threading.Condition()
@@ -36,9 +36,6 @@ class DensePromptFront(Front):
             with _told("cannot read"):
                 self._reader.read(tokens, slot)
             yield self._address, body | {"id_slot": slot, "cache_prompt": True}
-
-    def models(self) -> list[str]:
-        return [self._name]
 
     def _prompt(self, body: dict) -> list[int]:
         """The tokens of a request, as the student's server will make them of it."""

@@ -31,7 +31,7 @@ class KindFront(Front):
     """
 
     def __init__(self, name: str, gguf_files: list[Path], intuition: Intuition, settings: ServeSettings):
-        self._name, self._files, self._intuition, self._settings = name, gguf_files, intuition, settings
+        self.name, self._files, self._intuition, self._settings = name, gguf_files, intuition, settings
         in_memory = min(settings.in_memory or len(gguf_files), len(gguf_files))
         self._schedule = Schedule(len(gguf_files), in_memory, settings.parallel, settings.wait_limit, settings.policy)
         self._lock, self._tickets = threading.Lock(), count()
@@ -57,9 +57,6 @@ class KindFront(Front):
                     self._backends.pop(kind).close()
                     self._schedule.lost(kind)
                 self._act()
-
-    def models(self) -> list[str]:
-        return [self._name]
 
     def metrics(self) -> str:
         with self._lock:
@@ -95,7 +92,7 @@ class KindFront(Front):
 
     def _load(self, kind: int) -> None:
         try:
-            backend = Backend(self._files[kind], self._settings.options, self._name)
+            backend = Backend(self._files[kind], self._settings.options, self.name)
         except Exception as error:  # whatever it is, those who wait must hear of it
             with self._lock:
                 for ticket in self._schedule.failed(kind):

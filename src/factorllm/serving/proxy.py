@@ -48,7 +48,13 @@ class UnavailableError(FactorLLMError):
 
 
 class Front(ABC):
-    """What stands behind the one address."""
+    """What stands behind the one address.
+
+    Attributes:
+        name: of its model, for /v1/models.
+    """
+
+    name: str
 
     @abstractmethod
     def place(self, path: str, body: dict) -> AbstractContextManager[tuple[str, dict]]:
@@ -58,10 +64,6 @@ class Front(ABC):
             UnavailableError: when the engine cannot answer, and the client is told to ask again (status 503).
             FactorLLMError: when the request is wrong; the client is told (status 400).
         """
-
-    @abstractmethod
-    def models(self) -> list[str]:
-        """Names for /v1/models."""
 
     def metrics(self) -> str:
         """For /metrics, in Prometheus' text format."""
@@ -142,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/health":
             self._answer(200, {"status": "ok"})
         elif path == "/v1/models":
-            models = [{"id": name, "object": "model", "owned_by": "factorllm"} for name in front.models()]
-            self._answer(200, {"object": "list", "data": models})
+            model = {"id": front.name, "object": "model", "owned_by": "factorllm"}
+            self._answer(200, {"object": "list", "data": [model]})
         elif path == "/metrics":
             self._send(200, "text/plain; version=0.0.4", front.metrics().encode())
         else:

@@ -176,7 +176,7 @@ class Retrieval(Front):
     """
 
     def __init__(self, library: Library, address: str, name: str):
-        self._library, self._address, self._name = library, address, name
+        self._library, self._address, self.name = library, address, name
         self._judge = Judge(address)
         self._asked = self._helped = self._found = self._kept = 0
 
@@ -202,9 +202,6 @@ class Retrieval(Front):
         self._asked, self._helped = self._asked + 1, self._helped + bool(kept)
         self._found, self._kept = self._found + len(texts), self._kept + len(kept)
         return kept
-
-    def models(self) -> list[str]:
-        return [self._name]
 
     def metrics(self) -> str:
         counters = {
