@@ -33,7 +33,7 @@ from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
 from factorllm.serving.kinds import serve_kinds
-from factorllm.serving.proxy import Front, Proxy, check_free, serve_front, url_of
+from factorllm.serving.proxy import Front, check_free, serve_front, url_of
 from factorllm.serving.retrieval import Library, Retrieval
 from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
@@ -238,19 +238,17 @@ def _serve_llamacpp(
             does = f"serve {served} with {mmproj}, which must be the dense model's own"
         server = start_server(params, does)
         front = _front(model, server.listening_address, library, bool(adapters))
-        wait: Callable[[], object] = threading.Event().wait
         if front is None:
             say(f"without factorllm: {llamacpp_command(path, settings, drafting, mmproj)}")
+            say(f"serving {served} at {url}/v1; stop with Ctrl-C")
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
         else:
-            wait = Proxy(settings.host, settings.port, front).serve_forever
-            say(
-                f"passages to look in: {len(library.passages)}"
-                if library
-                else "each prompt gets the adapters of its kinds"
-            )
-        say(f"serving {served} at {url}/v1; stop with Ctrl-C")
-        with suppress(KeyboardInterrupt):
-            wait()
+            if library:
+                say(f"passages to look in: {len(library.passages)}")
+            else:
+                say("each prompt gets the adapters of its kinds")
+            serve_front(front, settings.host, settings.port, served, say)
         if lossless:
             say(measured_by(server.listening_address))
         say("stopped")
