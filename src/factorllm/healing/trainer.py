@@ -119,11 +119,8 @@ class FactorTrainer(Trainer):
         return self.accelerator.distributed_type == DistributedType.NO
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        parts, step, count = (
-            self.micro_batch.parts(inputs),
-            super().training_step,
-            self.current_gradient_accumulation_steps,
-        )
+        parts, step = self.micro_batch.parts(inputs), super().training_step
+        count = self.current_gradient_accumulation_steps
         self.current_gradient_accumulation_steps = count * len(parts)
         try:
             return torch.stack([step(model, part) for part in parts]).sum()

@@ -65,8 +65,7 @@ def _consequence(spike: Spike, spikes: Spikes) -> str:
 
 def _train(job: HealJob, targets: dict[str, Targets], rate: float, spikes: Spikes) -> FactorTrainer:
     steps = steps_of(job)
-    resume = _last_checkpoint(job.work.folder / "trainer")
-    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    done, resume = _last_checkpoint(job.work.folder / "trainer")
     trainer = new_trainer(job, _arguments(job, rate, steps, done), targets["train"], targets["validation"])
     trainer.add_callback(BestCallback(job.settings.patience))
     if PartialState().distributed_type != DistributedType.DEEPSPEED:  # a second engine in one process was never tried
@@ -184,9 +183,9 @@ def _arguments(job: HealJob, rate: float, steps: int, done: int) -> TrainingArgu
     )
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole."""
-    return next((path for path in reversed(checkpoints(folder).values()) if read_state(path)), None)
+def _last_checkpoint(folder: Path) -> tuple[int, Path | None]:
+    """The newest checkpoint that is whole, after its step; step 0 where there is none."""
+    return next((found for found in reversed(checkpoints(folder).items()) if read_state(found[1])), (0, None))
 
 
 def _predict(job: HealJob, trainer: FactorTrainer, train: Targets, steps: int) -> None:

@@ -61,8 +61,10 @@ def given_settings(settings: Kind | None, default: Kind) -> Kind:
     Raises:
         FactorLLMError: for what are no such settings, a dict and those of another function among it.
     """
-    if settings is None or isinstance(settings, type(default)):
-        return default if settings is None else settings
+    if settings is None:
+        return default
+    if isinstance(settings, type(default)):
+        return settings
     name = type(default).__name__
     raise FactorLLMError(f"{shown(settings)} is no {name}; give one, as factorllm.{name}(...), or leave it out")
 

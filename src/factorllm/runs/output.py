@@ -35,8 +35,8 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 """The chat template of a processor, as older models that take images have it, and their tokenizers not."""
 
 _FILES = (
-    "README.md", "config.json", "generation_config.json", "factorllm.json", "factorllm.run.json",
-    "factorllm.partition.json", "factorllm.vocabulary.json", "model.safetensors", "model.safetensors.index.json",
+    "README.md", "config.json", "generation_config.json", PROVENANCE, "factorllm.run.json",
+    "factorllm.partition.json", TRIMMED_FROM, "model.safetensors", "model.safetensors.index.json",
     "model-[0-9]*-of-[0-9]*.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     PROCESSOR_TEMPLATE, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
