@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import gguf
 import pytest
@@ -34,6 +34,7 @@ from factorllm.dense import open_model
 from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS, name_of
 from factorllm.engines import EngineProcess, Options
 from factorllm.engines.llamacpp import server_params, start_server
+from factorllm.engines.llamacpp_client import post
 from factorllm.exporting import FILE_TYPES, export_gguf, gguf_file
 from factorllm.exporting.checkpoints import open_checkpoint
 from factorllm.exporting.tensors import gguf_tensors
@@ -396,9 +397,8 @@ def test_llamacpp_cuts_text_as_the_tokenizer_does(kind, tmp_path):
 
     server = xllamacpp.Server(server_params(str(tmp_path / "dense.gguf"), Options(context=64)))
     for text in TEXT[:20]:
-        request = json.dumps({"content": text, "add_special": False}).encode()
-        reply = urlopen(Request(server.listening_address + "/tokenize", request, {"Content-Type": "application/json"}))
-        assert json.load(reply)["tokens"] == tokenizer(text, add_special_tokens=False).input_ids
+        cut = post(server.listening_address, "/tokenize", {"content": text, "add_special": False})["tokens"]
+        assert cut == tokenizer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("one", [r"\p{N}", r"\p{N}{1}"])

@@ -257,10 +257,10 @@ def test_damaged_adapters_are_refused(fault, copy):
 
 ASK = """
 import json, sys
-from urllib.request import Request, urlopen
 import xllamacpp
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import server_params
+from factorllm.engines.llamacpp_client import post
 
 asked = json.load(sys.stdin)
 params = server_params(asked["model"], Options(context=64, decode_threads=1))
@@ -273,9 +273,7 @@ for scales in asked["scales"]:
     lora = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     body = {"prompt": asked["prompt"], "n_predict": 1, "n_probs": 10, "temperature": 0, "lora": lora,
             "logit_bias": [[asked["plain"], 1000]]}
-    request = Request(server.listening_address + "/completion", json.dumps(body).encode(),
-                      {"Content-Type": "application/json"})
-    found = json.load(urlopen(request))["completion_probabilities"][0]["top_logprobs"]
+    found = post(server.listening_address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
     answers.append({item["id"]: item["logprob"] for item in found})
 print("ANSWERS", json.dumps(answers))
 """
