@@ -267,7 +267,7 @@ def check_matrices_are_known(folder):
         assert types_in_file(checkpoint.load(torch.float32, torch.device("cpu")), checkpoint, "bf16")
 
 
-ASKED = Asked(vocabulary=4, temperature=1.0, partitions=[], top_k=2, prior="energy", bfloat16=False, streams=0, batch=2)
+ASKED = Asked(vocabulary=4, temperature=1.0, partitions=[], top_k=2, prior="energy", bfloat16=False, streams=0)
 
 
 @pytest.mark.parametrize(

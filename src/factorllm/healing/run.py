@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def heal(
     reuse_freed_memory()
     with named_failures(), open_heal_job(folder, teacher, out, text, settings, overwrite, console) as job:
         if job is None:
-            return _read_healed(located(out))
+            done = located(out)
+            return _healed(done, read_provenance(done), None)
         start = time.monotonic()
         targets = _persistently(job, lambda: _ask_teacher(job))
         rate = settle_rate(job, targets)
@@ -139,7 +140,6 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
             prior=recipe.prior,
             bfloat16=job.bfloat16,
             streams=settings.hidden_layers if settings.hidden_weight else 0,
-            batch=micro_batch.size,
         )
         teacher = job.teacher.load_model(torch.float32, job.device)
         mine = missing[ranks.index :: ranks.count]
@@ -148,7 +148,7 @@ def _ask_teacher(job: HealJob) -> dict[str, Targets]:
             for part, number in mine:
 
                 def compute(sequences: int, part: str = part, number: int = number) -> None:
-                    targets[part].compute(number, teacher, replace(asked, batch=sequences), bar.advance)
+                    targets[part].compute(number, teacher, asked, sequences, bar.advance)
 
                 find_executable_batch_size(compute, micro_batch.size, micro_batch.halve)()
     ranks.wait()
@@ -167,9 +167,10 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
         write_adapters(folder, plain_adapters(state, job.intuition.kinds), config, job.intuition)
         return
     if job.settings.train == "lora":
-        whole: Any = set_learning(job.load(job.student), job.settings)  # what was trained may be spread over processes
-        whole.load_state_dict(state)
-        model = whole.merge_and_unload()
+        # What was trained may be spread over processes.
+        adapted: Any = set_learning(job.load(job.student), job.settings)
+        adapted.load_state_dict(state)
+        model = adapted.merge_and_unload()
         state = model.state_dict()
     # FSDP gives tied weights a tensor each.
     tied = model.all_tied_weights_keys
@@ -194,12 +195,10 @@ def _copy_student(job: HealJob, folder: Path) -> None:
 
 def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Healed:
     """Measure, complete the checkpoint, and publish it."""
-    results = _measure(job, folder)
-    tokens = job.text["train"].numel()
     made = job.made | {
-        "results": results,
+        "results": _measure(job, folder),
         "healing": {
-            "tokens": tokens,
+            "tokens": job.text["train"].numel(),
             "held_out_tokens": job.text["held_out"].numel(),
             "text": job.text_origin,
             "before": _healed_before(job.made),
@@ -215,8 +214,7 @@ def _finish(job: HealJob, folder: Path, outcome: Outcome, seconds: float) -> Hea
     if runs.exists():
         runs.rename(folder / "runs")
     job.work.publish(folder)
-    held_out_tokens = job.text["held_out"].numel()
-    return Healed(job.work.out, results, tokens, held_out_tokens, job.text_origin, outcome.sentence, seconds)
+    return _healed(job.work.out, made, seconds)
 
 
 def _healed_before(made: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,12 +228,11 @@ def _healed_before(made: dict[str, Any]) -> list[dict[str, Any]]:
     return [*last.get("before", []), *gained]
 
 
-def _read_healed(out: Path) -> Healed:
-    """What a healing gave that was done before."""
-    made = read_provenance(out)
+def _healed(out: Path, made: dict[str, Any], seconds: float | None) -> Healed:
+    """What a healing gave, by the `factorllm.json` that it wrote."""
     healing = made["healing"]
     told = healing.get("outcome", "")
-    return Healed(out, made["results"], healing["tokens"], healing["held_out_tokens"], healing["text"], told, None)
+    return Healed(out, made["results"], healing["tokens"], healing["held_out_tokens"], healing["text"], told, seconds)
 
 
 def _with_adapters(row: dict[str, Any], folder: Path) -> dict[str, Any]:

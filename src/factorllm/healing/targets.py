@@ -39,7 +39,6 @@ class Asked:
         partitions: for each FFN that was cut, the student's experts; empty for a student without routers.
         top_k, prior: of the student's recipe.
         streams: layers whose residual stream is kept.
-        batch: sequences that the teacher runs at once.
     """
 
     vocabulary: int
@@ -49,7 +48,6 @@ class Asked:
     prior: str
     bfloat16: bool
     streams: int
-    batch: int
 
 
 class Targets(Dataset):
@@ -82,14 +80,17 @@ class Targets(Dataset):
         """Numbers of the shards that are not written yet."""
         return [number for number in range(-(-len(self) // SHARD)) if not self.shard(number).exists()]
 
-    def compute(self, number: int, teacher: PreTrainedModel, asked: Asked, advance: Callable[[int], None]) -> None:
+    def compute(
+        self, number: int, teacher: PreTrainedModel, asked: Asked, batch: int, advance: Callable[[int], None]
+    ) -> None:
         """Write one shard.
 
         Args:
+            batch: sequences that the teacher runs at once.
             advance: called with the number of sequences after each batch.
         """
         batches = []
-        for tokens in self.tokens[number * SHARD : (number + 1) * SHARD].split(asked.batch):
+        for tokens in self.tokens[number * SHARD : (number + 1) * SHARD].split(batch):
             batches.append(ask(teacher, tokens, asked))
             advance(len(tokens))
         write_shard(self.shard(number), {name: torch.cat([b[name] for b in batches]) for name in batches[0]})
