@@ -408,7 +408,7 @@ def test_the_top_k_of_the_export_is_the_one_that_is_weighted(student, text_file,
     assert tensors_in(made.importance)["blk.0.ffn_up_exps.weight.counts"].sum() == 2 * TOKENS
 
 
-def test_a_weighted_export_that_is_done_is_not_repeated(dense, long_text, tmp_path, monkeypatch):
+def test_a_weighted_export_that_is_done_is_not_repeated(dense, long_text, tmp_path):
     out, said = tmp_path / "out.gguf", []
     options = {"text": str(long_text), "tokens": TOKENS, "say": said.append}
     first = export_gguf(str(dense), out, "q4_k", **options)
@@ -418,8 +418,7 @@ def test_a_weighted_export_that_is_done_is_not_repeated(dense, long_text, tmp_pa
     first.importance.unlink()
     again = export_gguf(str(dense), out, "q4_k", **options)
     assert (again.path.read_bytes(), again.importance.read_bytes()) == made
-    monkeypatch.setattr("factorllm.exporting.gguf_file.read_importance", None)
-    assert export_gguf(str(dense), out, "q4_k", **options).importance == first.importance
+    assert export_gguf(str(dense), out, "q4_k", **options, weigh=None).importance == first.importance
     assert said[-1].startswith("done already")
     with pytest.raises(FactorLLMError, match=r"made with other tokens \(1024, now 2048\).* add --overwrite"):
         export_gguf(str(dense), out, "q4_k", text=str(long_text), tokens=2048)
