@@ -19,11 +19,11 @@ from pathlib import Path
 
 from common import commit, in_one_line, markdown_table, replace_part
 
-from factorllm.engines import lossless
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server
 from factorllm.engines.llamacpp_client import post
-from factorllm.engines.lossless import Drafting, decide, lossless_params
+from factorllm.serving import lossless
+from factorllm.serving.lossless import Drafting, decide, lossless_params
 from factorllm.text.documents import read_documents
 
 BEGINNING = 120  # characters of a document that a prompt has

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from common import in_one_line
 
-from factorllm.engines.settings import ServeSettings
 from factorllm.serving.schedule import Load, Schedule, Start
+from factorllm.serving.settings import ServeSettings
 
 PROMPT, SCORED, DOCUMENTS = 128, 128, 12
 REQUESTS, KINDS, IN_MEMORY, PARALLEL, LIMIT = 64, 4, 2, 4, 30.0

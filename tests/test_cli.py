@@ -230,9 +230,6 @@ def serve_nothing(words: list[str]) -> None:
     """`serve` with a server that answers nothing."""
     import xllamacpp
 
-    from factorllm.engines import serve
-
-    serve.export_gguf = lambda *arguments, **options: None
     answers_nothing = SimpleNamespace(listening_address="here", handle_completions=lambda request: None)
     xllamacpp.Server = lambda params: answers_nothing
     run_main(words)

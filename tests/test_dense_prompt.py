@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, serve
 from factorllm.engines import EngineProcess, Options
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
 from factorllm.measure.generate import CACHE
 from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
 from factorllm.runs.settings import Settings
 from factorllm.serving.proxy import Proxy
+from factorllm.serving.settings import ServeSettings
 
 pytestmark = pytest.mark.engine
 

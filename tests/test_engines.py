@@ -11,11 +11,11 @@ from test_export import save_model
 
 from factorllm import FactorLLMError
 from factorllm.engines import EngineProcess, Options, engine_name
-from factorllm.engines.serve import choose_engine, vllm_arguments
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
 from factorllm.hosts import HOSTS
 from factorllm.recipe import parse_recipe
+from factorllm.serving.serve import choose_engine, vllm_arguments
+from factorllm.serving.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_names_of_engines():
 
 def test_vllm_is_taken_for_what_it_serves(tmp_path, monkeypatch):
     """With a GPU; .gguf files and folders of `factorllm make` are llama.cpp's everywhere."""
-    monkeypatch.setattr("factorllm.engines.serve.installed", lambda engine: True)
+    monkeypatch.setattr("factorllm.serving.serve.installed", lambda engine: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     (tmp_path / "config.json").touch()
     (tmp_path / "model.gguf").touch()

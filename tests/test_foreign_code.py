@@ -26,15 +26,15 @@ from test_bench import TINY
 from transformers import PreTrainedConfig
 
 import factorllm
-import factorllm.engines.serve
 import factorllm.engines.vllm
+import factorllm.serving.serve
 from factorllm import FactorLLMError
 from factorllm.dense import open_model
 from factorllm.dense.pretrained import load_config
 from factorllm.engines import EngineProcess, Options
-from factorllm.engines.serve import vllm_arguments
-from factorllm.engines.settings import ServeSettings
 from factorllm.measure.speed.run import run_bench
+from factorllm.serving.serve import vllm_arguments
+from factorllm.serving.settings import ServeSettings
 from factorllm.student.read import load_student
 
 AUTO_MAP = {
@@ -276,7 +276,7 @@ def test_serve(student, monkeypatch):
     """Up to where it would wait for clients."""
     waited = []
     event = types.SimpleNamespace(wait=lambda: waited.append(True))
-    monkeypatch.setattr("factorllm.engines.serve.threading", types.SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr("factorllm.serving.serve.threading", types.SimpleNamespace(Event=lambda: event))
     made("serve", student, "--engine", "llamacpp", "--type", "f32", "--context", 64, "--port", free_port())
     assert waited
 
@@ -352,7 +352,7 @@ def test_the_server_of_vllm_is_not_told_to_run_code(clean, traps, monkeypatch):
         arguments = vllm_arguments(clean / "dense", ServeSettings(context=64), gpus)
         assert not [word for word in arguments if "trust" in word]
     calls = []
-    monkeypatch.setattr("factorllm.engines.serve.installed", lambda engine: True)
+    monkeypatch.setattr("factorllm.serving.serve.installed", lambda engine: True)
     server = types.SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: calls.append((command, options)) or server)
     made("serve", clean / "dense", "--engine", "vllm", "--context", 64)

@@ -17,10 +17,10 @@ from factorllm import FactorLLMError, serve
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server
 from factorllm.engines.llamacpp_client import post
-from factorllm.engines.lossless import SAMPLE, Costs, Drafting, decide, lossless_params, try_out
-from factorllm.engines.serve import llamacpp_command
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
+from factorllm.serving.lossless import SAMPLE, Costs, Drafting, decide, lossless_params, try_out
+from factorllm.serving.serve import llamacpp_command
+from factorllm.serving.settings import ServeSettings
 
 TOKENIZER = byte_level_tokenizer()
 DEEP = LlamaConfig(
@@ -91,7 +91,7 @@ def timed_as(costs, monkeypatch):
         rounds = trial.tokens - trial.accepted
         return replace(trial, alone=trial.tokens, drafted=rounds * costs.round + trial.drafts * costs.token)
 
-    monkeypatch.setattr("factorllm.engines.lossless.try_out", timed)
+    monkeypatch.setattr("factorllm.serving.lossless.try_out", timed)
 
 
 @pytest.mark.engine
@@ -109,7 +109,7 @@ def test_what_does_not_pay_is_off(token, pair, monkeypatch):
     """By the forecast where a draft is dear, and by the trial where the forecast is too good."""
     timed_as(Costs(1.0, 1.0, 0.9), monkeypatch)
     if token < 0.9:
-        monkeypatch.setattr("factorllm.engines.lossless.costs_of", lambda *_: Costs(1.0, 1.0, token))
+        monkeypatch.setattr("factorllm.serving.lossless.costs_of", lambda *_: Costs(1.0, 1.0, token))
     said = []
     assert decide(pair / "deep.gguf", pair / "near.gguf", 1, said.append) is None
     assert said[-1].startswith("drafting is off")
@@ -157,7 +157,7 @@ def test_serve_answers_as_the_dense_model_and_says_what_it_measured(pair, monkey
         answers.append((answer.model, answer.choices[0].text))
 
     event = types.SimpleNamespace(wait=ask)
-    monkeypatch.setattr("factorllm.engines.serve.threading", types.SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr("factorllm.serving.serve.threading", types.SimpleNamespace(Event=lambda: event))
     timed_as(Costs(1.0, 1.1, 0.2), monkeypatch)
     settings = ServeSettings(port=port, context=256, threads=1)
     serve(str(pair / "deep.gguf"), "llamacpp", settings=settings, say=said.append)

@@ -27,7 +27,6 @@ from factorllm import FactorLLMError, HealSettings, MakePlan, ServeSettings, Set
 from factorllm.cli import main
 from factorllm.dense import open_model
 from factorllm.engines import process
-from factorllm.engines.chat import Chat
 from factorllm.exporting.ready import as_gguf
 from factorllm.making.card import commands
 from factorllm.making.choose import choose_plan
@@ -39,6 +38,7 @@ from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.plan import Plan
 from factorllm.planning import forecast as forecasting
+from factorllm.serving.chat import Chat
 from factorllm.student.read import read_provenance
 
 PLAN = {

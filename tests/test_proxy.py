@@ -14,8 +14,8 @@ import pytest
 from conftest import comes_true
 
 from factorllm import FactorLLMError, serve
-from factorllm.engines.settings import ServeSettings
 from factorllm.serving.proxy import Front, Proxy, UnavailableError, check_free, url_of
+from factorllm.serving.settings import ServeSettings
 
 
 class Engine(BaseHTTPRequestHandler):

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from factorllm import FactorLLMError, serve
 from factorllm.engines.base import Options
 from factorllm.engines.llamacpp import open_server, server_params
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
 from factorllm.serving import retrieval
 from factorllm.serving.proxy import Proxy
 from factorllm.serving.retrieval import Judge, Library, Retrieval, question_of, read_passages, with_passages
+from factorllm.serving.settings import ServeSettings
 
 FACTS = {
     "bridge.txt": "The Velmora bridge was opened in 1847.\n\nIt is made of tin.",

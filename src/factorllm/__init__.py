@@ -9,8 +9,6 @@ from factorllm.errors import FactorLLMError
 
 if TYPE_CHECKING:
     from factorllm.convert.factorize import factorize
-    from factorllm.engines.serve import serve
-    from factorllm.engines.settings import ServeSettings
     from factorllm.exporting.gguf_file import export_gguf as export
     from factorllm.healing.run import heal
     from factorllm.healing.settings import HealSettings
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from factorllm.planning.wish import Wish
     from factorllm.recipe import Recipe, Shape, parse_recipe
     from factorllm.runs.settings import Settings
+    from factorllm.serving.serve import serve
+    from factorllm.serving.settings import ServeSettings
     from factorllm.text.sample import sample
     from factorllm.trimming.trim import trim
 
@@ -36,7 +36,7 @@ _PUBLIC = {
     "MakePlan": ("making.plan_file", "MakePlan"),
     "Plan": ("measure.speed.plan", "Plan"),
     "Recipe": ("recipe", "Recipe"),
-    "ServeSettings": ("engines.settings", "ServeSettings"),
+    "ServeSettings": ("serving.settings", "ServeSettings"),
     "Settings": ("runs.settings", "Settings"),
     "Shape": ("recipe", "Shape"),
     "Wish": ("planning.wish", "Wish"),
@@ -51,7 +51,7 @@ _PUBLIC = {
     "parse_recipe": ("recipe", "parse_recipe"),
     "plan": ("planning.outlook", "plan"),
     "sample": ("text.sample", "sample"),
-    "serve": ("engines.serve", "serve"),
+    "serve": ("serving.serve", "serve"),
     "trim": ("trimming.trim", "trim"),
 }
 """Module and name there of each public name. torch and transformers, which take seconds to import, are loaded when one

@@ -10,7 +10,7 @@ import typer
 
 from factorllm.cli import terminal
 from factorllm.cli.options import IS_PATH, FileType, settings_from
-from factorllm.engines.settings import ServeSettings
+from factorllm.serving.settings import ServeSettings
 
 
 @settings_from(ServeSettings, "context", "threads")
@@ -23,9 +23,9 @@ def chat(
     **chosen,
 ) -> None:
     """Talk to a MODEL in the terminal, and on demand to its dense model at the same time."""
-    from factorllm.engines.chat import Chat
     from factorllm.engines.llamacpp import require_llamacpp
     from factorllm.exporting.ready import as_gguf
+    from factorllm.serving.chat import Chat
 
     settings = ServeSettings(**chosen)
     require_llamacpp()

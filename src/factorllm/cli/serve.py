@@ -9,7 +9,7 @@ import typer
 
 from factorllm.cli import terminal
 from factorllm.cli.options import IS_PATH, FileType, settings_from
-from factorllm.engines.settings import ServeSettings
+from factorllm.serving.settings import ServeSettings
 
 
 @settings_from(ServeSettings, "host", "port", "context", "parallel", "threads", "in_memory", "policy", "wait_limit")
@@ -54,6 +54,6 @@ def serve(
     **chosen,
 ) -> None:
     """Serve a model to OpenAI clients, by the engine's own server."""
-    from factorllm.engines.serve import serve as run
+    from factorllm.serving.serve import serve as run
 
     run(model, engine, file_type, ServeSettings(**chosen), terminal.say, lossless, retrieval, dense_prompt, mmproj)

@@ -1,1 +1,1 @@
-"""One OpenAI address in front of engines' own servers: which of them answers a request, and when."""
+"""Serving: engines' own servers, and one OpenAI address in front of them: which answers a request, and when."""

@@ -13,12 +13,12 @@ from itertools import count
 from pathlib import Path
 
 from factorllm.engines.llamacpp import require_llamacpp
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting.ready import as_gguf
 from factorllm.runs.output import KINDS
 from factorllm.serving.backend import Backend
 from factorllm.serving.proxy import Front, UnavailableError, check_free, serve_front, text_of
 from factorllm.serving.schedule import Load, Schedule, Start
+from factorllm.serving.settings import ServeSettings
 from factorllm.text.intuition import Intuition
 
 

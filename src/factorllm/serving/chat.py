@@ -9,8 +9,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from factorllm.engines.llamacpp import open_server, server_params
-from factorllm.engines.settings import ServeSettings
 from factorllm.errors import FactorLLMError
+from factorllm.serving.settings import ServeSettings
 
 
 class Chat:

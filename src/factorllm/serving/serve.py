@@ -21,9 +21,7 @@ from factorllm.dense.pretrained import load_config
 from factorllm.engines import engine_name, installed
 from factorllm.engines.dense_prompt import DensePrompt
 from factorllm.engines.llamacpp import require_llamacpp, server_params, start_server
-from factorllm.engines.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.engines.process import STARTED_WITH, how_to_install, python_of
-from factorllm.engines.settings import ServeSettings
 from factorllm.engines.vllm import cache_bytes
 from factorllm.errors import RENAME, FactorLLMError, check_utf8
 from factorllm.exporting.ready import as_gguf, export_for_now
@@ -33,8 +31,10 @@ from factorllm.runs.output import KINDS
 from factorllm.serving.adapters import Mixed
 from factorllm.serving.dense_prompt import DensePromptFront
 from factorllm.serving.kinds import serve_kinds
+from factorllm.serving.lossless import Drafting, decide, lossless_params, measured_by
 from factorllm.serving.proxy import Front, check_free, serve_front, url_of
 from factorllm.serving.retrieval import Library, Retrieval
+from factorllm.serving.settings import ServeSettings
 from factorllm.student.adapters import adapter_folders, read_adapter
 from factorllm.text.intuition import Intuition
 
