@@ -181,7 +181,6 @@ def _save(job: HealJob, trainer: FactorTrainer, folder: Path) -> None:
     _, wrapper, whole = open_folder(job.student, str(job.student))
     if wrapper:
         wrap(folder, wrapper, whole)
-        shutil.copy(job.student / "config.json", folder)
     shutil.copytree(job.companions, folder, dirs_exist_ok=True)
 
 
