@@ -132,20 +132,19 @@ def open_checkpoint(model: str) -> Checkpoint:
             return replace(_open_student(folder, model, config, tensors), wrapper=wrapper)
     source = open_model(model)
     name = name_of(Path(source.label).resolve()).removesuffix(".gguf")
-    names = frozenset(source.names())
     return Checkpoint(
-        name,
-        source.config,
-        HOSTS["dense"],
-        names,
-        source.tensor,
-        source.shape,
-        source.tokenizer(),
-        source.licence,
-        source.generation_config(),
-        source.load_model,
-        partial(_settings, folder),
-        source.wrapper,
+        name=name,
+        config=source.config,
+        host=HOSTS["dense"],
+        names=frozenset(source.names()),
+        read=source.tensor,
+        shape=source.shape,
+        tokenizer=source.tokenizer(),
+        licence=source.licence,
+        generation=source.generation_config(),
+        load=source.load_model,
+        settings=partial(_settings, folder),
+        wrapper=source.wrapper,
     )
 
 
@@ -173,17 +172,17 @@ def _open_student(folder: Path, label: str, config: PreTrainedConfig, tensors: T
         check_layout(tensors, config, host)
     made = _made(folder)
     return Checkpoint(
-        name_of(folder.resolve()),
-        config,
-        host,
-        frozenset(tensors.names()),
-        lambda name: check_finite(tensors.read(name), name, label),
-        tensors.shape,
-        read_tokenizer(folder, label),
-        licence_of_card(folder / "README.md"),
-        read_generation_config(folder, config),
-        partial(load_student, folder),
-        partial(_settings, folder),
+        name=name_of(folder.resolve()),
+        config=config,
+        host=host,
+        names=frozenset(tensors.names()),
+        read=lambda name: check_finite(tensors.read(name), name, label),
+        shape=tensors.shape,
+        tokenizer=read_tokenizer(folder, label),
+        licence=licence_of_card(folder / "README.md"),
+        generation=read_generation_config(folder, config),
+        load=partial(load_student, folder),
+        settings=partial(_settings, folder),
         # A model of another origin is taken not to have experts that overlap.
         overlaps=bool(made) and made["recipe"].get("overlapping") is not None,
     )
