@@ -84,10 +84,11 @@ def test_blocks_are_of_the_columns_that_the_file_has_together(tmp_path):
     model = checkpoint.load(torch.float32, torch.device("cpu"))
     file = export(str(tmp_path / "dense"), tmp_path / "q4_0.gguf", "q4_0").path
     held = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == name)
-    matrix = next(matrix for matrix in types_in_file(model, checkpoint, "q4_0") if matrix[0] == name)
-    order = torch.cdist(dict(gguf_tensors(checkpoint))[name].T, matrix[1].detach().T).argmin(1)
+    matrix = next(matrix for matrix in types_in_file(model, checkpoint, "q4_0") if matrix.name == name)
+    order = torch.cdist(dict(gguf_tensors(checkpoint))[name].T, matrix.parameter.detach().T).argmin(1)
     Rounding([matrix]).begin()
-    assert np.array_equal(matrix[1].detach()[:, order].numpy(), gguf.quants.dequantize(held.data, held.tensor_type))
+    rounded = matrix.parameter.detach()[:, order].numpy()
+    assert np.array_equal(rounded, gguf.quants.dequantize(held.data, held.tensor_type))
 
 
 def test_the_student_is_measured_and_taught_as_its_file(student, text_file, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -19,9 +20,17 @@ from factorllm.exporting.watch import OUT_OF_EXPERTS, linears
 _FLOATS = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
-InFile = tuple[str, nn.Parameter, Type, Tensor | None]
-"""A matrix that is rounded in a file: its name there, what it is made of, the type that it takes, and the order of its
-columns there, as `GGUFForm.gguf_columns` has it."""
+class InFile(NamedTuple):
+    """A matrix that is rounded in a file."""
+
+    name: str
+    """Its name there."""
+    parameter: nn.Parameter
+    """What it is made of."""
+    kind: Type
+    """The type that it takes."""
+    columns: Tensor | None
+    """The order of its columns there, as `GGUFForm.gguf_columns` has it."""
 
 
 def types_in_file(model: PreTrainedModel, checkpoint: Checkpoint, file_type: str) -> list[InFile]:
@@ -42,14 +51,13 @@ def types_in_file(model: PreTrainedModel, checkpoint: Checkpoint, file_type: str
             f"{checkpoint.name} cannot be healed as the file that it will be: nothing is known here of {missing[0]}; "
             "leave out --quantize"
         )
-    once = {
-        id(parameter): (name, parameter, wanted[name], _columns(name, checkpoint)) for name, parameter in found.items()
-    }
+
+    def in_file(name: str, parameter: nn.Parameter) -> InFile:
+        columns = checkpoint.form.gguf_columns(name.split(".", 2)[-1], checkpoint.config)
+        return InFile(name, parameter, wanted[name], columns)
+
+    once = {id(parameter): in_file(name, parameter) for name, parameter in found.items()}
     return list(once.values())  # tied weights and the parts of a fused matrix are one
-
-
-def _columns(name: str, checkpoint: Checkpoint) -> Tensor | None:
-    return checkpoint.form.gguf_columns(name.split(".", 2)[-1], checkpoint.config)
 
 
 def _matrices(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[tuple[str, nn.Parameter]]:

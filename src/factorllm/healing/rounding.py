@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate.utils import parse_flag_from_env
-from gguf import GGMLQuantizationType as Type
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorllm.errors import FactorLLMError
@@ -61,7 +60,7 @@ class Rounding:
     def __init__(self, matrices: list[InFile]):
         self._matrices = matrices
         self._exact: list[Tensor] = []
-        self._frozen: dict[int, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel, student: Path, file_type: str | None) -> Rounding:
@@ -75,20 +74,22 @@ class Rounding:
         """Round; nothing is done where it is rounded already."""
         if self._exact:
             return
-        for name, parameter, kind, columns in self._matrices:
-            self._exact.append(parameter.data)
-            parameter.data = self._rounded(name, parameter, kind, columns)
+        for matrix in self._matrices:
+            self._exact.append(matrix.parameter.data)
+            matrix.parameter.data = self._rounded(matrix)
 
     def end(self) -> None:
         """Have the exact weights back."""
         if self._exact:
-            for (_, parameter, *_), exact in zip(self._matrices, self._exact, strict=True):
-                parameter.data = exact
+            for matrix, exact in zip(self._matrices, self._exact, strict=True):
+                matrix.parameter.data = exact
             self._exact = []
 
-    def _rounded(self, name: str, parameter: nn.Parameter, kind: Type, columns: Tensor | None) -> Tensor:
-        if parameter.requires_grad:
-            return as_in_file(name, parameter.data, kind, columns)
-        if id(parameter) not in self._frozen:
-            self._frozen[id(parameter)] = as_in_file(name, parameter.data, kind, columns)
-        return self._frozen[id(parameter)]
+    def _rounded(self, matrix: InFile) -> Tensor:
+        known = self._frozen.get(matrix.name)
+        if known is not None:
+            return known
+        rounded = as_in_file(matrix.name, matrix.parameter.data, matrix.kind, matrix.columns)
+        if not matrix.parameter.requires_grad:
+            self._frozen[matrix.name] = rounded
+        return rounded
