@@ -16,8 +16,8 @@ from test_wrappers import EXPERTS, IMAGE, save_wrapped
 from transformers import AutoModelForImageTextToText
 
 from factorllm import FactorLLMError, Settings, factorize, serve
-from factorllm.engines.settings import ServeSettings
 from factorllm.exporting import export_gguf
+from factorllm.serving.settings import ServeSettings
 
 pytestmark = pytest.mark.engine
 
@@ -91,7 +91,7 @@ def answers(made, mmproj, monkeypatch, *colours):
             found.append([choice.logprob for choice in reply.choices[0].logprobs.content[0].top_logprobs])
 
     event = types.SimpleNamespace(wait=ask)
-    monkeypatch.setattr("factorllm.engines.serve.threading", types.SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr("factorllm.serving.serve.threading", types.SimpleNamespace(Event=lambda: event))
     said, settings = [], ServeSettings(port=port, context=64, threads=1)
     serve(made / "student.gguf", "llamacpp", settings=settings, say=said.append, mmproj=made / mmproj)
     assert f"--mmproj {made / mmproj}" in said[0]
