@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +62,7 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
             writer.write_ti_data_to_file()
             yield
             writer.close()
+            os.fsync(lock.fileno())  # else it may have its name before its content when the power fails
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
