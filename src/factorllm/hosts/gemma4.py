@@ -12,7 +12,7 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.reasons import scaled_in_windows, unwindowed
-from factorllm.hosts.stored import Stored, gguf_experts, stacked
+from factorllm.hosts.stored import WHOLE_FFN, Stored, fused, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _SILENT = 32
@@ -39,12 +39,10 @@ class Gemma4Host(MoeHost):
         "layer_scalar": "layer_output_scale.weight",
     }
     gguf_ffn: ClassVar = {
-        **{f"ffn_{name}.weight": Stored(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")},
+        **WHOLE_FFN,
         "ffn_gate_inp.weight": Stored("router.proj.weight"),
         "ffn_gate_inp.scale": Stored("router.scale"),
-        **gguf_experts(
-            Stored("experts.gate_up_proj", 0), Stored("experts.gate_up_proj", 1), Stored("experts.down_proj")
-        ),
+        **gguf_experts(*fused("experts.gate_up_proj", "experts.down_proj")),
         "ffn_down_exps.scale": Stored("router.per_expert_scale"),
     }
 

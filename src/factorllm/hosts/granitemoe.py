@@ -10,7 +10,7 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.reasons import normalised_heads, scaled_rope, uneven_heads, windowed
-from factorllm.hosts.stored import Stored, gguf_experts, stacked
+from factorllm.hosts.stored import Stored, fused, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 
@@ -23,11 +23,7 @@ class GraniteMoeHost(MoeHost):
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("block_sparse_moe.router.layer.weight"),
-        **gguf_experts(
-            Stored("block_sparse_moe.input_linear.weight", 0),
-            Stored("block_sparse_moe.input_linear.weight", 1),
-            Stored("block_sparse_moe.output_linear.weight"),
-        ),
+        **gguf_experts(*fused("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")),
     }
 
     def _unfit_engines(self, config: PreTrainedConfig) -> set[str]:

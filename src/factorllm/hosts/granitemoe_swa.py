@@ -12,7 +12,7 @@ from factorllm.hosts.base import GGUFKeys, StudentFFN
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
 from factorllm.hosts.granitemoeshared import shared_mlp
 from factorllm.hosts.reasons import normalised_heads, uneven_heads, unwindowed
-from factorllm.hosts.stored import Stored, gguf_experts, stacked
+from factorllm.hosts.stored import Stored, fused, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _NO_SINK = -1e4
@@ -32,11 +32,7 @@ class GraniteMoeSWAHost(GraniteMoeHost):
     gguf_names: ClassVar = {"self_attn.sinks": "attn_sinks.weight"}
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("block_sparse_moe.router.weight"),
-        **gguf_experts(
-            Stored("block_sparse_moe.experts.gate_up_proj", 0),
-            Stored("block_sparse_moe.experts.gate_up_proj", 1),
-            Stored("block_sparse_moe.experts.down_proj"),
-        ),
+        **gguf_experts(*fused("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")),
         "ffn_up_shexp.weight": Stored("shared_mlp.input_linear.weight"),  # with the gate in it
         "ffn_down_shexp.weight": Stored("shared_mlp.output_linear.weight"),
     }

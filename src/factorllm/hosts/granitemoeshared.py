@@ -8,7 +8,7 @@ from transformers import GraniteMoeSharedConfig, PreTrainedConfig
 
 from factorllm.hosts.base import GGUFKeys, StudentFFN
 from factorllm.hosts.granitemoe import GraniteMoeHost, granite_config
-from factorllm.hosts.stored import Stored, gguf_shared
+from factorllm.hosts.stored import fused, gguf_shared
 from factorllm.recipe import Shape
 
 
@@ -18,11 +18,7 @@ class GraniteMoeSharedHost(GraniteMoeHost):
     shared = "always"
     gguf_ffn: ClassVar = {
         **GraniteMoeHost.gguf_ffn,
-        **gguf_shared(
-            Stored("shared_mlp.input_linear.weight", 0),
-            Stored("shared_mlp.input_linear.weight", 1),
-            Stored("shared_mlp.output_linear.weight"),
-        ),
+        **gguf_shared(*fused("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight")),
     }
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:

@@ -11,10 +11,8 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID_OF_SELECTED
 from factorllm.hosts.reasons import uneven_heads, unmixed
-from factorllm.hosts.stored import Stored, gguf_experts, per_expert
+from factorllm.hosts.stored import NUMBERED, Stored, gguf_experts, per_expert, projections
 from factorllm.recipe import Shape
-
-_MATRICES = ("w1", "w3", "w2")  # gate, up and down
 
 
 class Lfm2MoeHost(MoeHost):
@@ -39,7 +37,7 @@ class Lfm2MoeHost(MoeHost):
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("feed_forward.gate.weight"),
         "exp_probs_b.bias": Stored("feed_forward.expert_bias"),
-        **gguf_experts(*(Stored(f"feed_forward.experts.{{}}.{name}.weight") for name in _MATRICES)),
+        **gguf_experts(*projections("feed_forward.experts.{}", NUMBERED)),
     }
 
     def ffn_parts(self, config: PreTrainedConfig) -> tuple[str, ...]:
@@ -63,7 +61,7 @@ class Lfm2MoeHost(MoeHost):
         return {
             "feed_forward.gate.weight": student.router,
             "feed_forward.expert_bias": torch.zeros_like(student.router[:, 0]),
-            **per_expert(student.experts(self.gates), "feed_forward.experts", _MATRICES),
+            **per_expert(student.experts(self.gates), "feed_forward.experts", NUMBERED),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:

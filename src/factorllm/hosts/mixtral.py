@@ -10,10 +10,8 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import common_config
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.reasons import normalised_heads, scaled_rope
-from factorllm.hosts.stored import Stored, gguf_experts, per_expert
+from factorllm.hosts.stored import NUMBERED, Stored, gguf_experts, per_expert, projections
 from factorllm.recipe import Shape
-
-_MATRICES = ("w1", "w3", "w2")  # gate, up and down
 
 
 class MixtralHost(MoeHost):
@@ -24,7 +22,7 @@ class MixtralHost(MoeHost):
     gates = SOFTMAX_OF_SELECTED
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("block_sparse_moe.gate.weight"),
-        **gguf_experts(*(Stored(f"block_sparse_moe.experts.{{}}.{name}.weight") for name in _MATRICES)),
+        **gguf_experts(*projections("block_sparse_moe.experts.{}", NUMBERED)),
     }
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
@@ -49,7 +47,7 @@ class MixtralHost(MoeHost):
     def ffn_tensors(self, student: StudentFFN, config: PreTrainedConfig) -> dict[str, Tensor]:
         return {
             "block_sparse_moe.gate.weight": student.router,
-            **per_expert(student.experts(self.gates), "block_sparse_moe.experts", _MATRICES),
+            **per_expert(student.experts(self.gates), "block_sparse_moe.experts", NUMBERED),
         }
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:

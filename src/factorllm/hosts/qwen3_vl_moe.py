@@ -10,7 +10,7 @@ from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SOFTMAX_OF_SELECTED
 from factorllm.hosts.reasons import ALIGNED
-from factorllm.hosts.stored import Stored, gguf_experts, stacked
+from factorllm.hosts.stored import Stored, fused, gguf_experts, stacked
 from factorllm.recipe import Shape
 
 _SECTIONS = (24, 20, 20)
@@ -25,11 +25,7 @@ class Qwen3VLMoeHost(MoeHost):
     gguf_architecture = "qwen3vlmoe"
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("mlp.gate.weight"),
-        **gguf_experts(
-            Stored("mlp.experts.gate_up_proj", 0, transposed=True),
-            Stored("mlp.experts.gate_up_proj", 1, transposed=True),
-            Stored("mlp.experts.down_proj", transposed=True),
-        ),
+        **gguf_experts(*fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=True)),
     }
 
     def reason_against(self, config: PreTrainedConfig, shape: Shape) -> str | None:
