@@ -9,6 +9,7 @@ from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 from factorllm.hosts.base import GGUFKeys
 from factorllm.hosts.configs import carried
 from factorllm.hosts.granitemoeshared import GraniteMoeSharedHost
+from factorllm.hosts.mamba import mamba_content, mamba_names
 from factorllm.hosts.reasons import unmixed
 from factorllm.recipe import Shape
 
@@ -22,15 +23,7 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
     name = "granitemoehybrid"
     families = ("granitemoehybrid",)
     gguf_architecture = "granitehybrid"
-    gguf_names: ClassVar = {
-        "mamba.in_proj": "ssm_in",
-        "mamba.conv1d": "ssm_conv1d",
-        "mamba.norm": "ssm_norm",
-        "mamba.out_proj": "ssm_out",
-        "mamba.dt_bias": "ssm_dt.bias",
-        "mamba.A_log": "ssm_a",
-        "mamba.D": "ssm_d",
-    }
+    gguf_names: ClassVar = mamba_names("mamba")
 
     def _reason_against_family(self, config: PreTrainedConfig) -> str | None:
         return None
@@ -60,15 +53,7 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
         return keys | (_mamba_keys(config) if has_mamba(config) else {})
 
     def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        match name:
-            case "mamba.A_log":
-                return -tensor.float().exp()[:, None]
-            case "mamba.D":
-                return tensor[:, None]
-            case "mamba.norm":
-                return tensor.view(config.mamba_n_groups, -1)
-            case _:
-                return tensor
+        return mamba_content(name, tensor, config.mamba_n_groups)
 
 
 def has_mamba(config: PreTrainedConfig) -> bool:

@@ -11,6 +11,7 @@ from transformers import NemotronHConfig, PreTrainedConfig
 from factorllm.hosts.base import GGUFKeys, MoeHost, StudentFFN
 from factorllm.hosts.configs import carried
 from factorllm.hosts.gates import SIGMOID
+from factorllm.hosts.mamba import mamba_content, mamba_names
 from factorllm.hosts.reasons import unmixed
 from factorllm.hosts.stored import Stored, one_expert, per_expert
 from factorllm.recipe import Shape
@@ -35,13 +36,7 @@ class NemotronHHost(MoeHost):
         "mixer.k_proj": "attn_k",
         "mixer.v_proj": "attn_v",
         "mixer.o_proj": "attn_output",
-        "mixer.in_proj": "ssm_in",
-        "mixer.conv1d": "ssm_conv1d",
-        "mixer.norm": "ssm_norm",
-        "mixer.out_proj": "ssm_out",
-        "mixer.dt_bias": "ssm_dt.bias",
-        "mixer.A_log": "ssm_a",
-        "mixer.D": "ssm_d",
+        **mamba_names("mixer"),
     }
     gguf_ffn: ClassVar = {
         "ffn_gate_inp.weight": Stored("mixer.gate.weight"),
@@ -120,15 +115,7 @@ class NemotronHHost(MoeHost):
         }
 
     def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        match name:
-            case "mixer.A_log":
-                return -tensor.float().exp()[:, None]
-            case "mixer.D":
-                return tensor[:, None]
-            case "mixer.norm":
-                return tensor.view(config.n_groups, -1)
-            case _:
-                return tensor
+        return mamba_content(name, tensor, config.n_groups)
 
 
 def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
