@@ -151,7 +151,14 @@ class _GLM4(GGUFForm):
     gguf_names: ClassVar = {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
 
 
-class _Gemma(_NormsAfter):
+class _ZeroCentred(GGUFForm):
+    """With norms that multiply with 1 + their weight, where llama.cpp's multiply with the weight."""
+
+    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+        return tensor.float() + 1 if name.endswith("norm") else tensor
+
+
+class _Gemma(_ZeroCentred, _NormsAfter):
     gguf_names: ClassVar = {**_NormsAfter.gguf_names, "pre_feedforward_layernorm": "ffn_norm"}
     gguf_has_windows = True
 
@@ -159,16 +166,10 @@ class _Gemma(_NormsAfter):
         keys = ("attn_logit_softcapping", "final_logit_softcapping")
         return {key: float(value) for key in keys if (value := getattr(config, key, None))}
 
-    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        return tensor.float() + 1 if name.endswith("norm") else tensor  # it is centred at 0
 
-
-class _Nemotron(GGUFForm):
+class _Nemotron(_ZeroCentred):
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {"attention.layer_norm_epsilon": config.norm_eps}
-
-    def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        return tensor.float() + 1 if name.endswith("norm") else tensor  # it is centred at 0
 
 
 class _Ministral3(GGUFForm):
