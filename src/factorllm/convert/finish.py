@@ -122,8 +122,8 @@ def load_written(job: Job, student: Student) -> PreTrainedModel:
     give_back_freed_memory()
     model = load_pretrained(
         student.folder,
+        student_config(job, student),
         job.source.wrapper,
-        config=student_config(job, student),
         generation_config=job.source.generation_config(),
         dtype=job.settings.compute_dtype,
     )

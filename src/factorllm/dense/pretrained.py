@@ -49,30 +49,30 @@ _ONE_AT_A_TIME = threading.Lock()
 _AGAIN = "it is damaged, or made by code that is not part of transformers, which is never run: use another copy"
 
 
-def load_config(folder: Path, label: str | None = None, **options) -> PreTrainedConfig:
-    """The config of a transformers folder, or of a GGUF file in it (`gguf_file=`).
+def load_config(folder: Path, label: str | None = None) -> PreTrainedConfig:
+    """The config of a transformers folder.
 
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
     with quiet_transformers(), refusing(label or f"{folder}/config.json", _AGAIN):
-        return AutoConfig.from_pretrained(folder, **_SAFE, **options)
+        return AutoConfig.from_pretrained(folder, **_SAFE)
 
 
-def load_tokenizer(folder: Path, label: str | None = None, **options) -> PreTrainedTokenizerBase:
-    """The tokenizer of a transformers folder, or of a GGUF file in it (`gguf_file=`).
+def load_tokenizer(folder: Path, label: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a transformers folder.
 
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
     with quiet_transformers(), refusing(f"the tokenizer of {label or folder}", _AGAIN):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFE, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFE)
     tokenizer.init_kwargs.pop("auto_map", None)  # what is saved again must not ask its users to run code
     return tokenizer
 
 
 def load_pretrained(
-    folder: Path | str, wrapper: Wrapper | None = None, **options
+    folder: Path | str, config: PreTrainedConfig, wrapper: Wrapper | None, **options
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """The language model in a transformers folder; `options` are those of `from_pretrained`.
 
@@ -82,7 +82,6 @@ def load_pretrained(
     Raises:
         FactorLLMError: when transformers cannot use it.
     """
-    config = options.pop("config", None) or load_config(Path(folder))
     if wrapper:
         options["key_mapping"] = wrapper.key_mapping
     with quiet_transformers(), refusing(folder, _AGAIN):

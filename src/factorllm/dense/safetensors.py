@@ -198,7 +198,7 @@ class SafetensorsSource(ModelSource):
 
     def load_reference(self, config: PreTrainedConfig) -> PreTrainedModel:
         # From the files, not from the tensors that are read here: that is what is to be compared.
-        return load_pretrained(self.folder, config=config, wrapper=self.wrapper, dtype=torch.float32)
+        return load_pretrained(self.folder, config, self.wrapper, dtype=torch.float32)
 
     @property
     def licence(self) -> str | None:
@@ -232,7 +232,7 @@ def load_language_model(folder: Path | str, **options) -> PreTrainedModel | tupl
         FactorLLMError: when the folder is damaged.
     """
     config, wrapper, _ = open_folder(Path(folder), str(folder))
-    return load_pretrained(folder, wrapper, config=config, **options)
+    return load_pretrained(folder, config, wrapper, **options)
 
 
 def ties_embeddings(config: PreTrainedConfig, tensors: TensorFolder) -> bool:
