@@ -100,7 +100,7 @@ def _refuse_others(keys: Keys, head_dim: int, window: int, context: int) -> None
     keys.refuse_unread()
 
 
-def family_of(label: str, architecture: object) -> str:
+def family_of_architecture(label: str, architecture: object) -> str:
     """The family, by transformers' `model_type`, of an architecture of GGUF files.
 
     Raises:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorllm.dense.families import FAMILIES, head_dim
-from factorllm.dense.gguf.config import family_of, read_config
+from factorllm.dense.families import family_of, head_dim
+from factorllm.dense.gguf.config import family_of_architecture, read_config
 from factorllm.dense.gguf.keys import Keys
 from factorllm.dense.gguf.sampling import read_sampling
 from factorllm.dense.gguf.tokenizer import build_tokenizer, end_tokens
@@ -104,7 +104,7 @@ class GGUFSource(ModelSource):
 
     def _read_config(self) -> PreTrainedConfig:
         architecture = self._field("general.architecture")
-        family = family_of(self.label, architecture)
+        family = family_of_architecture(self.label, architecture)
         keys = Keys(self.label, self._fields, architecture)
         ids = {kind: self._field(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
         tokens = self._field("tokenizer.ggml.tokens")
@@ -116,7 +116,7 @@ class GGUFSource(ModelSource):
 
     def _map_names(self, names: Iterable[str]) -> dict[str, str]:
         layers = self.config.num_hidden_layers
-        table = gguf.get_tensor_name_map(_ARCHITECTURES[FAMILIES[self.config.model_type].gguf], layers)
+        table = gguf.get_tensor_name_map(_ARCHITECTURES[family_of(self.config).gguf], layers)
         where = {}
         for name in names:
             gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -138,7 +138,7 @@ class GGUFSource(ModelSource):
         weight = self._dequantised(self._tensors[self._where[name]])
         if self.config.model_type == "gemma3_text" and name.endswith("norm.weight"):
             return weight - 1  # transformers multiplies with 1 + the weight
-        if FAMILIES[self.config.model_type].gguf != "llama":
+        if family_of(self.config).gguf != "llama":
             return weight
         if ".q_proj." in name:
             return _unpermute(weight, self.config.num_attention_heads, head_dim(self.config))

@@ -51,16 +51,14 @@ def build_tokenizer(field: Field, label: str, context: int) -> PreTrainedTokeniz
     Raises:
         FactorLLMError: when it is damaged, or of a kind that is not built here.
     """
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = field("ggml.model")
-    if not isinstance(kind, str) or kind not in builders:
+    if kind not in ("gpt2", "llama"):
         raise FactorLLMError(
-            f"{label} has a tokenizer of the kind {kind!r}, which is not read ({', '.join(builders)} are); use the "
-            "model's safetensors checkpoint"
+            f"{label} has a tokenizer of the kind {kind!r}, which is not read (gpt2, llama are); use the model's "
+            "safetensors checkpoint"
         )
-    pre_tokenizer = known_name(field("ggml.pre"), label) if kind == "gpt2" else None
     with refusing(f"the tokenizer of {label}", "it is damaged: fetch the file again"):
-        backend = builders[kind](field, pre_tokenizer)
+        backend = _byte_level(field, label) if kind == "gpt2" else _sentencepiece(field)
         _add_tokens(backend, field)
         special = _special(field)
         backend.post_processor = _bos_and_eos(backend, field, special)
@@ -73,16 +71,17 @@ def build_tokenizer(field: Field, label: str, context: int) -> PreTrainedTokeniz
         )
 
 
-def _byte_level(field: Field, pre_tokenizer: str) -> Tokenizer:
+def _byte_level(field: Field, label: str) -> Tokenizer:
+    cuts = PRE_TOKENIZERS[known_name(field("ggml.pre"), label)]
     merges = [_pair(merge) for merge in field("ggml.merges")]
     backend = Tokenizer(models.BPE(vocab=_vocabulary(field), merges=merges))
     backend.model.ignore_merges = takes_whole_words(field("ggml.pre"))
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    backend.pre_tokenizer = cuts
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(field: Field, _: None) -> Tokenizer:
+def _sentencepiece(field: Field) -> Tokenizer:
     vocabulary = _vocabulary(field)
     unknown = field("ggml.unknown_token_id") or 0
     backend = Tokenizer(
