@@ -19,14 +19,14 @@ _FIRING_SHARE = 0.1  # of the neurons, the largest |h| of a token, count as firi
 def by_activation(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     fires = activated(hidden).float()
     rate = fires.mean(0).cpu()
-    shared, routed = shared_and_routed(rate, shape.shared_width)
+    _, routed = shared_and_routed(rate, shape.shared_width)
     profile = normalize(fires[:, routed], dim=0)
     gram = (profile.T @ profile).cpu()
     # CMoE starts from the routed neurons that fire most, one a cluster.
     centres = rate[routed].topk(shape.experts).indices
     sizes = [shape.expert_width] * shape.experts
     labels = balanced_kmeans(gram, balanced_assignment(-gram[:, centres], sizes), shape.experts)
-    return label_around_shared(shared, labels, ffn.width, shape.experts)
+    return label_around_shared(routed, labels, shape)
 
 
 def activated(hidden: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from factorllm.recipe import Shape
+
 _MAX_SIMPLEX_STEPS = 10**8
+_KMEANS_ROUNDS = 10
 
 
 def balanced_assignment(cost: Tensor, sizes: list[int]) -> Tensor:
@@ -32,7 +35,7 @@ def balanced_assignment(cost: Tensor, sizes: list[int]) -> Tensor:
     return torch.from_numpy(plan.argmax(axis=1))
 
 
-def balanced_kmeans(gram: Tensor, labels: Tensor, clusters: int, rounds: int = 10) -> Tensor:
+def balanced_kmeans(gram: Tensor, labels: Tensor, clusters: int) -> Tensor:
     """Balanced k-means in the space whose inner products are `gram`, from the given start.
 
     Args:
@@ -43,7 +46,7 @@ def balanced_kmeans(gram: Tensor, labels: Tensor, clusters: int, rounds: int = 1
         (n,), int64, labels 0..clusters-1, on the CPU.
     """
     size = len(gram) // clusters
-    for _ in range(rounds):
+    for _ in range(_KMEANS_ROUNDS):
         member = one_hot(labels, clusters).to(gram)
         to_cluster = gram @ member / size
         # ||x - c||^2 without the term ||x||^2, which is the same for every cluster.
@@ -61,21 +64,16 @@ def random_labels(sizes: list[int], generator: torch.Generator) -> Tensor:
     return labels[torch.randperm(len(labels), generator=generator)]
 
 
-def label_around_shared(shared: Tensor, routed_labels: Tensor, ffn_width: int, experts: int) -> Tensor:
-    """Labels of all neurons from the shared set and the labels of the others, in ascending order of neuron."""
-    labels = torch.full((ffn_width,), experts)
-    labels[others(shared, ffn_width)] = routed_labels
+def label_around_shared(routed: Tensor, routed_labels: Tensor, shape: Shape) -> Tensor:
+    """Labels of all neurons, (f,), from those of the routed ones; the others are shared."""
+    labels = torch.full((shape.ffn_width,), shape.experts)
+    labels[routed] = routed_labels
     return labels
 
 
 def shared_and_routed(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` neurons of highest score, (f,), for the shared part, and all others: int64, ascending, on the CPU."""
     shared = scores.topk(count).indices.sort().values.cpu()
-    return shared, others(shared, len(scores))
-
-
-def others(shared: Tensor, ffn_width: int) -> Tensor:
-    """The neurons that are not shared, ascending: (f - shared,), int64."""
-    routed = torch.ones(ffn_width, dtype=torch.bool)
-    routed[shared] = False
-    return routed.nonzero().flatten()
+    is_routed = torch.ones(len(scores), dtype=torch.bool)
+    is_routed[shared] = False
+    return shared, is_routed.nonzero().flatten()

@@ -21,14 +21,14 @@ _NEIGHBOURS = 32  # strongest edges kept for each neuron: METIS is made for spar
 
 
 def by_coactivation(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared, routed = shared_and_routed(energy_shares(ffn, hidden).mean(0), shape.shared_width)
+    _, routed = shared_and_routed(energy_shares(ffn, hidden).mean(0), shape.shared_width)
     fires = activated(hidden)[:, routed].float()
     together = (fires.T @ fires).fill_diagonal_(0).cpu()
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     rough = torch.tensor(_metis(together, shape.experts, seed))
     affinity = together @ one_hot(rough, shape.experts).float()
     labels = balanced_assignment(-affinity, [shape.expert_width] * shape.experts)
-    return label_around_shared(shared, labels, ffn.width, shape.experts)
+    return label_around_shared(routed, labels, shape)
 
 
 def _metis(weights: Tensor, clusters: int, seed: int) -> list[int]:

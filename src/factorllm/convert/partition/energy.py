@@ -56,8 +56,8 @@ def expert_picks(scores: Tensor, top_k: int) -> Tensor:
 
 
 def _kmeans_start(energy: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared, routed = shared_and_routed(energy.sum(0), shape.shared_width)
+    _, routed = shared_and_routed(energy.sum(0), shape.shared_width)
     profile = normalize(energy[:, routed].sqrt(), dim=0)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((profile.T @ profile).cpu(), start, shape.experts)
-    return label_around_shared(shared, labels, shape.ffn_width, shape.experts).to(energy.device)
+    return label_around_shared(routed, labels, shape).to(energy.device)

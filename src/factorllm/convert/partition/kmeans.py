@@ -15,8 +15,8 @@ from factorllm.recipe import Shape
 
 
 def by_weights(ffn: FFN, hidden: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
-    shared, routed = shared_and_routed(energy_shares(ffn, hidden).mean(0), shape.shared_width)
+    _, routed = shared_and_routed(energy_shares(ffn, hidden).mean(0), shape.shared_width)
     rows = normalize(ffn.triggers[routed].float(), dim=1)
     start = random_labels([shape.expert_width] * shape.experts, generator)
     labels = balanced_kmeans((rows @ rows.T).cpu(), start, shape.experts)
-    return label_around_shared(shared, labels, ffn.width, shape.experts)
+    return label_around_shared(routed, labels, shape)
