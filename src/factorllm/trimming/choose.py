@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -37,7 +37,7 @@ def choose_tokens(pairs: BytePairs, counts: Tensor, always: Iterable[int], size:
             f"single bytes and special tokens alone are {len(kept):,}; choose a larger --vocabulary than {size:,}"
         )
     token_of = {index: token for token, index in pairs.ids.items()}
-    for index in _by_use(counts):
+    for index in counts.argsort(descending=True, stable=True).tolist():  # equal counts in the order of ids
         if len(kept) == size:
             break
         if index in token_of:
@@ -63,8 +63,3 @@ def check_trim(model: str, config: PreTrainedConfig, wrapper: Wrapper | None, si
         raise FactorLLMError(f"a vocabulary of {size:,} tokens is none; choose a --vocabulary such as {VOCABULARY}")
     if size >= (tokens := config.vocab_size):
         raise FactorLLMError(f"the model has {tokens:,} tokens, so none is left out; choose a smaller --vocabulary")
-
-
-def _by_use(counts: Tensor) -> Iterator[int]:
-    order = counts.argsort(descending=True, stable=True)  # equal counts in the order of ids
-    return iter(order.tolist())
