@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from common import commit, in_one_line, markdown_table, replace_part
 from rich.console import Console
@@ -17,8 +18,8 @@ from rich.console import Console
 from factorllm import Recipe
 from factorllm.convert.factorize import compare
 from factorllm.convert.partition import METHODS
-from factorllm.convert.route import ROUTERS
 from factorllm.demo import demo_model, demo_text
+from factorllm.recipe import RouterName
 from factorllm.report import ModelRow
 from factorllm.report.summary import mean_agreement
 from factorllm.runs.settings import Settings
@@ -31,7 +32,7 @@ def recipes() -> dict[str, dict]:
     """Rows of the table by name: the recipe without its `restore`."""
     rows = {"static prune": {"shared": 4, "active": 0, "parts": 8}}
     rows |= {f"partition {name}": S2A2E8 | {"partition": name} for name in METHODS}
-    rows |= {f"router {name}": S2A2E8 | {"router": name} for name in ROUTERS if name != "refined"}
+    rows |= {f"router {name}": S2A2E8 | {"router": name} for name in get_args(RouterName) if name != "refined"}
     rows["router pa, prior paper"] = S2A2E8 | {"router": "pa", "prior": "paper"}
     rows["1R4E2K, random split, router pa, prior paper"] = {
         "shared": 0, "active": 2, "parts": 4, "partition": "random", "router": "pa", "prior": "paper"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from factorllm import Recipe, factorize, parse_recipe
 from factorllm.convert.partition import METHODS
-from factorllm.convert.route import ROUTERS
+from factorllm.recipe import RouterName
 from factorllm.report import model_card
 from factorllm.text import read_calibration_text
 
@@ -156,7 +157,7 @@ def test_every_partition_makes_a_model(method, dense_folder, text_file, small, t
     assert summary.row("student").perplexity > 1
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", get_args(RouterName))
 @pytest.mark.parametrize("prior", ["energy", "paper"])
 def test_every_router_makes_a_model(router, prior, dense_folder, text_file, small, tmp_path):
     recipe = Recipe(shared=0, active=2, parts=4, router=router, prior=prior)

@@ -2,11 +2,10 @@
 
 from factorllm.convert.route.prior import expert_scores, prior_distribution
 from factorllm.convert.route.refine import can_refine, expert_sets, refine_router, scale_to_prior, set_errors
-from factorllm.convert.route.router import FLATTEN, ROUTERS, fit_router, pa_loss
+from factorllm.convert.route.router import FLATTEN, fit_router, pa_loss
 
 __all__ = [
     "FLATTEN",
-    "ROUTERS",
     "can_refine",
     "expert_scores",
     "expert_sets",

@@ -11,8 +11,6 @@ from torch.nn.functional import kl_div, log_softmax
 from factorllm.convert.partition import Partition
 from factorllm.dense.ffn import FFN
 
-ROUTERS = ("refined", "pa", "analytic", "random")
-
 FLATTEN = 2.0**-10
 """Factor on a router's weights that makes the gate weights nearly binary. A power of two only shifts exponents, so the
 order of the logits, and with it the routing, is unchanged in a dtype that holds such small numbers. float16 does not
