@@ -19,8 +19,8 @@ def advance(task: LayerTask, router: Tensor | None, down: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     for run in task.middle.runs():
         middle = task.middle.read(run, task.device)
-        gates = task.gates(task.inputs.read(run, task.device).flatten(0, 1), router)
-        active = GatedHidden(task.active.read(run, task.device).flatten(0, 1).float(), gates, task.shape)
+        gates = task.gates(task.tokens(task.inputs, run), router)
+        active = GatedHidden(task.tokens(task.active, run), gates, task.shape)
         before, beside = task.streams.before.read(run, task.device), task.streams.sequences.beside(run)
         after = task.layer.after(before, middle, active.project(down), beside)
         task.streams.after.write(run, after)

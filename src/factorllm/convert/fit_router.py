@@ -51,7 +51,7 @@ def _inputs_and_scores(task: LayerTask, split: Partition) -> tuple[Tensor, Tenso
     """FFN inputs (n, d) and the prior's scores of the experts (n, N), of the sampled tokens of all processes."""
     inputs, scores = [], []
     for run in task.sample.runs():
-        hidden = task.sample.read(run, task.device).flatten(0, 1)
+        hidden = task.stored_tokens(task.sample, run)
         scores.append(expert_scores(task.layer.ffn, hidden, split, task.shape.top_k, task.recipe.prior))
         inputs.append(task.tokens(task.inputs, run, sampled=True))
     return task.ranks.gather(torch.cat(inputs)), task.ranks.gather(torch.cat(scores))

@@ -61,7 +61,7 @@ def _energy_kept(task: LayerTask, split: Partition, router: Tensor | None) -> fl
     sample = task.sample
     total, gain = torch.zeros((), dtype=torch.float64, device=task.device), task.layer.ffn.neuron_gain()
     for run in sample.runs():
-        energy = neuron_energy(sample.read(run, task.device).flatten(0, 1), gain)
+        energy = neuron_energy(task.stored_tokens(sample, run), gain)
         runs = energy[:, split.shared].sum(1)
         if router is not None:
             picked = task.gates(task.tokens(task.inputs, run, sampled=True), router) > 0

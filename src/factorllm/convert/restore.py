@@ -35,7 +35,7 @@ def _accumulate(task: LayerTask, kept: FFN, router: Tensor | None) -> tuple[list
     folds = [RidgeStatistics(shape, middle.width, task.device) for _ in range(FOLDS)]
     load = torch.zeros(shape.experts, device=task.device)
     for fold, run in _folded_runs(task):
-        inputs = task.inputs.read(run, task.device).flatten(0, 1)
+        inputs = task.stored_tokens(task.inputs, run)
         active = GatedHidden.compute(kept, inputs, task.gates(inputs, router), shape)
         task.active.write(run, active.hidden)
         load += (active.gates > 0).sum(0)

@@ -19,7 +19,7 @@ def split_neurons(task: LayerTask) -> Partition:
     """
     ffn, sample, ranks = task.layer.ffn, task.sample, task.ranks
     stride = max(sample.sequences * sample.length // _TOKENS, 1)
-    hidden = torch.cat([sample.read(run, task.device).flatten(0, 1)[::stride] for run in sample.runs()])
+    hidden = torch.cat([task.stored_tokens(sample, run)[::stride] for run in sample.runs()])
     hidden = ranks.gather(hidden)
     # No partition can compare energies that are infinite.
     most = hidden.abs().max().item() ** 2 * ffn.neuron_gain().max().item() * ffn.width

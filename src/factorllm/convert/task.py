@@ -153,9 +153,10 @@ class LayerTask:
 
     def tokens(self, rows: Rows, run: slice, sampled: bool = False) -> Tensor:
         """The tokens of `run`, or those of them that are sampled: (n, width), fp32."""
-        return self._read(rows, run, sampled).float()
+        return self.stored_tokens(rows, run, sampled).float()
 
-    def _read(self, rows: Rows, run: slice, sampled: bool) -> Tensor:
+    def stored_tokens(self, rows: Rows, run: slice, sampled: bool = False) -> Tensor:
+        """The same in the dtype that they are stored in."""
         values = rows.read(run, self.device)
         return (self.sampled(values, run) if sampled else values).flatten(0, 1)
 
@@ -197,7 +198,7 @@ class LayerTask:
     def dense_output(self, run: slice, sampled: bool = False) -> tuple[Tensor, Tensor]:
         """What the dense FFN gives, and how much each token counts, as `target`."""
         ffn = self.layer.ffn
-        inputs = self._read(self.inputs, run, sampled)
+        inputs = self.stored_tokens(self.inputs, run, sampled)
         teacher = self.tokens(self.streams.teacher_after, run, sampled)
         return (ffn.hidden(inputs) @ ffn.down.T).float(), self.weights(teacher, run)
 
@@ -205,5 +206,5 @@ class LayerTask:
         """FFN inputs, activations of the neurons in the student's order, target and weight of the sampled tokens."""
         order = split.order.to(self.device)
         for run in self.sample.runs():
-            hidden = self.sample.read(run, self.device).flatten(0, 1)[:, order].float()
+            hidden = self.tokens(self.sample, run)[:, order]
             yield self.tokens(self.inputs, run, sampled=True), hidden, *self.target(run, sampled=True)

@@ -45,7 +45,7 @@ def tune_layer(task: LayerTask, kept: FFN, router: Tensor | None) -> FFN:
             dense, weights = task.dense_output(run)
         output.write(run, dense)
         if number % stride == 0:
-            x = inputs.read(run, device).flatten(0, 1)
+            x = task.stored_tokens(inputs, run)
             active = GatedHidden.compute(kept, x, task.gates(x, router), shape)
             start.update(active, dense, weights)
         task.tick(run)
