@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from factorllm.convert.finish import finish, measure_students
+from factorllm.convert.held_out import advance_held_out
 from factorllm.convert.job import Job, Student, open_job
-from factorllm.convert.kinds import advance_held_out
 from factorllm.convert.layer import convert_layer, passes
 from factorllm.convert.partition import Partition
 from factorllm.convert.read_me import finish_kinds, read_kinds_summary

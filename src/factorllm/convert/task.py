@@ -178,10 +178,8 @@ class LayerTask:
         return weights * counts.repeat_interleave(len(weights) // len(counts))
 
     def gates(self, inputs: Tensor, router: Tensor | None) -> Tensor:
-        """Gate weights, (tokens, N); a static prune has no experts."""
-        if router is None:
-            return torch.zeros(len(inputs), 0, device=self.device)
-        return self.host.gates.weights(inputs.float() @ router.T, self.shape.top_k)
+        """Gate weights of what the FFN reads, (n, d) -> (n, N)."""
+        return self.host.gate_weights(inputs, router, self.shape.top_k)
 
     def target(self, run: slice, sampled: bool = False) -> tuple[Tensor, Tensor]:
         """What the student's FFN should give, and how much each of all or the sampled tokens counts: (n, d), (n,).

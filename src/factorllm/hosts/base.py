@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -105,6 +106,17 @@ class Host(GGUFForm, ABC):
     all_engines: tuple[str, ...] = ("transformers", "vllm", "sglang", "llama.cpp")
     ties_embeddings: bool = True
     gguf_ffn: ClassVar[dict[str, Stored]]
+
+    def gate_weights(self, inputs: Tensor, router: Tensor | None, top_k: int) -> Tensor:
+        """What it multiplies each expert's output with, but for what `down` is stored times: (n, N), fp32.
+
+        Args:
+            inputs: of the FFN, (n, d).
+            router: (N, d); None in a static prune, which has no experts.
+        """
+        if router is None:
+            return torch.zeros(len(inputs), 0, device=inputs.device)
+        return self.gates.weights(inputs.float() @ router.T, top_k)
 
     def engines(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Engines that load the student without custom code.

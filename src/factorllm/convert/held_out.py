@@ -1,5 +1,5 @@
-"""How far a student's FFN is from the dense one on tokens of images and of text, on sequences that nothing was fitted
-to."""
+"""A student on sequences that nothing was fitted to, where there are images: how far its FFN is from the dense one on
+tokens of images and of text."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def advance_held_out(
         stream, beside = before.read(run, device), sequences.beside(run)
         middle, inputs = layer.attend(stream, beside)
         wanted = (layer.ffn.hidden(inputs) @ layer.ffn.down.T).float()
-        gates = inputs.new_zeros(len(inputs), 0)
-        if student.router is not None:
-            gates = host.gates.weights(inputs.float() @ student.router.T, student.shape.top_k)
+        gates = host.gate_weights(inputs, student.router, student.shape.top_k)
         got = GatedHidden.compute(student.ffn, inputs, gates, student.shape).project(down)
         after.write(run, layer.after(stream, middle, got, beside))
         smallest = torch.finfo(torch.float32).tiny
