@@ -21,20 +21,33 @@ from factorllm.runs.identity import versions
 from factorllm.runs.memory import give_back_freed_memory, peak_memory
 from factorllm.runs.output import PROVENANCE
 from factorllm.runs.progress import meter
-from factorllm.runs.workspace import (
-    write_index,
-    write_json,
-    write_text,
-)
+from factorllm.runs.workspace import write_index, write_json, write_text
 from factorllm.student.provenance import FORMAT
 from factorllm.student.read import PARTITION_FILE
 
 
 def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
     """Measure, complete the student's checkpoint, and publish it."""
-    rows = finite_rows(job, measure_students(job))
-    student = job.students[0]
-    summary = Summary(
+    rows, student = measure_students(job), job.students[0]
+    summary = summary_of(job, student, rows, logit_scales, job.text.held_out.numel())
+    complete(job, student, summary, job.work.out.name)
+    spent = write_spent(job, student.folder)
+    job.work.publish(student.folder)
+    return replace(summary, spent=spent)
+
+
+def summary_of(
+    job: Job, student: Student, rows: list[ModelRow], logit_scales: dict[str, float], held_out_tokens: int
+) -> Summary:
+    """What is said of a student.
+
+    Args:
+        rows: what was measured, on `held_out_tokens`.
+
+    Raises:
+        FactorLLMError: when a perplexity is no number.
+    """
+    return Summary(
         base_model=job.base_model,
         out=job.work.out,
         recipe=student.recipe,
@@ -42,16 +55,12 @@ def finish(job: Job, logit_scales: dict[str, float]) -> Summary:
         engines=student.host.engines(job.source.config),
         text_origin=job.text.origin,
         calibration_tokens=job.text.calibration.numel(),
-        held_out_tokens=job.text.held_out.numel(),
-        rows=rows,
+        held_out_tokens=held_out_tokens,
+        rows=_finite_rows(job, rows),
         logit_scale=logit_scales[student.name],
         layers=job.statistics(student.name),
         images={"origin": job.images, **job.mixed.counts()} if job.mixed else None,
     )
-    complete(job, student, summary, job.work.out.name)
-    spent = write_spent(job, student.folder)
-    job.work.publish(student.folder)
-    return replace(summary, spent=spent)
 
 
 def complete(job: Job, student: Student, summary: Summary, name: str) -> None:
@@ -73,8 +82,11 @@ def complete(job: Job, student: Student, summary: Summary, name: str) -> None:
 
 
 def write_spent(job: Job, folder: Path) -> Spent:
-    """Say in a file what the run took: it differs from run to run, and all other files are the same bytes."""
-    spent = _spent(job)
+    """Say in a file what the run took: it differs from run to run, and all other files are the same bytes. Times are of
+    all layers, those of earlier runs that were killed among them."""
+    laps = [entry["seconds"] for entry in job.work.journal]
+    baseline = sum(lap.get("pruned", 0.0) for lap in laps)
+    spent = Spent(sum(sum(lap.values()) for lap in laps) - baseline, baseline, peak_memory())
     write_json(folder / RUN_FILE, asdict(spent) | {"machine": platform.platform()})
     return spent
 
@@ -85,13 +97,6 @@ def _written_config(job: Job, student: Student) -> dict:
     if wrapper is None:
         return config.to_diff_dict()
     return wrapper.config_with(config, has_experts=student.shape.experts > 0).to_dict()
-
-
-def _spent(job: Job) -> Spent:
-    """Times of all layers, those of earlier runs that were killed among them."""
-    laps = [entry["seconds"] for entry in job.work.journal]
-    baseline = sum(lap.get("pruned", 0.0) for lap in laps)
-    return Spent(sum(sum(lap.values()) for lap in laps) - baseline, baseline, peak_memory())
 
 
 def measure_students(
@@ -130,7 +135,7 @@ def load_written(job: Job, student: Student) -> PreTrainedModel:
     return model.to(job.settings.torch_device)
 
 
-def finite_rows(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
+def _finite_rows(job: Job, rows: list[ModelRow]) -> list[ModelRow]:
     """The rows with a perplexity that is a number; only the static prune may have none."""
     refuse_infinite(
         {row.name: row.perplexity for row in rows if row.name != "pruned"},

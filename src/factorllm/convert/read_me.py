@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorllm.convert.finish import complete, finite_rows, load_written, provenance, write_spent
+from factorllm.convert.finish import complete, load_written, provenance, summary_of, write_spent
 from factorllm.convert.job import Job, Student
 from factorllm.measure.cost import Cost, cost_of, dense_shape
 from factorllm.measure.perplexity import perplexity
@@ -111,19 +111,7 @@ def _summary(
         if name == "student" and student is None:
             cost = replace(cost, total_parameters=recipe.kinds * cost.total_parameters)
         rows.append(_row(name, of_kinds, counts, cost))
-    return Summary(
-        base_model=job.base_model,
-        out=job.work.out,
-        recipe=recipe.prune,
-        host=own.host.name,
-        engines=own.host.engines(config),
-        text_origin=job.text.origin,
-        calibration_tokens=job.text.calibration.numel(),
-        held_out_tokens=int(counts.sum()) * job.text.held_out.shape[1],
-        rows=finite_rows(job, rows),
-        logit_scale=scales[own.name],
-        layers=job.statistics(own.name),
-    )
+    return summary_of(job, own, rows, scales, int(counts.sum()) * job.text.held_out.shape[1])
 
 
 def _row(name: str, of_kinds: list[float], counts: Tensor, cost: Cost) -> ModelRow:
