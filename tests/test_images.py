@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from factorllm import FactorLLMError, Recipe, factorize
 from factorllm.cli import app
 from factorllm.convert.layer import convert_layer
+from factorllm.convert.vision import SEEING, Document, Front
 from factorllm.dense import open_model
 from factorllm.dense.ends import Ends
 from factorllm.dense.layer import LayerLoader
 from factorllm.dense.sequences import Sequences
-from factorllm.dense.vision import SEEING, Document, Front
 from factorllm.student.read import read_provenance
 from factorllm.text.pictures import Picture, open_picture, parted, read_pictures
 
@@ -351,7 +351,7 @@ def test_a_processor_that_wants_a_package_says_what_to_install(
 
 def test_without_pillow_the_user_is_told_what_to_install(tmp_path, text_file, small, pictures, monkeypatch):
     save_seeing("llava", "llama", tmp_path / "dense")
-    monkeypatch.setattr("factorllm.dense.vision.load_processor", lambda *_: None)
+    monkeypatch.setattr("factorllm.convert.vision.load_processor", lambda *_: None)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(FactorLLMError, match=r"--images needs Pillow: pip install 'factorllm\[images\]'"):
         factorize(

@@ -487,7 +487,7 @@ def test_a_streamed_model_that_is_not_the_one_of_transformers_stops_the_run(
 def test_a_model_that_does_not_fit_in_memory_is_compared_in_its_first_layers(
     dense_folder, tmp_path, text_file, small, monkeypatch
 ):
-    monkeypatch.setattr("factorllm.dense.reference.available_memory", lambda: 0)
+    monkeypatch.setattr("factorllm.convert.reference.available_memory", lambda: 0)
     attend, seen = DenseLayer.attend, []
     monkeypatch.setattr(DenseLayer, "attend", lambda layer, *given: seen.append(layer) or attend(layer, *given))
     out = tmp_path / "out"

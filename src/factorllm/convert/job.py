@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from factorllm.convert.mixing import Mixed, read_mixed
+from factorllm.convert.reference import check_against_references
+from factorllm.convert.vision import processor_digest, seeing
 from factorllm.dense import ModelSource, open_model
 from factorllm.dense.families import ffn_width
-from factorllm.dense.reference import check_against_references
 from factorllm.dense.sequences import Sequences
-from factorllm.dense.vision import processor_digest, seeing
 from factorllm.errors import FactorLLMError
 from factorllm.hosts import Host, choose_host
 from factorllm.measure.cost import Cost, cost_of

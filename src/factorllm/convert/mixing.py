@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from factorllm.convert.vision import Document, Front, Reader
 from factorllm.dense import ModelSource
 from factorllm.dense.opening import opening_of
 from factorllm.dense.sequences import Sequences
-from factorllm.dense.vision import Document, Front, Reader
 from factorllm.errors import FactorLLMError
 from factorllm.runs.progress import Meter, meter
 from factorllm.runs.settings import Settings
