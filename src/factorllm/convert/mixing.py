@@ -82,7 +82,8 @@ def read_mixed(
         opening = torch.tensor(opening_of(tokenizer), dtype=torch.int64)
         write_shard(path, _look(work, source, reader, plan, text, opening, settings, console))
     # Kept by now: the settings decide nothing any more.
-    return read_text(settings), _kept(work, load_file(path))
+    tensors = load_file(path)
+    return read_text(settings), Mixed(*(_sequences(work, tensors, name) for name in _PARTS))
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,6 @@ def _filled(begun: dict[int, Document], count: int, length: int, text: Tensor, o
         rows.append(torch.cat([start, text[used : used + missing]]))
         used += missing
     return torch.stack(rows)
-
-
-def _kept(work: Workspace, tensors: dict[str, Tensor]) -> Mixed:
-    return Mixed(*(_sequences(work, tensors, name) for name in _PARTS))
 
 
 def _sequences(work: Workspace, tensors: dict[str, Tensor], name: str) -> Sequences:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -16,10 +18,7 @@ from factorllm.dense.names import HEAD, LAYERS, layer_prefix
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.hosts import MoeHost, StudentFFN
 from factorllm.runs.stored import as_stored, refuse_unstorable
-from factorllm.runs.workspace import (
-    shard_name,
-    write_shard,
-)
+from factorllm.runs.workspace import shard_name, write_shard
 from factorllm.student.layout import outside_ffns
 
 
@@ -76,7 +75,7 @@ def write_outer_shards(job: Job) -> None:
         job.source.tensor(name)  # needed at the end only, but a damaged one must be refused before the work
     names = [name for name in job.tensor_names if not name.startswith(LAYERS) and name not in last]
     for student in job.students:
-        path = student.folder / shard_name(1, _shards(job))
+        path = _shard(job, student, 1)
         if not path.exists():
             tensors = {name: job.source.tensor(name) for name in names}
             if not student.host.ties_embeddings:
@@ -96,7 +95,7 @@ def write_layer(job: Job, student: Student, index: int, ffn: StudentFFN | None) 
     tensors |= student.host.other_tensors(source.config, {name: source.tensor(prefix + name) for name in others})
     tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     stored = as_stored(tensors, job.settings.stored_dtype, TOO_LARGE)
-    write_shard(student.folder / shard_name(index + 2, _shards(job)), stored)
+    write_shard(_shard(job, student, index + 2), stored)
 
 
 def _others(job: Job, index: int, cut: bool) -> list[str]:
@@ -122,14 +121,14 @@ def temper(job: Job) -> dict[str, float]:
             own = job.own(student)
             scale = fit_logit_scale(logits("teacher", own), logits(student.name, own))
         tensors = as_stored(ends.scaled_norm(scale), job.settings.stored_dtype, TOO_LARGE)
-        write_shard(student.folder / shard_name(_shards(job), _shards(job)), tensors)
+        write_shard(_shard(job, student, job.layers + 2), tensors)
         scales[student.name] = scale
     return scales
 
 
-def _shards(job: Job) -> int:
-    """Shards of a student: the embeddings, each layer, and the final norm."""
-    return job.layers + 2
+def _shard(job: Job, student: Student, number: int) -> Path:
+    """The file of a student's shard: first the embeddings, then each layer, and last the final norm."""
+    return student.folder / shard_name(number, job.layers + 2)
 
 
 def student_config(job: Job, student: Student) -> PreTrainedConfig:
