@@ -103,7 +103,7 @@ def _factorize_kinds(
     out: str | Path,
     recipe: ReadMe,
     text: str | None,
-    images: str | Path | None,
+    images: str | None,
     settings: Settings,
     overwrite: bool,
     console: Console | None,

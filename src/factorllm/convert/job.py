@@ -159,7 +159,7 @@ def open_job(
     settings: Settings,
     overwrite: bool,
     console: Console | None,
-    images: str | Path | None = None,
+    images: str | None = None,
     kinds: int | None = None,
 ) -> Iterator[Job | None]:
     """Open and check everything, the cheap checks first; hold the workspace while the block runs.
@@ -174,7 +174,7 @@ def open_job(
     finish_publishing(out)
     check_output(out, CHECKPOINT, [model, text, images])
     source = open_model(model)
-    pictures = None if images is None else Path(images).expanduser()
+    pictures = None if images is None else Path(images)
     config = source.config
     shapes = {name: recipe.shape(ffn_width(config)) for name, recipe in recipes.items()}
     hosts = _choose_hosts(shapes, settings.host, config)
@@ -192,18 +192,7 @@ def open_job(
         console.print(source.note, highlight=False, markup=False, soft_wrap=True)
     if ties:
         console.print(f"{ties}: it is written in float32", highlight=False, markup=False, soft_wrap=True)
-    identity = {
-        "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
-        "model": source.fingerprint,
-        "files beside the weights": source.surroundings,
-        **common_identity(text, settings),
-    }
-    if pictures:
-        seeing(source)
-        read_pictures(pictures)
-        identity |= {"images": pictures_digest(pictures), "processor": processor_digest(source)}
-    if kinds:
-        identity |= {"kinds": kinds}
+    identity = _identity(source, recipes, text, settings, pictures, kinds)
     with open_checkpoint_job(out, identity, overwrite, ranks) as work:
         if work is None:
             yield None
@@ -219,7 +208,7 @@ def open_job(
             else:
                 calibration, mixed = read_mixed(work, source, tokenizer, pictures, settings, read_text, console)
         job = Job(
-            source, identity, source.licence, calibration, mixed, images and public_name(str(images)), students,
+            source, identity, source.licence, calibration, mixed, images and public_name(images), students,
             settings, work, ranks, console,
         )  # fmt: skip
         _check_disk(job)
@@ -227,6 +216,34 @@ def open_job(
             if ranks.is_main and not work.layers_done:
                 check_against_references(source, tokenizer, settings.length, ranks.device, console)
         yield job
+
+
+def _identity(
+    source: ModelSource,
+    recipes: dict[str, Recipe],
+    text: str | None,
+    settings: Settings,
+    pictures: Path | None,
+    kinds: int | None,
+) -> dict:
+    """Everything that decides the bytes of the result.
+
+    Raises:
+        FactorLLMError: when the text, or the folder of images, cannot be used, or the model reads no images.
+    """
+    identity = {
+        "recipes": {name: recipe.model_dump() for name, recipe in recipes.items()},
+        "model": source.fingerprint,
+        "files beside the weights": source.surroundings,
+        **common_identity(text, settings),
+    }
+    if pictures:
+        seeing(source)
+        read_pictures(pictures)
+        identity |= {"images": pictures_digest(pictures), "processor": processor_digest(source)}
+    if kinds:
+        identity |= {"kinds": kinds}
+    return identity
 
 
 def _student(name: str, recipe: Recipe, shape: Shape, host: Host, work: Workspace, kind: int | None) -> Student:
