@@ -131,7 +131,7 @@ def test_a_sequence_with_an_image_is_streamed_as_transformers_computes_it(kind, 
     run, ends = slice(0, 2), Ends(source, cpu)
     stream, beside = sequences.embed(run, ends.embed), sequences.beside(run)
     loader = LayerLoader(source, len(tokens), torch.float32, cpu)
-    for index in range(len(loader)):
+    for index in range(source.config.num_hidden_layers):
         layer = loader.load(index)
         middle, inputs = layer.attend(stream, beside)
         stream = layer.after(stream, middle, layer.ffn.hidden(inputs) @ layer.ffn.down.T, beside)

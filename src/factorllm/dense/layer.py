@@ -127,9 +127,6 @@ class LayerLoader:
         one = torch.zeros(1, length, source.config.hidden_size, dtype=dtype, device=device)
         self._of_text = record_calls(self._model, one)
 
-    def __len__(self) -> int:
-        return len(decoder_layers(self._model))
-
     def calls(self, stream: Tensor, positions: Tensor | None = None) -> list[Call]:
         """What each layer is called with; for text, with what is the same for each sequence."""
         if positions is None:
