@@ -54,6 +54,7 @@ def test_yaml(tmp_path):
         ("S4A0E8N2", "make at least one part active"),
         ("S0A4E8N1", "greater than or equal to 2"),
         ("cmoe:S0A4E8N3", "experts of partition activation share no neurons"),
+        ("cmoe:S4A0E8", "keeps the neurons of most energy, not what partition activation would choose"),
         ("1R4E5K", "use at most 4"),
         ("half", "is not understood"),
         ("missing.yaml", "no recipe file"),

@@ -150,6 +150,11 @@ class Recipe(Chosen):
             raise ValueError(
                 "in a static prune all FFNs are of one width; make at least one part active, or leave D out"
             )
+        if self.partition != "energy" and self.is_prune:
+            raise ValueError(
+                f"a static prune keeps the neurons of most energy, not what partition {self.partition} would choose; "
+                "leave the partition out, or make at least one part active"
+            )
         if self.overlapping:
             self._check_overlapping(self.overlapping, routed)
         return self
