@@ -690,6 +690,9 @@ def test_refusals(student, dense_folder, text_file, tmp_path):
     shutil.copytree(student, older)
     (older / "factorllm.partition.json").write_text("[[1, 1]]")
     refused("is damaged", student=older)
+    for some in (json.loads((student / "factorllm.partition.json").read_text())[1:], []):
+        (older / "factorllm.partition.json").write_text(json.dumps(some))
+        refused(f"it is of {len(some)} FFNs, not of 3", student=older)
     (older / "factorllm.partition.json").unlink()
     refused("has no factorllm.partition.json", student=older)
     for name, value in {"label_weight": math.inf, "learning_rate": math.nan, "rate": 1e-4}.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.convert.partition import Partition, partition_from_order
+from factorllm.dense.families import ffn_layers
 from factorllm.dense.safetensors import load_language_model, open_folder, read_tokenizer
 from factorllm.errors import RENAME, FactorLLMError, check_utf8, refusing, refusing_path
 from factorllm.hosts import host_of
@@ -17,6 +20,8 @@ from factorllm.runs.output import PROVENANCE, refuse_folder_of_checkpoints, trim
 from factorllm.student.adapters import adapter_folders, mix_adapters
 from factorllm.student.provenance import check_provenance
 from factorllm.text.calibration import text_identity
+
+Read = TypeVar("Read")
 
 PARTITION_FILE = "factorllm.partition.json"
 """For each FFN, which neuron of the dense one each of the student's is: shared ones first, then expert by expert."""
@@ -110,9 +115,13 @@ def check_shape(folder: Path, shape: Shape) -> None:
 
 def _shape_of(folder: Path) -> Shape:
     """A student's shape, as its config says."""
+    return _from_config(folder, lambda config: host_of(config).shape(config))
+
+
+def _from_config(folder: Path, read: Callable[[PreTrainedConfig], Read]) -> Read:
     config, _, _ = open_folder(folder, str(folder))
     with refusing(f"{folder}/config.json", "make the checkpoint again"):
-        return host_of(config).shape(config)
+        return read(config)
 
 
 def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
@@ -124,6 +133,9 @@ def read_partitions(folder: Path, shape: Shape) -> list[Partition]:
     path = folder / PARTITION_FILE
     if not path.is_file():
         raise FactorLLMError(f"{folder} has no {PARTITION_FILE}, which heal needs; factorize again")
+    cut = _from_config(folder, lambda config: len(ffn_layers(config)))
     with refusing(path, "it is damaged, for it holds no partition of each FFN: factorize again"):
         orders = [torch.tensor(order) for order in json.loads(path.read_text(encoding="utf-8"))]
+        if len(orders) != cut:
+            raise ValueError(f"it is of {len(orders)} FFNs, not of {cut}")
         return [partition_from_order(order, shape) for order in orders]
