@@ -236,7 +236,7 @@ def test_what_would_leave_adapters_out_is_refused(copy, made, cli, tmp_path):  #
         MakePlan(model="m", recipe="S2A2E8", text="t.txt", heal={"train": "mor1e"})
 
 
-@pytest.mark.parametrize("fault", ["gone", "lora", "shape", "kinds", "rslora"])
+@pytest.mark.parametrize("fault", ["gone", "lora", "shape", "kinds", "use_rslora", "alpha_pattern"])
 def test_damaged_adapters_are_refused(fault, copy):
     path = copy / "adapters/1/adapter_model.safetensors"
     match fault:
@@ -248,9 +248,9 @@ def test_damaged_adapters_are_refused(fault, copy):
             save_file({name: tensor[:, :3].contiguous() for name, tensor in load_file(path).items()}, path)
         case "kinds":
             shutil.rmtree(copy / "adapters/1")
-        case "rslora":
+        case _:
             config = json.loads((copy / "adapters/1/adapter_config.json").read_text())
-            (copy / "adapters/1/adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+            (copy / "adapters/1/adapter_config.json").write_text(json.dumps(config | {fault: {"q_proj": 1}}))
     with pytest.raises(FactorLLMError, match="heal with --train mor1e again"):
         load_student(copy)
 

@@ -22,6 +22,12 @@ ADAPTERS = "adapters"
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_OTHER_LORA = (
+    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+    "layer_replication", "alora_invocation_tokens",
+)  # fmt: skip
+"""Keys of peft's config by which an adapter adds something else than `lora_alpha / r` times `B A`."""
+
 _PREFIX = "base_model.model."  # of a module's name in peft's files
 _AGAIN = "it is damaged: heal with --train mor1e again"
 
@@ -99,12 +105,8 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS)
         scale = config["lora_alpha"] / config["r"]
         names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-        if (
-            config["peft_type"] != "LORA"
-            or config["use_rslora"]
-            or config["use_dora"]
-            or len(tensors) != 2 * len(names)
-        ):
+        others = any(config.get(key) for key in _OTHER_LORA)
+        if config["peft_type"] != "LORA" or others or len(tensors) != 2 * len(names):
             raise ValueError("it is no ordinary LoRA")
         pairs = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}
     return {name.removeprefix(_PREFIX): LowRank(a, scale * b) for name, (a, b) in pairs.items()}
