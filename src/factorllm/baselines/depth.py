@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from factorllm.baselines.watch import run_watched
-from factorllm.dense.families import ffn_layers
+from factorllm.dense.families import ffn_layers, keep_first_layers
 from factorllm.dense.modules import decoder_layers
 from factorllm.errors import FactorLLMError
 from factorllm.measure.cost import Cost, cost_of, dense_shape
@@ -81,5 +81,5 @@ def layers_to_drop(config: PreTrainedConfig, active_parameters: int) -> int:
 def shortened_cost(config: PreTrainedConfig, count: int) -> Cost:
     """The cost of the dense model without `count` of its layers; their share is its FFN sparsity."""
     shorter = copy.deepcopy(config)
-    shorter.num_hidden_layers = config.num_hidden_layers - count
+    keep_first_layers(shorter, config.num_hidden_layers - count)
     return replace(cost_of(shorter, dense_shape(config)), ffn_sparsity=count / config.num_hidden_layers)
