@@ -189,6 +189,12 @@ def test_a_config_without_weights_is_enough(tmp_path):
     assert read_dense_config(str(tmp_path)).num_hidden_layers == BASE["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("model", ["./gone", "/gone"])
+def test_a_path_is_not_looked_for_on_the_hub(model):
+    with pytest.raises(FactorLLMError, match="is neither a folder"):
+        read_dense_config(model)
+
+
 def test_a_family_that_is_not_read_is_refused_by_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
     with pytest.raises(FactorLLMError, match="its FFN has biases"):

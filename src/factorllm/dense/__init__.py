@@ -8,7 +8,7 @@ from factorllm.dense.model import ModelSource
 from factorllm.dense.safetensors import SafetensorsSource
 from factorllm.errors import RENAME, FactorLLMError, check_utf8, refusing_path
 
-__all__ = ["ModelSource", "local_path", "open_model"]
+__all__ = ["ModelSource", "is_hub_id", "local_path", "open_model"]
 
 
 def local_path(model: str) -> Path:
@@ -25,6 +25,16 @@ def local_path(model: str) -> Path:
     return path
 
 
+def is_hub_id(model: str, path: Path) -> bool:
+    """Whether a model is named as on the hub, `owner/name`, and is not on this machine.
+
+    Args:
+        path: of `local_path`.
+    """
+    is_path = path.exists() or path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~"))
+    return not is_path and model.count("/") == 1
+
+
 def open_model(model: str) -> ModelSource:
     """Open a dense model: the path of a folder or of a `.gguf` file, or a hub id `owner/name`.
 
@@ -38,6 +48,6 @@ def open_model(model: str) -> ModelSource:
         if path.suffix == ".gguf":
             return GGUFSource(path)
         raise FactorLLMError(f"{model} is a file, but not a .gguf; give a model folder, a .gguf file or a hub id")
-    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if not is_hub_id(model, path):
         raise FactorLLMError(f"no such model: {model} is neither a folder, a .gguf file nor a hub id (owner/name)")
     return SafetensorsSource(download(model), label=model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from factorllm.dense import local_path, open_model
+from factorllm.dense import is_hub_id, local_path, open_model
 from factorllm.dense.config_checks import check_config, check_family
 from factorllm.dense.hub import download_config
 from factorllm.dense.names import HEAD
@@ -30,11 +30,11 @@ def read_dense_header(model: str) -> tuple[PreTrainedConfig, Wrapper | None]:
         FactorLLMError: when there is no such model, or its family is not supported.
     """
     path = local_path(model)
-    is_hub_id = not path.exists() and path.suffix != ".gguf" and model.count("/") == 1
-    if not is_hub_id and (not path.is_dir() or any(path.glob("*.safetensors"))):
+    on_hub = is_hub_id(model, path)
+    if not on_hub and (not path.is_dir() or any(path.glob("*.safetensors"))):
         source = open_model(model)
         return source.config, source.wrapper
-    whole = read_config(download_config(model) if is_hub_id else path, model)
+    whole = read_config(download_config(model) if on_hub else path, model)
     config, wrapper = unwrapped(whole, () if whole.tie_word_embeddings else (HEAD,))
     check_family(model, config)
     check_config(model, config)
