@@ -78,8 +78,8 @@ class TensorFolder:
     def names(self) -> Collection[str]:
         return self._stored
 
-    def read_other(self, stored: str) -> torch.Tensor:
-        """A tensor of `others`."""
+    def read_stored(self, stored: str) -> torch.Tensor:
+        """A tensor by its name in the files, one of `others` too."""
         file, path = self._file_at(stored)
         with refusing(path, _AGAIN):
             return file.get_tensor(stored)
@@ -90,9 +90,7 @@ class TensorFolder:
         Raises:
             FactorLLMError: when it is not there or cannot be read.
         """
-        file, path = self._file_of(name)
-        with refusing(path, _AGAIN):
-            return file.get_tensor(self._stored[name])
+        return self.read_stored(self._stored_name(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header.
@@ -100,9 +98,10 @@ class TensorFolder:
         Raises:
             FactorLLMError: when it is not there, or quantised.
         """
-        file, path = self._file_of(name)
+        stored = self._stored_name(name)
+        file, path = self._file_at(stored)
         with refusing(path, _AGAIN):
-            tensor = file.get_slice(self._stored[name])
+            tensor = file.get_slice(stored)
             shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
         if kind not in _FLOATS:
             raise FactorLLMError(
@@ -111,10 +110,10 @@ class TensorFolder:
             )
         return shape
 
-    def _file_of(self, name: str) -> tuple[safe_open, Path]:
+    def _stored_name(self, name: str) -> str:
         if name not in self._stored:
             raise FactorLLMError(f"{self.label} has no tensor {name}: it is incomplete; fetch it again")
-        return self._file_at(self._stored[name])
+        return self._stored[name]
 
     def _file_at(self, stored: str) -> tuple[safe_open, Path]:
         path = self._where[stored]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as _CLASSES
@@ -47,6 +46,7 @@ _WITH_EXPERTS = {
 
 _DECODERS = ("model.language_model.", "language_model.model.", "model.text_model.")
 _HEADS = (HEAD, f"language_model.{HEAD}")
+_FIRST = "model-00000-of-"  # the shard of all that is round the text model
 _COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", PROCESSOR_TEMPLATE
 )  # fmt: skip
@@ -143,15 +143,9 @@ def wrap(folder: Path, wrapper: Wrapper, whole: TensorFolder) -> None:
         tensors = load_file(path)
         if any(wrapper.text_name(name) is None for name in tensors):
             write_shard(path, {wrapper.stored_name(name): tensor for name, tensor in tensors.items()})
-    write_shard(folder / f"{_FIRST}{shards[-1].name[-len('00001.safetensors') :]}", _rest(whole))
+    rest = {name: whole.read_stored(name) for name in whole.others}
+    write_shard(folder / f"{_FIRST}{shards[-1].name[-len('00001.safetensors') :]}", rest)
     write_index(folder)
     for name in _COMPANIONS:
         if (whole.folder / name).exists():
             shutil.copy(whole.folder / name, folder)
-
-
-_FIRST = "model-00000-of-"
-
-
-def _rest(whole: TensorFolder) -> dict[str, torch.Tensor]:
-    return {name: whole.read_other(name) for name in whole.others}
