@@ -14,8 +14,10 @@ from factorllm.convert.partition.energy import expert_picks
 from factorllm.convert.route.router import FLATTEN
 from factorllm.hosts import host_of
 
-_ROUTERS = ("Router", "MoEV1Gate")
+_CLASSES = ("Router", "MoEV1Gate")
 """What the names of transformers' classes of routers end with."""
+
+_WEIGHT = re.compile(r"\.(router|gate)(\.wg|\.proj)?\.weight$")
 
 
 class Routers:
@@ -25,7 +27,7 @@ class Routers:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.modules = [module for module in model.modules() if type(module).__name__.endswith(_ROUTERS)]
+        self.modules = [module for module in model.modules() if type(module).__name__.endswith(_CLASSES)]
         self.top_k = host_of(model.config).shape(model.config).top_k
         self._logits: list[Tensor] = []
         self._unflattened = False
@@ -97,12 +99,9 @@ def _in_fp32(router: nn.Module) -> None:
     router.forward = full_precision
 
 
-_ROUTER = re.compile(r"\.(router|gate)(\.wg|\.proj)?\.weight$")
-
-
 def is_router(name: str) -> bool:
     """Whether a parameter of a student is a router's weight."""
-    return bool(_ROUTER.search(name)) and ".shared" not in name
+    return bool(_WEIGHT.search(name)) and ".shared" not in name
 
 
 def router_weight(router: nn.Module) -> nn.Parameter:
