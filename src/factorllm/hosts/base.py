@@ -66,6 +66,10 @@ class GGUFForm:
     gguf_has_windows: bool = False
     gguf_final_norm: tuple[str, str] = ("norm", "output_norm")
 
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        """What llama.cpp has otherwise than such a model, whatever its FFNs are; None where it has all."""
+        return None
+
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         """What the file must say beside what all architectures do, without the prefix of the architecture."""
         return {}
@@ -243,7 +247,7 @@ class MoeHost(Host):
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         if self.gguf_architecture is None:
             return f"GGUF files of {self.name} are not supported yet"
-        return super().reason_against_gguf(config)
+        return self.gguf_misfit(config) or super().reason_against_gguf(config)
 
     def holds(self, config: PreTrainedConfig) -> bool:
         return config.model_type in self.families

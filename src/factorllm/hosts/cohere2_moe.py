@@ -65,9 +65,9 @@ class Cohere2MoeHost(MoeHost):
             **(one_expert(doubled, "mlp.shared_experts") if shared.width else {}),
         }
 
-    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
         of_all = config.model_type == "cohere"  # whose student has windows in all layers
-        return (None if of_all else unwindowed(config.layer_types)) or super().reason_against_gguf(config)
+        return None if of_all else unwindowed(config.layer_types)
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {

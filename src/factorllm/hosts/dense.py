@@ -21,18 +21,14 @@ from factorllm.dense.gguf.rope import rope_keys
 from factorllm.dense.pretrained import name_architecture
 from factorllm.hosts.base import GGUFForm, GGUFKeys, Host, StudentFFN
 from factorllm.hosts.cohere2_moe import Cohere2MoeHost
-from factorllm.hosts.gemma4 import Gemma4Host, unlike_llamacpp
+from factorllm.hosts.gemma4 import Gemma4Host
 from factorllm.hosts.glm4_moe import Glm4MoeHost
 from factorllm.hosts.granitemoe import GraniteMoeHost
 from factorllm.hosts.granitemoehybrid import GraniteMoeHybridHost, has_mamba
-from factorllm.hosts.granitemoehybrid import unlike_llamacpp as unlike_granite
 from factorllm.hosts.hunyuan_v1_moe import HunYuanMoeHost
 from factorllm.hosts.lfm2_moe import Lfm2MoeHost
-from factorllm.hosts.lfm2_moe import unlike_llamacpp as unlike_lfm2
 from factorllm.hosts.nemotron_h import NemotronHHost
-from factorllm.hosts.nemotron_h import unlike_llamacpp as unlike_nemotron_h
 from factorllm.hosts.qwen3_5_moe import Qwen35MoeHost
-from factorllm.hosts.qwen3_5_moe import unlike_llamacpp as unlike_qwen35
 from factorllm.hosts.qwen3_vl_moe import Qwen3VLMoeHost
 from factorllm.hosts.reasons import scaled_in_windows, uneven_heads, unwindowed
 from factorllm.hosts.stored import Stored
@@ -104,7 +100,7 @@ class _Written:
         activation: of its FFNs, by the name in transformers.
         output_bias: whether its attention may have a bias on what it gives.
         own_head: whether its output head may be another matrix than the embeddings.
-        misfits: why a model of the family is not what llama.cpp computes, or None.
+        misfits: other reasons than those of `form` why a model of the family is not what llama.cpp computes, or None.
     """
 
     form: GGUFForm = _PLAIN
@@ -122,7 +118,7 @@ class _Written:
             return f"the attention output of llama.cpp's {architecture} has no bias"
         if not config.tie_word_embeddings and not self.own_head:
             return f"the output head of llama.cpp's {architecture} is its embedding table"
-        reasons = (reason(config) for reason in self.misfits)
+        reasons = (reason(config) for reason in (*self.misfits, self.form.gguf_misfit))
         return next((f"in llama.cpp's {architecture}, {reason}" for reason in reasons if reason), None)
 
 
@@ -250,20 +246,20 @@ _WRITTEN = {
     "mistral": _Written(output_bias=True),
     "qwen2": _Written(misfits=(uneven_heads,)),
     "qwen3": _Written(),
-    "qwen3_5_text": _Written(Qwen35MoeHost(), misfits=(unlike_qwen35,)),
+    "qwen3_5_text": _Written(Qwen35MoeHost()),
     "qwen3_vl_text": _Written(Qwen3VLMoeHost()),
     "granite": _Written(GraniteMoeHost(), output_bias=True),
-    "granitemoehybrid": _Written(GraniteMoeHybridHost(), output_bias=True, misfits=(unlike_granite,)),
+    "granitemoehybrid": _Written(GraniteMoeHybridHost(), output_bias=True),
     "phi3": _Written(_FusedQueries(), keeps_fused=True, misfits=(uneven_heads,)),
     "smollm3": _Written(misfits=(_other_no_rope_layers,)),
-    "lfm2": _Written(Lfm2MoeHost(), misfits=(unlike_lfm2,)),
-    "gemma4_text": _Written(Gemma4Host(), activation=_GELU, misfits=(unlike_llamacpp,)),
+    "lfm2": _Written(Lfm2MoeHost()),
+    "gemma4_text": _Written(Gemma4Host(), activation=_GELU),
     "ministral3": _Written(_Ministral3(), output_bias=True),
     "seed_oss": _Written(Glm4MoeHost()),
     "olmo2": _Written(_NormsAfter(), misfits=(uneven_heads,)),
     "olmo3": _Written(_OLMo3(), misfits=(uneven_heads, _unwindowed, scaled_in_windows, _other_theta_in_windows)),
     "cohere": _Written(_CommandR(), own_head=False, misfits=(uneven_heads, _normalised_queries)),
-    "cohere2": _Written(Cohere2MoeHost(), own_head=False, misfits=(uneven_heads, _unwindowed)),
+    "cohere2": _Written(Cohere2MoeHost(), own_head=False, misfits=(uneven_heads,)),
     "hunyuan_v1_dense": _Written(HunYuanMoeHost()),
     "ernie4_5": _Written(output_bias=True),
     "glm": _Written(keeps_fused=True, misfits=(uneven_heads,)),
@@ -287,6 +283,6 @@ _WRITTEN = {
     "stablelm": _Written(misfits=(_normalised_queries,)),
     "arcee": _Written(activation=_RELU2),
     "nemotron": _Written(_Nemotron(), activation=_RELU2, output_bias=True, misfits=(uneven_heads,)),
-    "nemotron_h": _Written(NemotronHHost(), activation=_RELU2, misfits=(unlike_nemotron_h,)),
+    "nemotron_h": _Written(NemotronHHost(), activation=_RELU2),
 }
 """Families by `model_type`."""

@@ -92,8 +92,10 @@ class Gemma4Host(MoeHost):
             "expert_used_count": config.top_k_experts,
         }
 
-    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
-        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        if config.use_bidirectional_attention == "all":
+            return "no token sees those after it"
+        return unwindowed(config.layer_types) or scaled_in_windows(config)
 
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         within = of_layers(config, "sliding_attention").head_dim
@@ -107,10 +109,3 @@ class Gemma4Host(MoeHost):
             # Of a file that does not say it, llama.cpp caps at 30.
             "final_logit_softcapping": float(config.final_logit_softcapping or 0),
         }
-
-
-def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp has not of a Gemma 4, with experts or without."""
-    if config.use_bidirectional_attention == "all":
-        return "no token sees those after it"
-    return unwindowed(config.layer_types) or scaled_in_windows(config)

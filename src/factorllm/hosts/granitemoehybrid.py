@@ -45,7 +45,16 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
     def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
         if not has_mamba(config) and config.position_embedding_type != "rope":
             return "llama.cpp's granitemoe rotates queries and keys by their positions, and this model does not"
-        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+        return super().reason_against_gguf(config)
+
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        if not has_mamba(config):
+            return None
+        if config.mamba_proj_bias or not config.mamba_conv_bias:
+            return "the convolutions of Mamba have biases, and its projections have none"
+        if config.time_step_limit is not None and tuple(config.time_step_limit) != _UNBOUNDED:
+            return f"Mamba's time steps have no bounds, such as time_step_limit = {list(config.time_step_limit)}"
+        return unmixed(config.layer_types)
 
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         keys = super().gguf_other_keys(config)
@@ -59,17 +68,6 @@ class GraniteMoeHybridHost(GraniteMoeSharedHost):
 def has_mamba(config: PreTrainedConfig) -> bool:
     """Whether some layers are Mamba. The smallest models have attention in all, and llama.cpp has them as Granite 3."""
     return any(kind in _MAMBA for kind in config.layer_types)
-
-
-def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp has not of a Granite 4, with experts or without."""
-    if not has_mamba(config):
-        return None
-    if config.mamba_proj_bias or not config.mamba_conv_bias:
-        return "the convolutions of Mamba have biases, and its projections have none"
-    if config.time_step_limit is not None and tuple(config.time_step_limit) != _UNBOUNDED:
-        return f"Mamba's time steps have no bounds, such as time_step_limit = {list(config.time_step_limit)}"
-    return unmixed(config.layer_types)
 
 
 def _mamba_keys(config: PreTrainedConfig) -> GGUFKeys:

@@ -74,8 +74,10 @@ class Lfm2MoeHost(MoeHost):
             "leading_dense_block_count": 0,
         }
 
-    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
-        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        if config.conv_bias:
+            return "convolutions have no biases"
+        return uneven_heads(config) or unmixed(config.layer_types)
 
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
@@ -86,10 +88,3 @@ class Lfm2MoeHost(MoeHost):
                 0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types
             ],
         }
-
-
-def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp has not of an LFM2, with experts or without."""
-    if config.conv_bias:
-        return "convolutions have no biases"
-    return uneven_heads(config) or unmixed(config.layer_types)

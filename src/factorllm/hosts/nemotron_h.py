@@ -84,8 +84,17 @@ class NemotronHHost(MoeHost):
             **one_expert(student.shared(), "mixer.shared_experts"),
         }
 
-    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
-        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        if config.use_bias:
+            return "the projections of Mamba have no biases"
+        if not config.use_conv_bias:
+            return "the convolutions of Mamba have biases"
+        # As its makers have it, and vLLM. transformers bounds them at the usual value, where it hardly matters.
+        if config.time_step_min > _USUAL_STEP:
+            return f"Mamba's time steps have no lower bound, such as time_step_min = {config.time_step_min}"
+        if config.mamba_hidden_act != "silu":
+            return "the convolutions of Mamba are followed by silu"
+        return unmixed(config.layers_block_type)
 
     def gguf_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
@@ -116,17 +125,3 @@ class NemotronHHost(MoeHost):
 
     def gguf_content(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
         return mamba_content(name, tensor, config.n_groups)
-
-
-def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp has not of a Nemotron-H, with experts or without."""
-    if config.use_bias:
-        return "the projections of Mamba have no biases"
-    if not config.use_conv_bias:
-        return "the convolutions of Mamba have biases"
-    # As its makers have it, and vLLM. transformers bounds them at the usual value, where it hardly matters.
-    if config.time_step_min > _USUAL_STEP:
-        return f"Mamba's time steps have no lower bound, such as time_step_min = {config.time_step_min}"
-    if config.mamba_hidden_act != "silu":
-        return "the convolutions of Mamba are followed by silu"
-    return unmixed(config.layers_block_type)

@@ -60,8 +60,10 @@ class Qwen35MoeHost(MoeHost):
             "expert_used_count": config.num_experts_per_tok,
         }
 
-    def reason_against_gguf(self, config: PreTrainedConfig) -> str | None:
-        return unlike_llamacpp(config) or super().reason_against_gguf(config)
+    def gguf_misfit(self, config: PreTrainedConfig) -> str | None:
+        if config.linear_key_head_dim != config.linear_value_head_dim:
+            return "keys and values of delta nets are equally wide"
+        return unmixed(config.layer_types)
 
     def gguf_other_keys(self, config: PreTrainedConfig) -> GGUFKeys:
         return {
@@ -90,13 +92,6 @@ class Qwen35MoeHost(MoeHost):
             return None
         columns = torch.arange(config.linear_num_value_heads * config.linear_value_head_dim)
         return _grouped("linear_attn.out_proj", columns[None], config)[0]
-
-
-def unlike_llamacpp(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp has not of a Qwen3.5, with experts or without."""
-    if config.linear_key_head_dim != config.linear_value_head_dim:
-        return "keys and values of delta nets are equally wide"
-    return unmixed(config.layer_types)
 
 
 def _grouped(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
