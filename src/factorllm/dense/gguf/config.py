@@ -76,14 +76,12 @@ def _gemma3(keys: Keys, fields: dict) -> dict:
     if "attention_factor" in fields["rope_parameters"]:  # llama.cpp scales layers with a window by it too
         raise keys.refusal("rope.scaling.attn_factor", keys.number("rope.scaling.attn_factor", 1.0))
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
-    largest = layers == _GEMMA3_27B
+    hidden, heads, head_dim = (fields[name] for name in ("hidden_size", "num_attention_heads", "head_dim"))
     return {
         "sliding_window": keys.integer("attention.sliding_window"),
         "layer_types": ["sliding_attention" if within else "full_attention" for within in windows],
         "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local},
-        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
-        if largest
-        else fields["head_dim"],
+        "query_pre_attn_scalar": hidden // heads if layers == _GEMMA3_27B else head_dim,
     }
 
 
