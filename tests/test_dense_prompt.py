@@ -14,9 +14,9 @@ from test_retrieval import running
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from factorllm import FactorLLMError, serve
+from factorllm.dense.generate import CACHE
 from factorllm.engines import EngineProcess, Options
 from factorllm.exporting import export_gguf
-from factorllm.measure.generate import CACHE
 from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
 from factorllm.runs.settings import Settings

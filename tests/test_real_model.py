@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from factorllm import Recipe, factorize
 from factorllm.demo import demo_model, demo_text
 from factorllm.dense import open_model
-from factorllm.measure.generate import complete
+from factorllm.dense.generate import complete
 from factorllm.runs.settings import Settings
 from factorllm.student.read import load_student
 

@@ -8,9 +8,9 @@ import time
 import torch
 from transformers import Cache, DynamicCache
 
+from factorllm.dense.generate import next_logits
 from factorllm.dense.safetensors import load_language_model
 from factorllm.engines.base import Engine, Options, random_tokens
-from factorllm.measure.generate import next_logits
 
 
 class Transformers(Engine):

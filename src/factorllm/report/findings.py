@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import open_model
+from factorllm.dense.generate import complete
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError
-from factorllm.measure.generate import complete
 from factorllm.measure.routing import Specialisation, expert_picks_for, specialisation
 from factorllm.report.measured import Measured
 from factorllm.runs.device import usable_device

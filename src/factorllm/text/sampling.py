@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorllm.dense.generate import next_logits
 from factorllm.errors import FactorLLMError, refusing
-from factorllm.measure.generate import next_logits
 from factorllm.runs.memory import reuse_freed_memory
 from factorllm.text.conversations import as_text
 

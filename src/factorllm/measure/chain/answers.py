@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from factorllm.dense.generate import next_logits
 from factorllm.engines import EngineProcess
 from factorllm.errors import FactorLLMError
 from factorllm.measure.chain.plan import Question
-from factorllm.measure.generate import next_logits
 
 
 class ServedAnswers:
