@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from factorllm.dense.opening import opened
 from factorllm.errors import FactorLLMError, one_line
 from factorllm.runs.workspace import write_text
-from factorllm.text.documents import read_documents
+from factorllm.text.documents import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def document_starts(
         count: documents at most.
         shortest, longest: tokens of each.
     """
-    encoded = (opened(tokenizer, document) for document in read_documents(text))
+    encoded = (opened(tokenizer, document) for document in Documents(text))
     found = list(itertools.islice((tokens[:longest] for tokens in encoded if len(tokens) >= shortest), count))
     if not found:
         raise SystemExit(f"{text} has no document of {shortest} tokens; leave it out, or take longer ones")

@@ -24,7 +24,7 @@ from common import in_one_line
 from mixed_text import AUSTEN, novels, pages
 
 from factorllm.runs.workspace import write_text
-from factorllm.text.documents import read_documents
+from factorllm.text.documents import Documents
 
 PAGE, SHORTEST = 2000, 1500
 """Characters of a document: what is longer is cut, what is shorter left out."""
@@ -102,7 +102,7 @@ def main() -> None:
     kinds = {
         "novels": list(novels(options.debian / AUSTEN)),
         "spanish": [handbook_page(path) for path in sorted((options.debian / HANDBOOK).glob("*.html"))],
-        "python": list(islice(read_documents(options.code), CODE_FILES)),
+        "python": list(islice(Documents(options.code), CODE_FILES)),
         "changelogs": changelogs(),
     }
     chooser, together = random.Random(3), []

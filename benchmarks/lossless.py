@@ -24,7 +24,7 @@ from factorllm.engines.llamacpp import open_server
 from factorllm.engines.llamacpp_client import post
 from factorllm.serving import lossless
 from factorllm.serving.lossless import Drafting, decide, lossless_params
-from factorllm.text.documents import read_documents
+from factorllm.text.documents import Documents
 
 BEGINNING = 120  # characters of a document that a prompt has
 
@@ -48,7 +48,7 @@ def main() -> None:
         replace_part(options.out, options.mark, table(options.results))
         return
     dense, student = options.models
-    wanted = itertools.islice(read_documents(options.text), options.first, options.first + options.prompts)
+    wanted = itertools.islice(Documents(options.text), options.first, options.first + options.prompts)
     prompts = [each[:BEGINNING] for each in wanted]
     if options.cpu:
         options.threads, lossless.timings = 1, cpu_timings

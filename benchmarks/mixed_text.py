@@ -23,7 +23,7 @@ from pathlib import Path
 from common import in_one_line
 
 from factorllm.demo import demo_text
-from factorllm.text.calibration import read_documents
+from factorllm.text.documents import Documents
 
 PAGE, SHORTEST = 4000, 200
 """Characters of a page: long manuals are cut into pages, so that one of them is not a whole domain; what is shorter is
@@ -95,7 +95,7 @@ def main() -> None:
     small = share / 2 if arguments.sampled else share
     dictionaries = arguments.debian / "usr/share/dictd"
     sources = {
-        "wikipedia": (read_documents(demo_text()), 3 * share),
+        "wikipedia": (Documents(demo_text()), 3 * share),
         "novels": (pages(novels(arguments.debian / AUSTEN)), 3 * share),
         "foldoc": (pages(dictionary(dictionaries / "foldoc.dict.dz")), small),
         "gcide": (pages(dictionary(dictionaries / "gcide.dict.dz")), small),
@@ -103,7 +103,7 @@ def main() -> None:
         "perl": (pages(manuals(arguments.debian, "*.pod")), small),
     }
     if arguments.sampled:
-        sources["sampled"] = (read_documents(str(arguments.sampled)), 2 * share)
+        sources["sampled"] = (Documents(str(arguments.sampled)), 2 * share)
     with arguments.out.open("w", encoding="utf-8") as file:
         for name, (documents, characters) in sources.items():
             for text in choose(documents, characters, chooser):

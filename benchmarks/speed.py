@@ -22,7 +22,7 @@ from factorllm.dense.gguf.pretokenizers import PRE_TOKENIZERS
 from factorllm.measure.speed.plan import Plan
 from factorllm.measure.speed.run import run_bench
 from factorllm.runs.settings import Settings
-from factorllm.text.calibration import read_documents
+from factorllm.text.documents import Documents
 
 TINYLLAMA = LlamaConfig(
     vocab_size=32000,
@@ -56,7 +56,7 @@ def random_dense(folder: Path, text: str, config: LlamaConfig = TINYLLAMA) -> Pa
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(ByteLevel.alphabet())
     )
-    tokenizer.train_from_iterator(read_documents(text), trainer)
+    tokenizer.train_from_iterator(Documents(text), trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from factorllm.dense import open_model
 from factorllm.errors import FactorLLMError
 from factorllm.runs.settings import Settings
 from factorllm.text import sample as module
-from factorllm.text.calibration import read_documents
+from factorllm.text.documents import Documents
 from factorllm.text.sample import sample
 from factorllm.text.sampling import BATCH, chat_opening, sample_from_model, start_token
 
@@ -55,7 +55,7 @@ def test_a_tokenizer_without_such_a_token_is_refused():
 
 def test_conversations_begin_as_the_chat_template_says(dense_folder, tmp_path):
     path = sample(str(dense_folder), tmp_path / "chat.jsonl", chat=True, settings=SETTINGS)
-    documents = list(read_documents(str(path)))
+    documents = list(Documents(str(path)))
     assert len(documents) == SETTINGS.tokens // SETTINGS.length
     assert all(document.startswith("<s>user: ") for document in documents)
     assert len(set(documents)) == len(documents)
@@ -100,7 +100,7 @@ def test_refused_conversations_leave_nothing_behind(dense_folder, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(dense_folder, tmp_path, monkeypatch):
     whole = sample(str(dense_folder), tmp_path / "whole.jsonl", settings=SETTINGS)
-    assert len(list(read_documents(str(whole)))) > BATCH
+    assert len(list(Documents(str(whole)))) > BATCH
 
     calls = []
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from factorllm.dense import open_model
 from factorllm.dense.hub import download
-from factorllm.text.calibration import read_documents
+from factorllm.text.documents import Documents
 
 DOCUMENTS = ["first document", "second one", "the third"]
 
@@ -31,7 +31,7 @@ def write(path, documents):
 def test_each_kind_of_file_gives_its_documents(tmp_path, suffix):
     path = tmp_path / f"text.{suffix}"
     write(path, DOCUMENTS)
-    assert [text.strip() for text in read_documents(str(path))] == DOCUMENTS
+    assert [text.strip() for text in Documents(str(path))] == DOCUMENTS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

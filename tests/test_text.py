@@ -22,7 +22,7 @@ from factorllm.measure.scores import evaluate
 from factorllm.measure.settings import EvalSettings
 from factorllm.runs.settings import Settings
 from factorllm.text import read_calibration_text
-from factorllm.text.calibration import read_documents
+from factorllm.text.documents import Documents
 from factorllm.text.parts import open_text
 from factorllm.text.sampling import chat_opening, sample_from_model
 
@@ -258,16 +258,16 @@ CONVERSATION = "<s>user: hi</s><s>assistant: hello</s>"
 def test_text_of_many_makers(name, content, wanted, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert [text.strip() for text in read_documents(str(path), byte_tokenizer())] == wanted
+    assert [text.strip() for text in Documents(str(path), byte_tokenizer())] == wanted
     zipped = tmp_path / f"{name}.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
-    assert [text.strip() for text in read_documents(str(zipped), byte_tokenizer())] == wanted
+    assert [text.strip() for text in Documents(str(zipped), byte_tokenizer())] == wanted
 
 
 def test_parquet_of_many_makers(tmp_path):
     def found(table) -> list[str]:
         pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-        return list(read_documents(str(tmp_path / "t.parquet"), byte_tokenizer()))
+        return list(Documents(str(tmp_path / "t.parquet"), byte_tokenizer()))
 
     halved = pyarrow.array([b"a half \xed\xa0\xbd", b"second", None], pyarrow.binary())
     for kind in (pyarrow.string(), pyarrow.large_string()):
@@ -313,7 +313,7 @@ def test_what_can_be_read_once_only_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for text in (tmp_path / "pipe.txt", "/dev/null"):
         with pytest.raises(FactorLLMError, match="is no ordinary file, and a text is read more than once; save it as"):
-            next(iter(read_documents(str(text))))
+            next(iter(Documents(str(text))))
 
 
 def test_conversations_need_a_chat_template_that_takes_them(tmp_path):
@@ -339,7 +339,7 @@ def test_a_chat_template_that_wants_contents_in_parts_gets_them(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = PARTS
     text = write_records(tmp_path / "t.jsonl", [{"messages": CHAT}])
-    assert list(read_documents(text, tokenizer)) == ["user: hi</s>assistant: hello</s>"]
+    assert list(Documents(text, tokenizer)) == ["user: hi</s>assistant: hello</s>"]
     assert tokenizer.decode(chat_opening(tokenizer)) == "user: "
 
 
@@ -364,7 +364,7 @@ def test_what_a_tokenizer_cannot_take_is_refused(tmp_path):
 
 def test_a_text_that_comes_late_in_a_file_is_found(tmp_path):
     text = write_records(tmp_path / "t.jsonl", [*({"id": i} for i in range(3000)), "late"])
-    assert list(read_documents(text)) == ["late"]
+    assert list(Documents(text)) == ["late"]
 
 
 # Data sets.

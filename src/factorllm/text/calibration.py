@@ -17,10 +17,8 @@ from factorllm.errors import FactorLLMError
 from factorllm.runs.digest import digest_of
 from factorllm.runs.given import name_of
 from factorllm.runs.settings import Settings
-from factorllm.text.documents import kind_of, local_path, read_documents
+from factorllm.text.documents import kind_of, local_path
 from factorllm.text.parts import Parts, open_text, sequences_of
-
-__all__ = ["CalibrationText", "file_digest", "public_name", "read_calibration_text", "read_documents", "text_origin"]
 
 
 @dataclass(frozen=True)

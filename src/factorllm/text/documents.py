@@ -94,11 +94,6 @@ class Documents:
             return None
 
 
-def read_documents(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Documents:
-    """The documents of a text; see `Documents`."""
-    return Documents(text, tokenizer)
-
-
 def local_path(text: str) -> Path | None:
     """Where a text lies on this machine, or None when nothing is there."""
     path = os.path.expanduser(text)
@@ -124,23 +119,19 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 def _records(text: str) -> Iterator[object]:
     readers = {".txt": _paragraphs, ".jsonl": _line_records, ".json": _json_records, ".parquet": _parquet_rows}
-    path, kind = local_path(text), kind_of(text)
+    path, kind, kinds = local_path(text), kind_of(text), ", ".join(readers)
     if path is None:
         if kind in readers:
             raise FactorLLMError(f"no such text file: {text}; check the path")
         yield from _dataset_records(text)
     elif path.is_dir():
-        raise FactorLLMError(f"{text} is a folder; give one file, which may hold the content of all: {_kinds(readers)}")
+        raise FactorLLMError(f"{text} is a folder; give one file, which may hold the content of all: {kinds}")
     elif not path.is_file():  # a pipe gives its content once, by which a text is known, and then none
         raise FactorLLMError(f"{text} is no ordinary file, and a text is read more than once; save it as a file")
     elif kind not in readers:
-        raise FactorLLMError(f"{text} is not a kind of text that is read; use {_kinds(readers)} or a dataset id")
+        raise FactorLLMError(f"{text} is not a kind of text that is read; use {kinds} or a dataset id")
     else:
         yield from readers[kind](path)
-
-
-def _kinds(readers: Iterable[str]) -> str:
-    return ", ".join(readers)
 
 
 def _lines(path: Path) -> Iterator[str]:
