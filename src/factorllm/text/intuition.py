@@ -129,14 +129,13 @@ class Intuition:
         return cls.fit(documents, np.eye(max(labels) + 1)[list(labels)])
 
     @classmethod
-    def fit(cls, documents: Sequence[str], wanted: Array, vectors: TextVectors | None = None) -> Intuition:
+    def fit(cls, documents: Sequence[str], wanted: Array) -> Intuition:
         """The W of least mean `KL(q || p)`, a convex problem: logistic regression with soft labels.
 
         Args:
             wanted: q, (documents, K), rows that sum to 1.
-            vectors: counted on these documents unless given.
         """
-        vectors = vectors or TextVectors.of(documents)
+        vectors = TextVectors.of(documents)
         points, shape = vectors(documents), (wanted.shape[1], WIDTH)
 
         def loss(flat: Array) -> tuple[float, Array]:
@@ -171,11 +170,7 @@ class Intuition:
             counts, weights = np.array(content["counts"], np.int64), np.array(content["weights"], np.float64)
             if counts.shape != (_BUCKETS,) or weights.ndim != 2 or weights.shape[1] != WIDTH:
                 raise ValueError(f"counts {counts.shape} and weights {weights.shape} are of another shape")
-            if (
-                not np.isfinite(weights).all()
-                or counts.min() < 0
-                or counts.max() > (number := int(content["documents"]))
-            ):
+            if not np.isfinite(weights).all() or counts.min() < 0 or counts.max() > number:
                 raise ValueError("its numbers are none that could have been counted or fitted")
             return cls(TextVectors(number, counts), weights)
 
