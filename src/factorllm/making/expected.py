@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from factorllm.dense.headers import read_dense_config
 from factorllm.making.plan_file import MakePlan
+from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.speed.plan import Plan
 from factorllm.planning.pace import Pace
 from factorllm.planning.stand_in import with_tokens
@@ -44,7 +45,7 @@ def expected_seconds(plan: MakePlan, steps: list[str]) -> dict[str, float]:
 
 def _passes(plan: MakePlan, students: int) -> dict[str, int]:
     """Tokens that the dense model could read in the time that a step takes beside converting and healing."""
-    held_out, front = plan.factorize.held_out_tokens, plan.front
+    held_out = plan.factorize.held_out_tokens
     heal = plan.heal.validation_tokens * (plan.heal.evaluations + 1) if plan.heal else 0
     questions = _QUESTION * plan.evaluate.limit if plan.evaluate.limit else _QUESTIONS
     return {
@@ -54,7 +55,7 @@ def _passes(plan: MakePlan, students: int) -> dict[str, int]:
         "export": 65_536 if plan.export.weighed or plan.export.gptq else 0,
         "eval": 4 * held_out + 2 * questions * len(plan.evaluate.tasks),
         "bench": _timed(plan.bench, 2) if plan.bench else 0,
-        "front": _fronted(plan) if front else 0,
+        "front": _fronted(plan.front) if plan.front else 0,
         "report": _REPORT,
     }
 
@@ -64,9 +65,7 @@ def _timed(plan: Plan, models: int) -> int:
     return models * plan.rounds * (sum(plan.prompts) + decoded)
 
 
-def _fronted(plan: MakePlan) -> int:
-    front = plan.front
-    assert front
+def _fronted(front: FrontPlan) -> int:
     files = 2 * len(front.types)
     weighed = 2 * front.importance_tokens
     return weighed + _timed(front.speed_plan(), files) + files * _DECODED * front.perplexity_tokens

@@ -86,7 +86,7 @@ class Outlook:
         """
         found = [c for c in self.choices if c.expected.kind != "dense" and c.expected.file_type == file_type]
         if wish.memory is not None:
-            found = _those(found, lambda c: wish.memory - c.expected.memory_bytes, lambda c: _memory(c), "as small")
+            found = _those(found, lambda c: wish.memory - c.expected.memory_bytes, _memory, "as small")
         if wish.keep is not None:
             found = _those(
                 found, lambda c: _kept(c) - wish.keep, lambda c: f"keeps {_kept(c):.0%}", "known to keep that"
@@ -100,13 +100,14 @@ class Outlook:
         said = {"model": self.model, "vocabulary": self.vocabulary, "tokens": TOKENS, "healed_tokens": HEALED_TOKENS}
         return said | {
             "choices": [
-                asdict(choice.expected)
-                | {
+                {
+                    **asdict(choice.expected),
                     "recipe": choice.expected.recipe and choice.expected.recipe.model_dump(),
                     "kind": choice.expected.kind,
+                    "quality": choice.quality and asdict(choice.quality),
+                    "convert_seconds": choice.convert_seconds,
+                    "heal_seconds": choice.heal_seconds,
                 }
-                | {"quality": choice.quality and asdict(choice.quality)}
-                | {"convert_seconds": choice.convert_seconds, "heal_seconds": choice.heal_seconds}
                 for choice in self.choices
             ]
         }

@@ -47,10 +47,11 @@ def known_quality(recipe: Recipe, model: str) -> Measured | None:
     """
     like = [row for row in _rows() if _kind(parse_recipe(row.recipe)) == _kind(recipe)]
     asked = _SPELLING.sub("", model.lower())
-    ranked = sorted(
-        like, key=lambda row: (_SPELLING.sub("", row.model.lower()) not in asked, row.recipe != recipe.name)
-    )
-    return ranked[0] if ranked else None
+
+    def distance(row: Measured) -> tuple[bool, bool]:
+        return _SPELLING.sub("", row.model.lower()) not in asked, row.recipe != recipe.name
+
+    return min(like, key=distance, default=None)
 
 
 def _kind(recipe: Recipe) -> tuple[bool, float]:
