@@ -26,7 +26,7 @@ from factorllm.measure.front.show import front_json, write_picture
 from factorllm.measure.gguf_subject import Followed, GgufSubject, check_gguf
 from factorllm.measure.score_cache import CACHE, follow_text, scores_of_files
 from factorllm.measure.settings import EvalSettings
-from factorllm.measure.speed.subjects import Subject, open_subject, open_timed
+from factorllm.measure.speed.subjects import Subject, open_timed, prepare_subject
 from factorllm.measure.speed.timing import Measure, measure_speed
 from factorllm.measure.tasks import Score, check_tasks
 from factorllm.measure.vocabulary import Vocabulary
@@ -196,10 +196,8 @@ def _write(
         weighted = weights if FILE_TYPES[kind][0] in WEIGHTED else {}
         if plan.gptq and FILE_TYPES[kind][0] in LEVELS:
             weighted = weights | {"gptq": True}
-        yield (
-            kind,
-            open_subject(model.name, model.path, "llamacpp", kind, out, console, _WHEN_FULL, weigh=weigh, **weighted),
-        )
+        written = (model.name, model.path, model.checkpoint, "llamacpp", kind, out, console, _WHEN_FULL)
+        yield kind, prepare_subject(*written, weigh=weigh, **weighted)
 
 
 def _ask(

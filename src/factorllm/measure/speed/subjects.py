@@ -56,10 +56,10 @@ def open_subjects(
     """
     names = ["student", "dense", *(f"pruned {i}" if len(against) > 2 else "pruned" for i in range(1, len(against)))]
     models = [student, *against]
-    for model in models:  # the last may be refused too, and files take their time
-        open_timed(model, engine)
+    checkpoints = [open_timed(model, engine) for model in models]  # any may be refused, and files take their time
     return [
-        open_subject(name, model, engine, file_type, work, console) for name, model in zip(names, models, strict=True)
+        prepare_subject(name, model, checkpoint, engine, file_type, work, console)
+        for name, model, checkpoint in zip(names, models, checkpoints, strict=True)
     ]
 
 
@@ -78,9 +78,10 @@ def open_timed(model: str, engine: str) -> Checkpoint:
     return checkpoint
 
 
-def open_subject(
+def prepare_subject(
     name: str,
     model: str,
+    checkpoint: Checkpoint,
     engine: str,
     file_type: str,
     work: Path,
@@ -91,10 +92,10 @@ def open_subject(
     """A model in the form that the engine loads; `open_subjects` says more.
 
     Args:
+        checkpoint: the model, as `open_timed` opened it.
         when_full: what to do when the disk of `work` is.
         weighted: how `export_gguf` weighs what counts.
     """
-    checkpoint = open_timed(model, engine)
     cost = cost_of(checkpoint.config, checkpoint.host.shape(checkpoint.config))
     path = Path(model)
     if engine == "llamacpp":
