@@ -12,9 +12,11 @@ from factorllm.cli.options import IS_PATH, names_in, settings_from
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 
+_OF_TASKS = ("data", "limit", "run_generated_code")
+
 
 @settings_from(FrontPlan, "importance_tokens", "gptq", "perplexity_tokens", "rounds", "threads")
-@settings_from(EvalSettings, "data", "limit", "run_generated_code")
+@settings_from(EvalSettings, *_OF_TASKS)
 def front(
     students: Annotated[list[str], typer.Argument(help="Checkpoints that factorllm made, trimmed models too.")],
     against: Annotated[list[str], typer.Option(help="The dense model; again for a static prune.")],
@@ -28,7 +30,7 @@ def front(
     from factorllm.measure.front.run import run_front
     from factorllm.measure.front.show import front_table
 
-    asked = {name: chosen.pop(name) for name in ("data", "limit", "run_generated_code")}
+    asked = {name: chosen.pop(name) for name in _OF_TASKS}
     settings = EvalSettings(tasks=names_in(tasks), **asked)
     plan = FrontPlan(types=names_in(types), **chosen)
     console = terminal.console

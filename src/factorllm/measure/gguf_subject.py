@@ -86,7 +86,9 @@ class GgufSubject:
             FactorLLMError: when it is no GGUF file, a part of one, or llama.cpp is not installed.
         """
         if not installed("llamacpp"):
-            raise FactorLLMError(f"{path} is measured through llama.cpp, which is not installed; {_INSTALL}")
+            raise FactorLLMError(
+                f"{path} is measured through llama.cpp, which is not installed; {how_to_install('llamacpp')}"
+            )
         if not path.is_file():
             raise FactorLLMError(f"no file {path}; check the path")
         reader = open_gguf(path)
@@ -187,9 +189,6 @@ class GgufSubject:
     def _options(self, threads: int | None = None) -> Options:
         reader = str(self.reader) if self.reader else None
         return Options(context=self.context, decode_threads=threads, reader=reader)
-
-
-_INSTALL = how_to_install("llamacpp")
 
 
 def check_gguf(against: str | None, settings: EvalSettings) -> None:

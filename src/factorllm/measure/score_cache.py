@@ -57,7 +57,6 @@ def scores_of_files(
         FactorLLMError: of the first that cannot be scored.
     """
     asked = [each for each in subjects.values() if not _is_cached(each, settings, cache)]
-    sizes = {name: each.size for name, each in subjects.items()}
     cores = torch.get_num_threads()
     fit = cores > 1 and _MEMORY_OF_A_BYTE * sum(each.size for each in asked) < available_memory()
     workers = max(min(len(asked), 2 * cores), 1) if fit else 1
@@ -65,7 +64,7 @@ def scores_of_files(
     with ThreadPoolExecutor(workers) as pool:
         running = {
             name: pool.submit(scores_of, subjects[name], name, settings, cache, console, threads)
-            for name in sorted(subjects, key=sizes.__getitem__, reverse=True)  # what takes longest goes first
+            for name in sorted(subjects, key=lambda name: subjects[name].size, reverse=True)  # the slowest go first
         }
         return {name: running[name].result() for name in subjects}
 
@@ -100,9 +99,7 @@ def scores_of(
         }
 
 
-def follow_text(
-    subject: GgufSubject, tokens: Tensor, cache: Path, tick: Callable[[int], None] = lambda sequences: None
-) -> Followed:
+def follow_text(subject: GgufSubject, tokens: Tensor, cache: Path, tick: Callable[[int], None]) -> Followed:
     """What a file's model says of a text, (sequences, length), int64; from the cache where it was asked before.
 
     Args:

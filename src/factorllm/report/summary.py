@@ -128,13 +128,13 @@ def measured_on(made: dict[str, Any]) -> tuple[int, str]:
     return data["held_out_tokens"], text
 
 
-def result_table(results: dict[str, dict[str, Any]], title: str = "") -> Table:
+def result_table(results: dict[str, dict[str, Any]], title: str) -> Table:
     """Dense, student and static prune side by side.
 
     Args:
         results: for each model, `ModelRow.as_dict()`.
     """
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     columns = (
         "model",
         "perplexity",

@@ -17,10 +17,9 @@ def show_summary(console: Console, summary: Summary) -> None:
     console.print(
         result_table(results, f"perplexity on {summary.held_out_tokens:,} held-out tokens: {summary.text_origin}")
     )
-    if summary.images:
-        console.print(kind_table(summary.images, summary.layers))
     spent, tokens = summary.spent, summary.calibration_tokens
     if summary.images:
+        console.print(kind_table(summary.images, summary.layers))
         tokens = sum(row.calibration_tokens for row in kind_rows(summary.images, summary.layers))
     console.print(
         f"{summary.recipe.name} from {tokens:,} calibration tokens: converted in "
