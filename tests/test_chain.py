@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BASE, byte_tokenizer, save_dense
-from test_export import save_model
+from conftest import BASE, around_texts, byte_tokenizer, save_dense
+from test_export import byte_level_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from factorllm import FactorLLMError, evaluate
@@ -163,6 +163,29 @@ def test_a_model_that_computes_nan_is_not_taken_at_its_word(model):
 def test_a_prompt_without_room_is_refused(model):
     with pytest.raises(FactorLLMError, match=r"a prompt has 300 tokens .* more than the 256 of the model's context"):
         LoadedAnswers(model, byte_tokenizer())(Question("x" * 300, ("yes", "no")))
+
+
+def test_an_answer_comes_before_the_end_token_that_a_tokenizer_puts_behind_each_text(model):
+    questions = [Question(f"{word}?", allowed) for word in ("What", "Where", "a") for allowed in (("joy", "fear"), 12)]
+    said = [
+        list(map(LoadedAnswers(model, around_texts(byte_tokenizer(), around)), questions))
+        for around in ("<s> $A", "<s> $A </s>")
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.engine
+def test_llama_cpp_answers_before_the_end_token_that_a_file_puts_behind_each_text(tmp_path):
+    pytest.importorskip("xllamacpp")
+    chain, said = read_chain(write_chain(tmp_path)), []
+    for around in ("<s> $A", "<s> $A </s>"):
+        folder, file = tmp_path / str(len(said)), tmp_path / f"{len(said)}.gguf"
+        config = LlamaConfig(**BASE | {"max_position_embeddings": 256})
+        save_model(config, folder, around_texts(byte_level_tokenizer(), around))
+        export_gguf(str(folder), file, "f32")
+        with GgufSubject.of(file).answering() as ask:
+            said.append(follow(chain, ask))
+    assert said[0] == said[1]
 
 
 @pytest.mark.engine

@@ -10,7 +10,7 @@ from inspect import unwrap
 
 import pytest
 import torch
-from conftest import BASE, byte_tokenizer, save_dense, some_tokens, tasks_of_lm_eval
+from conftest import BASE, around_texts, byte_tokenizer, save_dense, some_tokens, tasks_of_lm_eval
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -126,6 +126,23 @@ def test_the_harness_scores_as_lm_evals_own_model_does(dense_folder):
     assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], rel=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert any(greedy for _, greedy in ours)
+
+
+def test_an_end_token_that_a_tokenizer_puts_behind_each_text_is_no_part_of_a_prompt(dense_folder):
+    from lm_eval.api.instance import Instance
+
+    from factorllm.measure.harness import Harness
+
+    scored = [Instance("loglikelihood", {}, pair, 0) for pair in (("A", " b"), ("Which?\nAnswer:", " iron"))]
+    kwargs = {"until": [], "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, (prompt, kwargs), 0) for prompt in ("Q:", "x" * 70, "Which one?")]
+    found = []
+    for around in ("<s> $A", "<s> $A </s>"):
+        model = AutoModelForCausalLM.from_pretrained(dense_folder)
+        tokenizer = around_texts(byte_tokenizer(), around)
+        harness = Harness(pretrained=model, tokenizer=tokenizer, max_length=64, batch_size=2)
+        found.append((harness.loglikelihood(scored, disable_tqdm=True), harness.generate_until(asked, True)))
+    assert found[0] == found[1]
 
 
 def test_generation_counts_exact_answers(dense_folder, tmp_path, monkeypatch):

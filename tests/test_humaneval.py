@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, byte_tokenizer, tasks_of_lm_eval, words
+from conftest import BASE, around_texts, byte_tokenizer, tasks_of_lm_eval, words
 from rich.console import Console
 from test_evaluate import write_lines
-from test_export import save_model
+from test_export import byte_level_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import factorllm.measure.gguf_subject
@@ -282,6 +282,25 @@ def test_log_probabilities_through_llamacpp_are_the_models(models):
         found = Served(process, 256, tokenizer.bos_token_id).loglikelihood(requests, disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-3)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in wanted]
+
+
+@pytest.mark.engine
+def test_an_end_token_that_a_file_puts_behind_each_text_is_not_scored(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    from factorllm.engines import EngineProcess, Options
+    from factorllm.measure.served import Served
+
+    found = []
+    for name, around in (("plain", "<s> $A"), ("ends", "<s> $A </s>")):
+        save_model(LlamaConfig(**BASE), tmp_path / name, around_texts(byte_level_tokenizer(), around))
+        export_gguf(str(tmp_path / name), tmp_path / f"{name}.gguf", "f32")
+        subject = GgufSubject.of(tmp_path / f"{name}.gguf")
+        with EngineProcess("llamacpp", subject.path, Options(context=64)) as process:
+            served = Served(process, 64, subject.begin, subject.ends)
+            scored = [Instance("loglikelihood", {}, pair, 0) for pair in (("the router", " expert"), ("", "token"))]
+            found.append((served.loglikelihood(scored, disable_tqdm=True), served.tok_encode("the router")))
+    assert found[0] == found[1]
 
 
 @pytest.mark.engine

@@ -67,6 +67,7 @@ class GgufSubject:
         fingerprint: of the file, of the one that reads its prompts, and of the engine.
         context: tokens that a question and its answer may have.
         begin: id of the token that begins a text, or else ends one.
+        ends: whether llama.cpp puts an end token behind each text, as the file says.
         vocabulary: its tokens.
         reader: the dense model's file, where it reads the prompts.
     """
@@ -75,6 +76,7 @@ class GgufSubject:
     fingerprint: tuple[str, ...]
     context: int
     begin: int
+    ends: bool
     vocabulary: Vocabulary
     reader: Path | None = None
 
@@ -102,12 +104,12 @@ class GgufSubject:
             return read_field(str(path), reader.fields, key)
 
         ids = (said(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
-        begin = next((token for token in ids if token is not None), 0)
+        begin, ends = next((token for token in ids if token is not None), 0), bool(said("tokenizer.ggml.add_eos_token"))
         trained = Keys(str(path), reader.fields, said("general.architecture")).integer("context_length", _CONTEXT)
         engine = f"xllamacpp {version('xllamacpp')}"
         tokens = said("tokenizer.ggml.tokens")
         vocabulary = Vocabulary.of(len(tokens), {token: index for index, token in enumerate(tokens)})
-        return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, vocabulary)
+        return cls(path, (digest_of([path]), engine), min(trained, _CONTEXT), begin, ends, vocabulary)
 
     def read_by(self, dense: GgufSubject) -> GgufSubject:
         """The same model, whose prompts the dense one reads."""
@@ -177,14 +179,14 @@ class GgufSubject:
         from factorllm.measure.served import Served
 
         with EngineProcess("llamacpp", self.path, self._options(threads)) as process:
-            model = Served(process, self.context, self.begin)
+            model = Served(process, self.context, self.begin, self.ends)
             yield lambda task: ask(model, task, settings.data, settings.limit, settings.run_generated_code)
 
     @contextmanager
     def answering(self) -> Iterator[Ask]:
         """The model, loaded to be asked the questions of a chain."""
         with EngineProcess("llamacpp", self.path, self._options()) as process:
-            yield ServedAnswers(process, self.context)
+            yield ServedAnswers(process, self.context, self.ends)
 
     def _options(self, threads: int | None = None) -> Options:
         reader = str(self.reader) if self.reader else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from factorllm.dense.opening import opened
 from factorllm.errors import FactorLLMError
 
 _BATCH_TOKENS = 2048
@@ -19,7 +20,25 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 class Harness(HFLM):
     """`HFLM` with the same scores. Where a vocabulary is large and a model small, most of its time goes into logits of
-    tokens that no one asks for, and into contexts that are asked with each of their continuations."""
+    tokens that no one asks for, and into contexts that are asked with each of their continuations.
+
+    Prompts are read as the model is given them in use (`opened`): the end token that some tokenizers put behind each
+    text would stand between a prompt and its answer, and in the place of an answer's last token.
+    """
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
+    ) -> list[int]:
+        if add_special_tokens is False:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len)
+        return opened(self.tokenizer, string)[-(left_truncate_len or 0) :]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_
+    ) -> tuple[Tensor, Tensor]:
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         for request in requests:

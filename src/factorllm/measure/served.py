@@ -18,18 +18,21 @@ class Served(TemplateLM):
         process: llama.cpp with the model.
         context: tokens that the server was given room for.
         begin: id of the token that stands for an empty context.
+        ends: whether llama.cpp puts an end token behind each text; behind a prompt there is none, nor an answer.
     """
 
-    def __init__(self, process: EngineProcess, context: int, begin: int):
+    def __init__(self, process: EngineProcess, context: int, begin: int, ends: bool = False):
         super().__init__()
-        self._process, self._context, self._begin = process, context, begin
+        self._process, self._context, self._begin, self._ends = process, context, begin, ends
 
     @property
     def eot_token_id(self) -> int:
         return self._begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        return self._process.tokenize(string, special=add_special_tokens is not False)
+        special = add_special_tokens is not False
+        tokens = self._process.tokenize(string, special=special)
+        return tokens[:-1] if special and self._ends else tokens
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each request the log-probability of its continuation, and whether it is what greedy decoding gives."""

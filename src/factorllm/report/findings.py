@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorllm.dense import open_model
 from factorllm.dense.generate import complete
+from factorllm.dense.opening import opened
 from factorllm.dense.safetensors import read_tokenizer
 from factorllm.errors import FactorLLMError
 from factorllm.measure.routing import Specialisation, expert_picks_for, specialisation
@@ -96,7 +97,7 @@ def _continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
 def _kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Tokens of a text of each kind, all of the same number: (n,)."""
     texts = json.loads(files("factorllm.report").joinpath("kinds.json").read_text(encoding="utf-8"))
-    tokens = {kind: tokenizer(text, return_tensors="pt").input_ids[0] for kind, text in texts.items()}
+    tokens = {kind: torch.tensor(opened(tokenizer, text)) for kind, text in texts.items()}
     shortest = min(map(len, tokens.values()))
     return {kind: row[:shortest] for kind, row in tokens.items()}
 

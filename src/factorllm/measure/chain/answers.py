@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from factorllm.dense.generate import next_logits
+from factorllm.dense.opening import opened
 from factorllm.engines import EngineProcess
 from factorllm.errors import FactorLLMError
 from factorllm.measure.chain.plan import Question
@@ -22,13 +23,15 @@ class ServedAnswers:
     Args:
         process: llama.cpp with the model.
         context: tokens that the server was given room for.
+        ends: whether llama.cpp puts an end token behind each text; an answer does not come after one.
     """
 
-    def __init__(self, process: EngineProcess, context: int):
-        self._process, self._context = process, context
+    def __init__(self, process: EngineProcess, context: int, ends: bool = False):
+        self._process, self._context, self._ends = process, context, ends
 
     def __call__(self, question: Question) -> str:
         tokens, count = self._process.tokenize(question.prompt, special=True), _tokens(question)
+        tokens = tokens[:-1] if self._ends else tokens
         _check_room(len(tokens), count, self._context, question)
         grammar = None if isinstance(question.allowed, int) else grammar_of(question.allowed)
         return _one_line(self._process.answer(tokens, count, grammar))
@@ -57,7 +60,7 @@ class LoadedAnswers:
 
     @torch.inference_mode()
     def __call__(self, question: Question) -> str:
-        tokens, count = self._tokenizer(question.prompt).input_ids, _tokens(question)
+        tokens, count = opened(self._tokenizer, question.prompt), _tokens(question)
         _check_room(len(tokens), count, self._context, question)
         if isinstance(question.allowed, int):
             return self._line(tokens, count)
