@@ -31,9 +31,10 @@ from factorllm.exporting.ready import as_gguf
 from factorllm.making.card import commands
 from factorllm.making.choose import choose_plan
 from factorllm.making.modelfile import modelfile
+from factorllm.making.place import Place
 from factorllm.making.plan_file import ExportStep, SampleStep, read_plan
 from factorllm.making.run import _run
-from factorllm.making.steps import Place, Progress, Work
+from factorllm.making.steps import Progress, Work
 from factorllm.measure.front.plan import FrontPlan
 from factorllm.measure.settings import EvalSettings
 from factorllm.measure.speed.plan import Plan
@@ -102,7 +103,7 @@ def test_everything_is_there(made):
 
 def test_commands_run_as_they_are_said_whatever_the_folder_is_called(plan, tmp_path):
     out = tmp_path / "Mine [v1] of März"
-    used = commands(plan.model_copy(update={"model": "a dense"}), Place(out, "q8_0"))
+    used = commands(Place(out, plan.model_copy(update={"model": "a dense"})))
     assert [shlex.split(each) for each in used] == [
         ["factorllm", "chat", str(out)],
         ["factorllm", "serve", str(out / f"{out.name}-q8_0.gguf")],
@@ -278,7 +279,7 @@ def test_where_healing_is_taken_out_of_a_plan_and_put_in_again(tmp_path, monkeyp
         monkeypatch.setattr(Work, name, lambda work: None)
     (tmp_path / "steps").mkdir()
     for heal in (plan.heal, None, plan.heal):
-        _run(Work(plan.model_copy(update={"heal": heal}), tmp_path, Console(quiet=True)), Console(quiet=True))
+        _run(Work(plan.model_copy(update={"heal": heal}), tmp_path, Console(quiet=True)))
     assert exported == ["healed", "converted", "healed"]
 
 

@@ -36,11 +36,9 @@ class _Turns:
         return f"{before}{self.answer[0]}{{{{ .Response }}}}{self.answer[1]}"
 
 
-def write_modelfile(gguf_file: Path, out: Path) -> Path:
+def write_modelfile(gguf_file: Path, out: Path) -> None:
     """Write `Modelfile` into `out`, for a GGUF file in it and the checkpoint beside that."""
-    path = out / "Modelfile"
-    write_text(path, modelfile(gguf_file.name, read_tokenizer(out / MADE, str(out))))
-    return path
+    write_text(out / "Modelfile", modelfile(gguf_file.name, read_tokenizer(out / MADE, str(out))))
 
 
 def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase) -> str:

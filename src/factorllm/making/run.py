@@ -131,12 +131,12 @@ def make_planned(path: str | Path, out: str | Path | None = None, console: Conso
     work = Work(plan, out, console)
     with explain_full_disk(out):
         work.at.steps.mkdir(parents=True, exist_ok=True)
-        _run(work, console)
-    return Made(out, plan, numbers(plan, work.at), commands(plan, work.at))
+        _run(work)
+    return Made(out, plan, numbers(work.at), commands(work.at))
 
 
-def _run(work: Work, console: Console) -> None:
-    steps = work.steps()
+def _run(work: Work) -> None:
+    steps, console = work.steps(), work.console
     progress = Progress(work, steps)
     missing = [step for step in steps if not progress.is_done(step)]
     if not missing:

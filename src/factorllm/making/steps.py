@@ -17,80 +17,22 @@ from factorllm.exporting import export_gguf
 from factorllm.healing.run import heal
 from factorllm.making.card import write_card
 from factorllm.making.modelfile import write_modelfile
+from factorllm.making.place import Place
 from factorllm.making.plan_file import MakePlan
 from factorllm.measure.front.run import NUMBERS, run_front
 from factorllm.measure.scores import evaluate
 from factorllm.measure.speed.run import run_bench
 from factorllm.recipe import parse_recipe
 from factorllm.report.findings import gather
-from factorllm.report.measured import Measured, read_measured
 from factorllm.report.page import PAGE, check_report_folder, write_report
 from factorllm.runs.digest import digest_of
 from factorllm.runs.identity import versions
-from factorllm.runs.output import MADE, read_json
+from factorllm.runs.output import read_json
 from factorllm.runs.workspace import write_json
 from factorllm.text.calibration import text_identity
 from factorllm.text.sample import sample
 from factorllm.trimming import COUNTED_TOKENS
 from factorllm.trimming.trim import trim
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where everything is in the folder that `make` writes."""
-
-    out: Path
-    file_type: str
-
-    @property
-    def steps(self) -> Path:
-        return self.out / "steps"
-
-    @property
-    def sampled(self) -> Path:
-        return self.steps / "text.jsonl"
-
-    @property
-    def trimmed(self) -> Path:
-        return self.out / "trimmed"
-
-    @property
-    def converted(self) -> Path:
-        return self.steps / "converted"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / MADE
-
-    @property
-    def gguf(self) -> Path:
-        return self.out / f"{self.out.name}-{self.file_type}.gguf"
-
-    @property
-    def scores(self) -> Path:
-        return self.out / "scores.json"
-
-    @property
-    def speed(self) -> Path:
-        return self.out / "speed"
-
-    @property
-    def timed(self) -> Path:
-        return self.speed / "speed.json"
-
-    @property
-    def front(self) -> Path:
-        return self.out / "front"
-
-    def dense(self, plan: MakePlan) -> str:
-        """The dense model that has the student's vocabulary: what it is made from, taught by, and compared with."""
-        return str(self.trimmed) if plan.vocabulary else plan.model
-
-    def measured(self, plan: MakePlan) -> Measured:
-        """What the steps of a plan measured."""
-        return read_measured(
-            self.scores, self.timed if plan.bench else None, self.front / NUMBERS if plan.front else None
-        )
 
 
 @dataclass(frozen=True)
@@ -113,10 +55,9 @@ class Work:
     """A plan, carried out in a folder."""
 
     def __init__(self, plan: MakePlan, out: Path, console: Console):
-        self.plan, self.at = plan, Place(out, plan.export.type)
-        self._console = console
+        self.plan, self.at, self.console = plan, Place(out, plan), console
         self._text = plan.text or str(self.at.sampled)
-        self._dense = self.at.dense(plan)
+        self._dense = self.at.dense
         self._converted = self.at.converted if plan.heal else self.at.checkpoint
         # What is unfinished, of the same plan, goes on; what an older plan left there is replaced.
         self._again: dict[str, Any] = {"overwrite": True, "console": console}
@@ -172,31 +113,31 @@ class Work:
     def _export(self) -> None:
         how = self.plan.export
         weighed = {"text": self._text, "gptq": how.gptq} if how.weighed or how.gptq else {}
-        say = partial(self._console.print, soft_wrap=True, highlight=False, markup=False)
+        say = partial(self.console.print, soft_wrap=True, highlight=False, markup=False)
         export_gguf(str(self.at.checkpoint), self.at.gguf, how.type, say=say, **weighed, **self._again)
 
     def _evaluate(self) -> None:
-        measured = {"text": self._text, "settings": self.plan.evaluate, "console": self._console}
+        measured = {"text": self._text, "settings": self.plan.evaluate, "console": self.console}
         write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self._dense, **measured)))
 
     def _bench(self) -> None:
         plan = self.plan
-        timed = (plan.engine, plan.export.type, plan.bench, self.at.speed, self._console)
+        timed = (plan.engine, plan.export.type, plan.bench, self.at.speed, self.console)
         run_bench(str(self.at.checkpoint), [plan.model], *timed)
 
     def _front(self) -> None:
         models = [str(self.at.checkpoint)], [self.plan.model]
-        run_front(*models, self._text, self.at.front, self.plan.front, console=self._console)
+        run_front(*models, self._text, self.at.front, self.plan.front, console=self.console)
 
     def _report(self) -> None:
         folder = self.at.out / "report"
         check_report_folder(folder)
-        measured, device = self.at.measured(self.plan), self.plan.evaluate.device
-        write_report(self.at.out.name, gather(self.at.checkpoint, self._dense, measured, device, self._console), folder)
+        measured, device = self.at.measured(), self.plan.evaluate.device
+        write_report(self.at.out.name, gather(self.at.checkpoint, self._dense, measured, device, self.console), folder)
 
     def _card(self) -> None:
         write_modelfile(self.at.gguf, self.at.out)
-        write_card(self.plan, self.at)
+        write_card(self.at)
 
 
 class Progress:
