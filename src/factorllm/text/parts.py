@@ -35,6 +35,10 @@ class Parts(ABC):
 
     cut: bool = False
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        self._opening = opening_of(tokenizer)
+        self._length = length - len(self._opening)  # of the text in a sequence
+
     @abstractmethod
     def hold_out(self, sequences: int, purpose: str = "held out") -> Tensor:
         """So many sequences of documents that no other part has.
@@ -50,6 +54,14 @@ class Parts(ABC):
     def notes(self) -> list[str]:
         """What a user should know of how the text was read, a sentence each."""
         return []
+
+    def _packed(self, tokens: list[int]) -> Tensor:
+        """All whole sequences: (n, opening and length), int64."""
+        whole = len(tokens) // self._length
+        return self._opened(torch.tensor(tokens[: whole * self._length], dtype=torch.int64).view(whole, self._length))
+
+    def _opened(self, rows: Tensor) -> Tensor:
+        return torch.cat([torch.tensor(self._opening, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
 
 
 def sequences_of(tokens: int, length: int) -> int:
@@ -85,9 +97,8 @@ class _SampledParts(Parts):
     def __init__(
         self, load_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
     ):
+        super().__init__(tokenizer, length)
         self._load_model, self._tokenizer, self._seed = load_model, tokenizer, seed
-        self._opening = opening_of(tokenizer)
-        self._length = length - len(self._opening)
         self._parts = 0
 
     @cached_property
@@ -98,10 +109,10 @@ class _SampledParts(Parts):
         seed = self._seed * 1_000_003 + self._parts
         self._parts += 1
         if not sequences:
-            return _packed([], self._length, self._opening)
+            return self._packed([])
         opening = self._opening or None
         rows = sample_from_model(self._model, self._tokenizer, sequences, self._length, seed, opening=opening)
-        return _opened(rows, self._opening)
+        return self._opened(rows)
 
     def hold_out(self, sequences: int, purpose: str = "held out") -> Tensor:
         return self.take(sequences)
@@ -111,9 +122,8 @@ class DocumentParts(Parts):
     """Documents that are shuffled, and joined with the tokenizer's end token."""
 
     def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, seed: int):
+        super().__init__(tokenizer, length)
         self._text, self._documents = documents.text, documents
-        self._opening = opening_of(tokenizer)
-        self._length = length - len(self._opening)  # of the text in a sequence
         self._repeated = 0
         at_once = None if local_path(self._text) else _SHUFFLED_AT_ONCE
         shuffled = _shuffled(self._distinct(documents), random.Random(seed), at_once)
@@ -142,7 +152,7 @@ class DocumentParts(Parts):
                 f"the text is too short: it has {len(held)} of the {wanted} tokens that must be {purpose}; "
                 "give more text"
             )
-        return _packed(held[:wanted], self._length, self._opening)
+        return self._packed(held[:wanted])
 
     def take(self, sequences: int) -> Tensor:
         wanted = sequences * self._length
@@ -150,7 +160,7 @@ class DocumentParts(Parts):
         while len(taken) < wanted and (document := self._next()):
             taken += document
         self._rest = taken[wanted:]
-        return _packed(taken[:wanted], self._length, self._opening)
+        return self._packed(taken[:wanted])
 
     def notes(self) -> list[str]:
         found = []
@@ -227,13 +237,3 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
         return tokens if formatted and tokens[-1:] == [end] else [*tokens, end]
 
     return encode
-
-
-def _packed(tokens: list[int], length: int, opening: list[int]) -> Tensor:
-    """All whole sequences: (n, opening and length), int64."""
-    whole = len(tokens) // length
-    return _opened(torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length), opening)
-
-
-def _opened(rows: Tensor, opening: list[int]) -> Tensor:
-    return torch.cat([torch.tensor(opening, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
