@@ -67,9 +67,9 @@ PLAIN = [
 PEOPLE = ["Anna", "Tom", "Mira", "Paul", "Nadia", "Oskar", "Lena", "David"]
 
 
-def documents(count: int = DOCUMENTS, seed: int = SEED) -> list[dict]:
+def documents(count: int = DOCUMENTS) -> list[dict]:
     """Documents with one emotion or two, each of another person, between clauses of none."""
-    chooser = random.Random(seed)
+    chooser = random.Random(SEED)
     return [_document(chooser, 1 + number % 2) for number in range(count)]
 
 

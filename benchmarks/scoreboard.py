@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from common import commit, in_one_line, markdown_table, replace_part
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -194,17 +195,13 @@ def kept(found: dict, dense: dict) -> tuple[float | None, float | None]:
 
 def plot(models: dict[str, dict], path: Path) -> None:
     """Perplexity and retention against active parameters, a line a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dense = models["dense"]
     panels = {
         "perplexity, x dense": lambda found: found["perplexity"] / dense["perplexity"],
         "five tasks, above-chance retention": lambda found: kept(found, dense)[1],
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure = Figure(figsize=(11, 4.5))
+    axes = figure.subplots(1, 2)
     for axis, (label, value) in zip(axes, panels.items(), strict=True):
         for method, title in METHODS.items():
             points = [dense, *(models[f"{method}-{percent}"] for percent in ACTIVE_PARTS)]

@@ -11,9 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import around_texts, byte_tokenizer
 from rich.console import Console
-from tokenizers import processors
 from transformers import AutoModelForCausalLM, BatchEncoding
 
 from factorllm import FactorLLMError, factorize
@@ -67,10 +66,7 @@ def test_parts_are_packed_with_the_end_token_between_documents(tmp_path):
 
 def opening_tokenizer():
     """As Llama's: what it is given, it begins with its first token."""
-    tokenizer = byte_tokenizer()
-    around = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", FIRST)])
-    tokenizer.backend_tokenizer.post_processor = around
-    return tokenizer
+    return around_texts(byte_tokenizer(), "<s> $A")
 
 
 def test_each_part_begins_as_all_that_the_model_is_given(tmp_path, dense_folder):
