@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
+from transformers import AddedToken
 
 from factorllm.dense import open_model
 from factorllm.errors import FactorLLMError
@@ -76,6 +77,17 @@ def test_a_tokenizer_without_a_beginning_of_conversations_is_refused(template, m
     tokenizer.chat_template = template
     with pytest.raises(FactorLLMError, match=message):
         chat_opening(tokenizer)
+
+
+def test_a_document_ends_at_each_token_that_is_no_text():
+    """As letters, which they would be read as, the model did not say them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(AddedToken("<filename>", special=True))
+    named = tokenizer.convert_tokens_to_ids("<filename>")
+    assert named not in tokenizer.all_special_ids  # only those are that have a role in its config
+    said = [tokenizer(letter * 16).input_ids for letter in "abc"]
+    tokens = [*said[0], named, *said[1], tokenizer.eos_token_id, *said[2]]
+    assert list(module._documents(tokens, tokenizer)) == ["a" * 16, "b" * 16, "c" * 16]
 
 
 @pytest.mark.parametrize("length", [15, 32])

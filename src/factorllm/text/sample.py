@@ -23,7 +23,7 @@ from factorllm.runs.output import Kind, check_output, is_done, located
 from factorllm.runs.progress import meter
 from factorllm.runs.settings import Settings
 from factorllm.runs.workspace import Workspace, write_text
-from factorllm.text.sampling import batch_sizes, chat_opening, sample_from_model
+from factorllm.text.sampling import batch_sizes, chat_opening, sample_from_model, special_tokens
 
 _SHORTEST = 16
 """Tokens of the shortest document that is kept: what the end of a sequence cuts off is not one."""
@@ -155,7 +155,7 @@ def _sample_missing(
 
 def _documents(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The texts between the special tokens of a sampled sequence, without the shortest."""
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     document: list[int] = []
     for token in (*tokens, None):
         if token is not None and token not in special:

@@ -69,6 +69,11 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are no text, the model's end among them."""
+    return {*tokenizer.all_special_ids, *(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)}
+
+
 def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens up to where a user begins to speak, by the tokenizer's chat template.
 

@@ -15,6 +15,7 @@ from factorllm.dense.opening import opened
 from factorllm.engines import EngineProcess
 from factorllm.errors import FactorLLMError
 from factorllm.measure.chain.plan import Question
+from factorllm.text.sampling import special_tokens
 
 
 class ServedAnswers:
@@ -135,11 +136,6 @@ def texts_of_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     )
     added = {token: text.removeprefix(before) for token, text in zip(plain, texts, strict=True)}
     return {token: text for token, text in added.items() if text and "\N{REPLACEMENT CHARACTER}" not in text}
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that are no text, the model's end among them."""
-    return {*tokenizer.all_special_ids, *(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)}
 
 
 def _tokens(question: Question) -> int:
