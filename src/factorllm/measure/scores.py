@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from factorllm.errors import FactorLLMError
 from factorllm.measure.agreement import Agreement, on_text
@@ -117,7 +116,8 @@ def _of_checkpoint(
         subjects["dense"] = CheckpointSubject.of_dense(against, settings)
     if text is not None:
         check_vocabularies({name: subject.vocabulary for name, subject in subjects.items()})
-        tokens = _held_out(subjects["student"].tokenizer, text, Settings(**made["settings"]))
+        made_with = Settings(**made["settings"])
+        tokens = hold_out(open_text(text, subjects["student"].tokenizer, made_with), made_with)
     scores = {name: scores_of(subject, name, settings, cache, console) for name, subject in subjects.items()}
     return subjects, Evaluation(scores) if text is None else _on_text(scores, subjects, tokens, console)
 
@@ -159,8 +159,3 @@ def _on_text(
             values, close = on_text(dense.model, student.model, tokens, lambda rows: bar.advance(2 * rows))
     refuse_infinite(values, "use --dtype float32, or leave out --text")
     return Evaluation(scores, values, close)
-
-
-def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, made_with: Settings) -> Tensor:
-    """The part of a text that `factorize` with the same settings holds out."""
-    return hold_out(open_text(text, tokenizer, made_with), made_with)
