@@ -7,8 +7,8 @@ in the file type that is asked, one random block repeated, without reading or co
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -92,12 +92,12 @@ class StandIn:
     def write(self, path: Path, file_type: str) -> None:
         """Write it as a GGUF file of random weights, with a vocabulary of no words."""
         plan = self.layout(file_type)
-        partial, tile = path.with_suffix(".partial"), _tiles()
+        partial = path.with_suffix(".partial")
         writer = start_file(partial, self, file_type, plan)
         _add_vocabulary(writer, self.config.vocab_size)
         with publishing(writer, partial, path, IN_TMPDIR):
             for planned in plan.values():
-                writer.write_tensor_data(np.resize(tile(planned), planned.size))
+                writer.write_tensor_data(np.resize(_tile(planned.kind), planned.size))
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -149,18 +149,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def _tiles() -> Callable[[Planned], np.ndarray]:
-    """Bytes of a tile of random weights in a tensor's type, each type quantised once."""
+@cache
+def _tile(kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Bytes of a tile of random weights in a type."""
     numbers = np.random.default_rng(0).normal(0, _SPREAD, (_TILE // 256, 256)).astype(np.float32)
-    made: dict[gguf.GGMLQuantizationType, np.ndarray] = {}
-
-    def tile(planned: Planned) -> np.ndarray:
-        kind = planned.kind
-        if kind not in made:
-            data = (
-                quantize("stand-in", numbers, kind, None) if kind in ONLY_GGML else gguf.quants.quantize(numbers, kind)
-            )
-            made[kind] = data.reshape(-1).view(np.uint8)
-        return made[kind]
-
-    return tile
+    data = quantize("stand-in", numbers, kind, None) if kind in ONLY_GGML else gguf.quants.quantize(numbers, kind)
+    return data.reshape(-1).view(np.uint8)
