@@ -53,15 +53,15 @@ def read_text_of_kinds(
     sizes = [len(document) for document in documents]
     intuition = Intuition.from_documents(documents, kinds, settings.seed, weights=sizes)
     picks = [int(intuition.probabilities(document).argmax()) for document in documents]
-    shares = [sum(size for size, pick in zip(sizes, picks, strict=True) if pick == kind) for kind in range(kinds)]
     parts = []
-    for kind, share in enumerate(shares):
+    for kind in range(kinds):
         chosen = [document for document, pick in zip(documents, picks, strict=True) if pick == kind]
-        parts.append(_read_kind(text, chosen, tokenizer, settings, kind, share / sum(shares), console))
-    held_out, calibration = ([part[which] for part in parts] for which in (0, 1))
+        share = sum(map(len, chosen)) / sum(sizes)
+        parts.append(_read_kind(text, chosen, tokenizer, settings, kind, share, console))
+    held_out, calibration, cuts = zip(*parts, strict=True)
     held_out, held_out_kinds = _shuffled(held_out, settings.seed)
     calibration, calibration_kinds = _shuffled(calibration, settings.seed)
-    cut = any(is_cut for _, _, is_cut in parts)
+    cut = any(cuts)
     origin = text_origin(text, cut)
     return CalibrationText(calibration, held_out, origin, cut, kinds=calibration_kinds, held_out_kinds=held_out_kinds)
 
@@ -100,7 +100,7 @@ def _read_kind(
     return held_out, calibration, parts.cut
 
 
-def _shuffled(of_kinds: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+def _shuffled(of_kinds: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor]:
     """Sequences of all kinds, (n, length), and the kind of each, (n,)."""
     kinds = torch.cat([torch.full((len(sequences),), kind) for kind, sequences in enumerate(of_kinds)])
     order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(seed))
