@@ -279,7 +279,7 @@ def test_log_probabilities_through_llamacpp_are_the_models(models):
     tokenizer = AutoTokenizer.from_pretrained(models / "student")
     wanted = Harness(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
     with EngineProcess("llamacpp", models / "student.gguf", Options(context=256)) as process:
-        found = Served(process, 256, tokenizer.bos_token_id).loglikelihood(requests, disable_tqdm=True)
+        found = Served(process, 256, tokenizer.bos_token_id, ends=False).loglikelihood(requests, disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-3)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in wanted]
 

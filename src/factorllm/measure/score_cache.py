@@ -35,7 +35,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "factor
 _MEMORY_OF_A_BYTE = 2
 """Bytes that a byte of a file takes at most while it is asked, its context with it."""
 
-Measured = TypeVar("Measured", Score, Followed)
+Cached = TypeVar("Cached")
 
 _DECIDING = {
     "factorllm": "factorllm",
@@ -109,16 +109,27 @@ def follow_text(subject: GgufSubject, tokens: Tensor, cache: Path, tick: Callabl
     return _once(cache / f"{key}.json", Followed, partial(subject.follow, tokens, tick))
 
 
-def _once(path: Path, kind: type[Measured], measure: Callable[[], Measured]) -> Measured:
+def _once(path: Path, kind: type[Cached], measure: Callable[[], Cached]) -> Cached:
     """What is cached in a file, or else is measured now."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (OSError, ValueError):  # not there, or damaged
+    found = read_cached(path, kind)
+    if found is None:
         found = measure()
-    with suppress(OSError):  # without a cache it takes longer, and that is all
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(found))
+        write_cached(path, asdict(found))
     return found
+
+
+def read_cached(path: Path, kind: type[Cached]) -> Cached | None:
+    """What a file of the cache holds; None where it is not there, or damaged."""
+    with suppress(OSError, ValueError):
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    return None
+
+
+def write_cached(path: Path, content: dict) -> None:
+    """Write a file of the cache; without one it takes longer, and that is all."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
 
 def _file_of(subject: CheckpointSubject | GgufSubject, task: str, settings: EvalSettings, cache: Path) -> Path:

@@ -21,7 +21,7 @@ class Served(TemplateLM):
         ends: whether llama.cpp puts an end token behind each text; behind a prompt there is none, nor an answer.
     """
 
-    def __init__(self, process: EngineProcess, context: int, begin: int, ends: bool = False):
+    def __init__(self, process: EngineProcess, context: int, begin: int, ends: bool):
         super().__init__()
         self._process, self._context, self._begin, self._ends = process, context, begin, ends
 

@@ -27,7 +27,7 @@ class ServedAnswers:
         ends: whether llama.cpp puts an end token behind each text; an answer does not come after one.
     """
 
-    def __init__(self, process: EngineProcess, context: int, ends: bool = False):
+    def __init__(self, process: EngineProcess, context: int, ends: bool):
         self._process, self._context, self._ends = process, context, ends
 
     def __call__(self, question: Question) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
-from pydantic import TypeAdapter
 from rich.console import Console
 
 from factorllm.measure.chain.plan import Chain, Question
 from factorllm.measure.chain.run import Ask, ChainScore, Followed, StepScore, compare, follow, score
+from factorllm.measure.score_cache import read_cached, write_cached
 from factorllm.runs.progress import meter
-from factorllm.runs.workspace import write_json
 
 
 class Subject(Protocol):
@@ -34,10 +33,7 @@ class Remembered:
     def __init__(self, subject: Subject, path: Path):
         self._subject, self._path, self._opened = subject, path, ExitStack()
         self._ask: Ask | None = None
-        try:
-            self._known = TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
-        except (OSError, ValueError):  # not there, or damaged
-            self._known = {}
+        self._known = read_cached(path, dict[str, str]) or {}
 
     def __enter__(self) -> Remembered:
         return self
@@ -45,9 +41,7 @@ class Remembered:
     def __exit__(self, *_) -> None:
         self._opened.close()
         if self._ask:
-            with suppress(OSError):  # without a cache it takes longer, and that is all
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, self._known)
+            write_cached(self._path, self._known)
 
     def __call__(self, question: Question) -> str:
         key = xxhash.xxh3_128(json.dumps([question.prompt, question.allowed]).encode()).hexdigest()
