@@ -106,6 +106,8 @@ def choose_plan(
     untimed = reason_against_timing(model)
     if untimed and console:
         console.print(f"nothing will be timed: {untimed}", soft_wrap=True, highlight=False, markup=False)
+    context = read_dense_config(model).max_position_embeddings
+    timed = Plan(rounds=work.rounds, prompts=(512,), batches=(1,)).within(context)
     plan = MakePlan(
         model=model,
         recipe=recipe,
@@ -115,8 +117,8 @@ def choose_plan(
         factorize=Settings(tokens=work.calibrated, held_out_tokens=work.held_out, tune=work.tune),
         heal=HealSettings(tokens=work.healed) if work.healed else None,
         export=ExportStep(type=file_type),
-        bench=None if untimed else _bench(model, work.rounds),
-        front=_front(model, work) if work.front and not untimed else None,
+        bench=None if untimed else timed,
+        front=_front(work, context) if work.front and not untimed else None,
     )
     check_plan(plan)
     return plan
@@ -142,15 +144,10 @@ def _shape_of(model: str, wish: Wish, vocabulary: int | None, file_type: str, co
     return expected.name
 
 
-def _bench(model: str, rounds: int) -> Plan:
-    plan = Plan(rounds=rounds, prompts=(512,), batches=(1,))
-    return plan.within(read_dense_config(model).max_position_embeddings)
-
-
-def _front(model: str, work: _Work) -> FrontPlan:
+def _front(work: _Work, context: int) -> FrontPlan:
     """Of few tokens: what is weighed by them is the same for all files."""
     plan = FrontPlan(types=work.front, importance_tokens=8192, perplexity_tokens=2048, rounds=work.rounds)
-    return plan.within(read_dense_config(model).max_position_embeddings)
+    return plan.within(context)
 
 
 def _tokens_in(text: str, model: str, most: int) -> int:

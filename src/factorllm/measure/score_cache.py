@@ -91,7 +91,7 @@ def scores_of(
         load = once(lambda: stack.enter_context(subject.scoring(settings, threads)))
 
         def ask(task: str) -> Score:
-            console.print(f"{name}: {task}")
+            console.print(f"{name}: {task}", markup=False)  # brackets are parts of names
             return load()(task)
 
         return {
