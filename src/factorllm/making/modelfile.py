@@ -59,19 +59,18 @@ def _turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
     """The parts of a chat template, found by filling it in; None where it is not made of such parts alone."""
     if not isinstance(tokenizer.chat_template, str):
         return None
+    asked = [("system", _SYSTEM), ("user", _USER)]
+    answered = [*asked, ("assistant", _ANSWER)]
     try:
-        opened = _filled(tokenizer, [("system", _SYSTEM), ("user", _USER)], opens=True)
-        whole = _filled(tokenizer, [("system", _SYSTEM), ("user", _USER), ("assistant", _ANSWER)])
-        twice = _filled(
-            tokenizer, [("system", _SYSTEM), ("user", _USER), ("assistant", _ANSWER), ("user", _USER)], opens=True
-        )
+        opened, whole = _filled(tokenizer, asked, opens=True), _filled(tokenizer, answered)
+        twice = _filled(tokenizer, [*answered, ("user", _USER)], opens=True)
         before, rest = opened.split(_SYSTEM)
-        between, opening = rest.split(_USER)
-        closing = whole.split(_ANSWER)[1]
+        between, after = rest.split(_USER)
+        opening, closing = _opening(tokenizer), whole.split(_ANSWER)[1]
         # What stands between system and user is the end of one and the start of the other: the second question says.
         start = twice.split(_ANSWER)[1].split(_USER)[0].removeprefix(closing)
-        user = (start, opening[: len(opening) - len(_opening(tokenizer))])
-        found = _Turns((before, between.removesuffix(start)), user, (_opening(tokenizer), closing))
+        user = (start, after.removesuffix(opening))
+        found = _Turns((before, between.removesuffix(start)), user, (opening, closing))
         same = found.render(_SYSTEM, [(_USER, _ANSWER)]) == whole and between.endswith(start)
     except (ValueError, IndexError):
         return None
