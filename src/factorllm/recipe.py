@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError
 from factorllm.runs.given import given
@@ -111,8 +111,6 @@ class Recipe(Chosen):
         >>> Recipe(shared=2, active=2, parts=8, partition="kmeans").shape(1536).top_k
         2
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     shared: int = Field(ge=0)
     """Parts that run for every token (the shared expert)."""

@@ -25,7 +25,7 @@ class HealSettings(Chosen):
         16
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     tokens: Tokens = 200_000
     """Tokens to train on."""

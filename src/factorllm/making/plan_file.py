@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from factorllm.errors import FactorLLMError, first_problem, refusing
 from factorllm.healing.settings import HealSettings
@@ -27,8 +27,6 @@ Given = Annotated[str, BeforeValidator(lambda value: given(value) if isinstance(
 class SampleStep(Chosen):
     """Text that the dense model says by itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     tokens: Tokens
     chat: bool = False
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -36,8 +34,6 @@ class SampleStep(Chosen):
 
 class ExportStep(Chosen):
     """The GGUF file, and whether it is weighed by the text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: str = "q8_0"
     weighed: bool = False
@@ -64,8 +60,6 @@ class MakePlan(Chosen):
         >>> MakePlan(model="dense", recipe="S2A2E8", text="my-text.txt").export.type
         'q8_0'
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Given
     recipe: Given

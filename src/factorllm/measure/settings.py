@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from factorllm.runs.given import given
 from factorllm.runs.settings import Chosen
@@ -18,8 +18,6 @@ class EvalSettings(Chosen):
         >>> EvalSettings(tasks=("arc_easy",), limit=100).dtype
         'float32'
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tasks: tuple[str, ...] = ("arc_easy", "piqa", "boolq", "copa", "lambada_openai")
     """Names of `tasks.TASKS`."""

@@ -35,7 +35,7 @@ class Wish(Chosen):
         3600.0
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     speed: float | None = Field(default=None, gt=1, le=100)
     """Decode so many times as fast as the dense model in the same file type."""

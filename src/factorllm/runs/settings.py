@@ -27,7 +27,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 class Chosen(BaseModel):
     """What a user chooses, in Python or YAML. Pydantic takes True for 1, and text for the number in it: True is refused
-    where a number is wanted, and text where a count is. A rate may be text, for YAML takes 1e-4 for one."""
+    where a number is wanted, and text where a count is. A rate may be text, for YAML takes 1e-4 for one. Unknown keys
+    are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -54,8 +57,6 @@ class Settings(Chosen):
         >>> Settings(tokens=50_000, tune=2).dtype
         'auto'
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tokens: Tokens = 100_000
     """Tokens to calibrate on; of `trim` and `sample`, to count and to write."""

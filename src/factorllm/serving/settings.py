@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from factorllm.engines.base import Options
 from factorllm.runs.settings import Chosen, Threads
@@ -16,8 +16,6 @@ class ServeSettings(Chosen):
         >>> ServeSettings(port=9000, parallel=4).options.batch
         4
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     host: str = "127.0.0.1"
     """Address to listen on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from factorllm.measure.speed.plan import Plan
 from factorllm.runs.settings import Chosen, Threads, Tokens
@@ -17,8 +17,6 @@ class FrontPlan(Chosen):
         >>> FrontPlan(types=("q4_0",)).speed_plan().names()
         ['prefill 512', 'decode x1']
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     types: tuple[str, ...] = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "q3_k")
     """Types of the files, as `export` has them."""

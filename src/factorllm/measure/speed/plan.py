@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from factorllm.runs.settings import Chosen, Sequences, Threads, Tokens
 
@@ -20,8 +20,6 @@ class Plan(Chosen):
         >>> Plan(prompts=(512,), batches=(1, 8)).names()
         ['prefill 512', 'decode x1', 'decode x8']
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rounds: int = Field(default=7, ge=1, le=10_000)
     """Turns of each model; one alone says nothing of how they differ."""
