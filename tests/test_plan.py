@@ -235,12 +235,14 @@ def test_a_wish_means_a_shape(wish, chosen):
     assert OUTLOOK.choose(Wish(**wish), "q8_0").expected.name == chosen
 
 
-@pytest.mark.parametrize(("speed", "chosen"), [(1.1, "trimmed"), (1.15, "S0A4E8N3")])
-def test_fewer_tokens_come_before_fewer_neurons(speed, chosen):
+@pytest.mark.parametrize(
+    ("wish", "chosen"), [({"speed": 1.1}, "trimmed"), ({"speed": 1.15}, "S0A4E8N3"), ({"keep": 0.99}, "trimmed")]
+)
+def test_fewer_tokens_come_before_fewer_neurons(wish, chosen):
     outlook = Outlook(
         OUTLOOK.model, [choice("dense", 1, 120), choice("trimmed", 1.12, 90), *OUTLOOK.choices], 49_152, 300
     )
-    assert outlook.choose(Wish(speed=speed), "q8_0").expected.name == chosen
+    assert outlook.choose(Wish(**wish), "q8_0").expected.name == chosen
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,8 @@ def _those(
 
 
 def _kept(choice: Choice) -> float:
+    if choice.expected.recipe is None:
+        return 1.0  # no weight of the trimmed model is another
     return choice.quality.kept or 0.0 if choice.quality else 0.0
 
 
