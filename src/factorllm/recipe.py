@@ -125,8 +125,9 @@ class Recipe(Chosen):
     partition: PartitionName = "energy"
     """How neurons are grouped into experts."""
     router: RouterName = "refined"
-    """How the router is made: fitted by the Prior-Approximate loss and refined on the restored student's error, fitted
-    by the Prior-Approximate loss alone, analytic (CMoE), or random."""
+    """How the router is made: fitted by the Prior-Approximate loss and refined on the restored student's error (where a
+    token's experts are one of at most 512 sets; of more, only fitted), fitted by that loss alone, analytic (CMoE), or
+    random."""
     prior: PriorName = "energy"
     """What the dense FFN says about which experts matter: contribution energy, or the paper's distance to F/r."""
     restore: RestoreName = "stream"
