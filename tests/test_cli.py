@@ -105,6 +105,13 @@ def test_odd_paths(where, made, dense_folder, text_file, tmp_path, monkeypatch, 
     assert names(tmp_path) == {"new", "a ["}
 
 
+def test_a_folder_whose_name_begins_as_a_home_is_read(cli, dense_folder, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(dense_folder, tmp_path / "~gone")
+    monkeypatch.chdir(tmp_path)
+    assert cli("export", "./~gone", "-o", "./~gone/out.gguf", "--type", "f32") == (0, "")
+    assert (tmp_path / "~gone/out.gguf").is_file()
+
+
 def test_names_that_are_no_utf8(dense_folder, text_file, tmp_path, cli):  # noqa: F811
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
     shutil.copy(text_file, odd)

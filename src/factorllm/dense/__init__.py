@@ -1,5 +1,6 @@
 """A dense model, read lazily, tensor by tensor: from a folder of safetensors, a GGUF file, or the hub."""
 
+import os
 from pathlib import Path
 
 from factorllm.dense.gguf.file import GGUFSource
@@ -18,7 +19,7 @@ def local_path(model: str) -> Path:
         FactorLLMError: for what no path can be: a name that is too long; for a folder whose path is no UTF-8.
     """
     with refusing_path(model):
-        path = Path(model).expanduser()
+        path = Path(os.path.expanduser(model))
         (path / "config.json").exists()
     if path.is_dir():
         check_utf8(path, RENAME)

@@ -321,7 +321,7 @@ def _read_trimmed(out: Path) -> dict | None:
 
 def trimmed_from(model: str | Path) -> str | None:
     """The published name of what a model was trimmed from; None for one that factorllm did not trim."""
-    made = _read_trimmed(Path(model).expanduser())
+    made = _read_trimmed(Path(os.path.expanduser(model)))
     # Half a character, which JSON can hold, could not be written into a card.
     return made["base_model"]["name"].encode(errors="replace").decode() if made else None
 
