@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_real_model.py")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Half a character, which damaged inputs have and logs repeat, would end the worker that reports it."""
+    found = yield
+    return json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_is_there_is_left_out_of_collections() -> None:
     """Of garbage, of which a healing asks for five: half of their time went over what tests before had imported."""

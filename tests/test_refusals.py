@@ -242,6 +242,13 @@ def test_a_damaged_config(refused, own_dense):
     assert "has no config.json" in refused(own_dense)
 
 
+def test_what_transformers_reports_is_said_once(cli, own_dense, tmp_path, caplog):
+    edit_json(own_dense / "config.json", use_return_dict="\ud83d")
+    code, error = cli("export", own_dense, "-o", tmp_path / "out.gguf")
+    assert (code, caplog.text) == (2, "")
+    assert "property 'use_return_dict' of 'LlamaConfig' object has no setter" in error
+
+
 def test_no_tokenizer(refused, own_dense):
     (own_dense / "tokenizer.json").unlink()
     assert "has no tokenizer" in refused(own_dense)

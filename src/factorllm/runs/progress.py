@@ -128,10 +128,11 @@ def meter(console: Console, what: str, total: int, done: int = 0) -> Iterator[Me
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no reports of transformers while the block runs: they would be drawn across ours, and in each log."""
+    """No bars and no reports of transformers while the block runs: they would be drawn across ours, and in each log.
+    What it fails of is raised too."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
