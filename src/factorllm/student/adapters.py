@@ -23,8 +23,8 @@ ADAPTERS = "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _OTHER_LORA = (
-    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-    "layer_replication", "alora_invocation_tokens",
+    "use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "layer_replication",
+    "alora_invocation_tokens",
 )  # fmt: skip
 """Keys of peft's config by which an adapter adds something else than `lora_alpha / r` times `B A`."""
 
@@ -103,13 +103,28 @@ def read_adapter(folder: Path) -> Adapter:
     with refusing(folder, _AGAIN):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-        scale = config["lora_alpha"] / config["r"]
+        scale = _scale(config)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-        others = any(config.get(key) for key in _OTHER_LORA)
-        if config["peft_type"] != "LORA" or others or len(tensors) != 2 * len(names):
+        if len(tensors) != 2 * len(names):
             raise ValueError("it is no ordinary LoRA")
         pairs = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}
     return {name.removeprefix(_PREFIX): LowRank(a, scale * b) for name, (a, b) in pairs.items()}
+
+
+def _scale(config: dict[str, Any]) -> float:
+    """What `B A` is multiplied with, in all modules alike: fused ones may have more rank, and as much more alpha.
+
+    Raises:
+        ValueError: for a config of peft's by which an adapter adds something else.
+    """
+    alpha, rank = config["lora_alpha"], config["r"]
+    alphas, ranks = (config.get(f"{kind}_pattern") or {} for kind in ("alpha", "rank"))
+    alike = all(
+        alphas.get(name, alpha) * rank == alpha * ranks.get(name, rank) for name in alphas.keys() | ranks.keys()
+    )
+    if config["peft_type"] != "LORA" or not alike or any(config.get(key) for key in _OTHER_LORA):
+        raise ValueError("it is no ordinary LoRA")
+    return alpha / rank
 
 
 class Mixture:
