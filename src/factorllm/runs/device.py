@@ -11,7 +11,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are fast on a device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def fast_products(device: torch.device, bearable: bool = True) -> torch.autocast:
