@@ -64,7 +64,9 @@ def random_dense(folder: Path, text: str, config: LlamaConfig = TINYLLAMA) -> Pa
 
 def factorized(model: Path, out: Path, recipe: Recipe, text: str) -> str:
     """A checkpoint of the right shape, made without fitting anything."""
-    cheap = recipe.model_copy(update={"partition": "contiguous", "router": "random", "restore": "none"})
+    cheap = recipe.model_copy(update={"router": "random", "restore": "none"})
+    if not recipe.is_prune:
+        cheap = cheap.model_copy(update={"partition": "contiguous"})
     settings = Settings(tokens=512, held_out_tokens=64, length=64, baseline=False)
     factorize(str(model), out, cheap, text=text, settings=settings, console=Console())  # refused over another model's
     return str(out)
