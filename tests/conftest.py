@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import gguf
 import openai
@@ -47,7 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_to_serializable() -> Iterator[None]:
     """Half a character, which damaged inputs have and logs repeat, would end the worker that reports it."""
     found = yield
-    return json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+    return _whole(found)
+
+
+def _whole(said: Any) -> Any:
+    match said:
+        case str():
+            return said.encode(errors="replace").decode()
+        case dict():
+            return {name: _whole(value) for name, value in said.items()}
+        case list() | tuple():
+            return type(said)(map(_whole, said))
+        case _:
+            return said
 
 
 @pytest.fixture(scope="module", autouse=True)
