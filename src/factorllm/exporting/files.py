@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from factorllm.dense.gguf.file import open_gguf
 from factorllm.errors import FactorLLMError, refusing
 from factorllm.runs.disk import explain_full_disk
 from factorllm.runs.output import Kind, workspace_folder
-from factorllm.runs.workspace import take
+from factorllm.runs.workspace import appear, take
 
 _MAGIC = b"GGUF"
 _JOB_KEY = "factorllm.job"
@@ -62,8 +61,7 @@ def publishing(writer: gguf.GGUFWriter, partial: Path, out: Path, when_full: str
             writer.write_ti_data_to_file()
             yield
             writer.close()
-            os.fsync(lock.fileno())  # else it may have its name before its content when the power fails
-            partial.replace(out)
+            appear(partial, out)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -277,7 +277,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a safetensors file that appears whole or not at all."""
     partial = path.with_suffix(".tmp")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    _appear(partial, path)
+    appear(partial, path)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -289,7 +289,7 @@ def write_text(path: Path, content: str) -> None:
     """Write a text file that appears whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(content, encoding="utf-8")
-    _appear(partial, path)
+    appear(partial, path)
 
 
 def write_index(folder: Path) -> None:
@@ -311,7 +311,8 @@ def shard_name(number: int, count: int) -> str:
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-def _appear(partial: Path, path: Path) -> None:
+def appear(partial: Path, path: Path) -> None:
+    """Give a file that is written its name, its content first: else it may have lost that when the power fails."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
