@@ -57,7 +57,6 @@ class Work:
     def __init__(self, plan: MakePlan, out: Path, console: Console):
         self.plan, self.at, self.console = plan, Place(out, plan), console
         self._text = plan.text or str(self.at.sampled)
-        self._dense = self.at.dense
         self._converted = self.at.converted if plan.heal else self.at.checkpoint
         # What is unfinished, of the same plan, goes on; what an older plan left there is replaced.
         self._again: dict[str, Any] = {"overwrite": True, "console": console}
@@ -104,11 +103,11 @@ class Work:
 
     def _factorize(self) -> None:
         plan = self.plan
-        factorize(self._dense, self._converted, plan.recipe, text=self._text, settings=plan.factorize, **self._again)
+        factorize(self.at.dense, self._converted, plan.recipe, text=self._text, settings=plan.factorize, **self._again)
 
     def _heal(self) -> None:
         plan = self.plan
-        heal(self._converted, self._dense, self.at.checkpoint, text=self._text, settings=plan.heal, **self._again)
+        heal(self._converted, self.at.dense, self.at.checkpoint, text=self._text, settings=plan.heal, **self._again)
 
     def _export(self) -> None:
         how = self.plan.export
@@ -118,7 +117,7 @@ class Work:
 
     def _evaluate(self) -> None:
         measured = {"text": self._text, "settings": self.plan.evaluate, "console": self.console}
-        write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self._dense, **measured)))
+        write_json(self.at.scores, asdict(evaluate(self.at.checkpoint, against=self.at.dense, **measured)))
 
     def _bench(self) -> None:
         plan = self.plan
@@ -132,8 +131,9 @@ class Work:
     def _report(self) -> None:
         folder = self.at.out / "report"
         check_report_folder(folder)
-        measured, device = self.at.measured(), self.plan.evaluate.device
-        write_report(self.at.out.name, gather(self.at.checkpoint, self._dense, measured, device, self.console), folder)
+        at, device = self.at, self.plan.evaluate.device
+        found = gather(at.checkpoint, at.dense, at.measured(), device, self.console)
+        write_report(at.out.name, found, folder)
 
     def _card(self) -> None:
         write_modelfile(self.at.gguf, self.at.out)
